@@ -1,0 +1,109 @@
+"""A language model of a few thousand parameters, its tokenizer, prompts and rewards: enough to train for real."""
+
+import re
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from trl_a3po import A3POConfig
+
+
+CHARACTERS = "0123456789+-=*().? abcdefghijklmnopqrstuvwxyz\\{}$"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def tokenizer():
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def model(seed=0, **config):
+    torch.manual_seed(seed)
+    defaults = {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,  # so that the probabilities of tokens differ
+        "tie_word_embeddings": False,
+    }
+    return Qwen2ForCausalLM(Qwen2Config(**{**defaults, **config}))
+
+
+def save(directory):
+    """Writes model and tokenizer, as the reference model of a KL term and every resumed run loads them."""
+    model().save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def prompts(rows=16, conversational=False):
+    texts = [f"{i}+{i * 7 % 10}=" for i in range(rows)]
+    return Dataset.from_dict(
+        {
+            "prompt": [[{"role": "user", "content": text}] for text in texts] if conversational else texts,
+            "solution": [f"${i + i * 7 % 10}$" for i in range(rows)],
+        }
+    )
+
+
+def parity_reward(completion_ids, **kwargs):
+    """1 for about half of all completions, 0 for the others."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def signed_parity_reward(completion_ids, **kwargs):
+    return [1.0 if sum(ids) % 2 else -1.0 for ids in completion_ids]
+
+
+def digit_reward(completions, **kwargs):
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [len(re.findall(r"\d", text)) / 8 for text in texts]
+
+
+def equal_reward(completions, **kwargs):
+    return [1.0] * len(completions)
+
+
+def sometimes_none_reward(completion_ids, **kwargs):
+    return [None if sum(ids) % 3 == 0 else float(sum(ids) % 2) for ids in completion_ids]
+
+
+def config(output_dir, config_class=A3POConfig, **fields):
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "seed": 3,
+    }
+    return config_class(str(output_dir), **{**defaults, **fields})
+
+
+def parameters(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}

@@ -1,0 +1,178 @@
+"""The configuration of [`A3POTrainer`]: every field of `trl.GRPOConfig`, and those of the shaping."""
+
+import inspect
+import math
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .schedules import SCALE_DECAYS
+from .shaping import check_settings, shape_advantages
+
+
+TOKEN_METRICS = ("prob", "entropy")
+
+# The fields that `shape_advantages` takes, by the same names.
+_SHAPING_SETTINGS = tuple(
+    name
+    for name, parameter in inspect.signature(shape_advantages).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+
+
+@dataclass
+class A3POConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`A3POTrainer`].
+
+    [`A3POConfig`] inherits every parameter from [`~trl.GRPOConfig`], with its default, and adds those of the
+    advantage shaping of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
+    2512.21625). With every scale and both weights 1 it is GRPO, to the last bit.
+
+    Ratio 0.2 and scale 2 are values of the example scripts in the authors' released code; which of the four token
+    ends are on by default is the paper's A3PO. The decay's shape and length are our choice, see
+    [`~trl_a3po.schedules.decay_scale`]. In the paper's terms of an initial scale rho and a rate alpha a step, the
+    linear decay has alpha = (rho - 1) / `scale_decay_steps`: to get a rate, set `scale_decay_steps` to
+    (rho - 1) / alpha.
+
+    Parameters:
+        > Parameters that control the token-level advantage shaping
+
+        positive_low_ratio (`float`, *optional*, defaults to `0.2`):
+            Share of the tokens of a positive completion (advantage above zero) whose advantage is scaled, taken from
+            the lowest `token_metric`. Must be in [0, 1]; 0 selects none.
+        positive_low_scale (`float`, *optional*, defaults to `2.0`):
+            Initial scale of the advantage of those tokens. 1 leaves them as they are.
+        positive_high_ratio (`float`, *optional*, defaults to `0.0`):
+            As `positive_low_ratio`, from the highest `token_metric` of positive completions.
+        positive_high_scale (`float`, *optional*, defaults to `1.0`):
+            Initial scale of the advantage of those tokens.
+        negative_low_ratio (`float`, *optional*, defaults to `0.0`):
+            As `positive_low_ratio`, from the lowest `token_metric` of negative completions (advantage below zero).
+        negative_low_scale (`float`, *optional*, defaults to `1.0`):
+            Initial scale of the advantage of those tokens.
+        negative_high_ratio (`float`, *optional*, defaults to `0.2`):
+            As `positive_low_ratio`, from the highest `token_metric` of negative completions.
+        negative_high_scale (`float`, *optional*, defaults to `2.0`):
+            Initial scale of the advantage of those tokens.
+        token_metric (`str`, *optional*, defaults to `"prob"`):
+            What tokens are ranked by within their completion. `"prob"`: the probability under the old policy.
+            `"entropy"`: the entropy of the distribution that the token was drawn from, under the policy being
+            trained (TRL computes no entropies of the old policy; the two differ only where rollouts are reused).
+        scale_decay (`str`, *optional*, defaults to `"linear"`):
+            How every scale runs to 1, from above or below: `"linear"`, `"cosine"` or `"constant"` (not at all).
+        scale_decay_steps (`float`, *optional*, defaults to `0.5`):
+            When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of optimizer
+            steps, below 1 a fraction of all steps. Unused with `scale_decay="constant"`.
+
+        > Parameters that control the weight of the two polarities
+
+        positive_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantage of every token of positive completions. With `negative_weight` it gives the
+            paper's polarity-level variants: PSR (positive samples alone) is (1, 0), NSR (negative samples alone) is
+            (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone.
+        negative_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the advantage of every token of negative completions.
+    """
+
+    # Parameters that control the token-level advantage shaping
+    positive_low_ratio: float = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the tokens of a positive completion (advantage above zero) whose advantage is scaled, "
+            "taken from the lowest `token_metric`. Must be in [0, 1]; 0 selects none."
+        },
+    )
+    positive_low_scale: float = field(
+        default=2.0,
+        metadata={"help": "Initial scale of the advantage of those tokens. 1 leaves them as they are."},
+    )
+    positive_high_ratio: float = field(
+        default=0.0,
+        metadata={"help": "As `positive_low_ratio`, from the highest `token_metric` of positive completions."},
+    )
+    positive_high_scale: float = field(
+        default=1.0,
+        metadata={"help": "Initial scale of the advantage of those tokens."},
+    )
+    negative_low_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "As `positive_low_ratio`, from the lowest `token_metric` of negative completions (advantage below "
+            "zero)."
+        },
+    )
+    negative_low_scale: float = field(
+        default=1.0,
+        metadata={"help": "Initial scale of the advantage of those tokens."},
+    )
+    negative_high_ratio: float = field(
+        default=0.2,
+        metadata={"help": "As `positive_low_ratio`, from the highest `token_metric` of negative completions."},
+    )
+    negative_high_scale: float = field(
+        default=2.0,
+        metadata={"help": "Initial scale of the advantage of those tokens."},
+    )
+    token_metric: str = field(
+        default="prob",
+        metadata={
+            "help": "What tokens are ranked by within their completion. 'prob': the probability under the old policy. "
+            "'entropy': the entropy of the distribution that the token was drawn from, under the policy being "
+            "trained (TRL computes no entropies of the old policy; the two differ only where rollouts are reused)."
+        },
+    )
+    scale_decay: str = field(
+        default="linear",
+        metadata={
+            "help": "How every scale runs to 1, from above or below: 'linear', 'cosine' or 'constant' (not at all)."
+        },
+    )
+    scale_decay_steps: float = field(
+        default=0.5,
+        metadata={
+            "help": "When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of "
+            "optimizer steps, below 1 a fraction of all steps. Unused with `scale_decay='constant'`."
+        },
+    )
+
+    # Parameters that control the weight of the two polarities
+    positive_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the advantage of every token of positive completions. With `negative_weight` it gives "
+            "the paper's polarity-level variants: PSR (positive samples alone) is (1, 0), NSR (negative samples "
+            "alone) is (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone."
+        },
+    )
+    negative_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the advantage of every token of negative completions."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_settings(**self.shaping_settings)
+        if self.token_metric not in TOKEN_METRICS:
+            raise ValueError(
+                f"`token_metric` must be one of {', '.join(map(repr, TOKEN_METRICS))}, got {self.token_metric!r}. "
+                "Pass 'prob' to rank tokens by their probability under the old policy, as A3PO does."
+            )
+        if self.scale_decay not in SCALE_DECAYS:
+            raise ValueError(
+                f"`scale_decay` must be one of {', '.join(map(repr, SCALE_DECAYS))}, got {self.scale_decay!r}. Pass "
+                "'constant' to keep the scales as they are."
+            )
+        steps = self.scale_decay_steps
+        is_number = isinstance(steps, int | float) and not isinstance(steps, bool)
+        if not is_number or not math.isfinite(steps) or steps <= 0 or (steps > 1 and steps != int(steps)):
+            raise ValueError(
+                "`scale_decay_steps` must be a whole number of steps, or a fraction of all steps between 0 and 1, got "
+                f"{steps!r}. Pass for example 500 for 500 optimizer steps or 0.5 for half of the training; to switch "
+                "the shaping off, set the scales to 1."
+            )
+
+    @property
+    def shaping_settings(self) -> dict[str, float]:
+        """The ratios, initial scales and weights, as arguments of [`~trl_a3po.shape_advantages`]."""
+        return {name: getattr(self, name) for name in _SHAPING_SETTINGS}

@@ -1,0 +1,279 @@
+"""[`A3POTrainer`]: the seam between TRL's loss and the shaping of its advantages."""
+
+import functools
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from .a3po_config import A3POConfig
+from .contract import check_contract
+from .diagnostics import polarity_metrics, polarity_sums
+from .schedules import decay_scale, resolve_decay_steps
+from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
+
+
+class A3POTrainer(GRPOTrainer):
+    """
+    Trainer for A3PO, Adaptive and Asymmetric token-level Advantage shaping for Policy Optimization.
+
+    The method is that of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
+    2512.21625): GRPO whose advantage, one per completion, is raised on the low-probability tokens of positive
+    completions and on the high-probability tokens of negative ones, strongly at first, decaying to GRPO.
+
+    What changes with respect to [`~trl.GRPOTrainer`] is the advantage of each token, nothing else: generation,
+    rewards, loss, clipping, KL term and logging are TRL's. The arguments are those of [`~trl.GRPOTrainer`], with an
+    [`A3POConfig`] as `args`. To shape advantages in a way of your own, override [`~A3POTrainer.shape_advantages`].
+
+    `importance_sampling_level="sequence"` is computed as GSPO-token (arXiv 2507.18071, section 4.3) while tokens of a
+    completion have different advantages: the same ratio and clipping, and a gradient of its own for each token.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl.rewards import accuracy_reward
+    >>> from trl_a3po import A3POConfig, A3POTrainer
+
+    >>> dataset = load_dataset("trl-lib/DeepMath-103K", split="train")
+
+    >>> trainer = A3POTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     reward_funcs=accuracy_reward,
+    ...     args=A3POConfig(),
+    ...     train_dataset=dataset,
+    ... )
+    >>> trainer.train()
+    ```
+
+    Raises:
+        `TypeError`: `args` is not an [`A3POConfig`].
+        `ValueError`: an option of TRL that leaves no room for advantages of single tokens.
+        `RuntimeError`: the installed TRL no longer computes the loss from them (see [`~trl_a3po.contract`]).
+    """
+
+    _tag_names = ["trl", "a3po"]  # noqa: RUF012
+    _name = "A3PO"
+    _paper = {  # noqa: RUF012
+        "title": "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards",
+        "id": "2512.21625",
+        "citation": textwrap.dedent("""\
+            @inproceedings{tang2026rethinking,
+                title        = {{Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards}},
+                author       = {Xinyu Tang and Yuliang Zhan and Zhixun Li and Wayne Xin Zhao and
+                                Zhenduo Zhang and Zujie Wen and Zhiqiang Zhang and Jun Zhou},
+                year         = 2026,
+                booktitle    = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics
+                                (Volume 1: Long Papers)},
+                url          = {https://aclanthology.org/2026.acl-long.134/},
+                eprint       = {arXiv:2512.21625},
+            }"""),
+    }
+
+    args: A3POConfig
+    model: torch.nn.Module
+
+    # Those of the loss that is being computed.
+    _loss_inputs: dict[str, Any] | None = None
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **keywords):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = A3POConfig(f"{name.split('/')[-1]}-A3PO")
+        elif not isinstance(args, A3POConfig):
+            raise TypeError(
+                f"`args` must be an `A3POConfig`, got `{type(args).__name__}`. A3POConfig takes every argument of "
+                "GRPOConfig: change the name, and the rest of your script stays."
+            )
+        self._check_compatible(args)
+        super().__init__(model, reward_funcs, args, *positional, **keywords)
+        # By mode, "train" or "eval": sums since the last log, on the device.
+        self._polarity_sums: dict[str, Tensor] = {}
+        self.add_callback(_ReduceBeforeLog(self))
+        check_contract(self)
+
+    # Its signature is that of the installed TRL's.
+    functools.update_wrapper(__init__, GRPOTrainer.__init__)
+
+    def _check_compatible(self, args: A3POConfig) -> None:
+        if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+            raise ValueError(
+                f"`use_liger_kernel=True` is not supported with TRL {trl.__version__}, whose fused loss takes one "
+                "advantage per completion. Set `use_liger_kernel=False`, or upgrade TRL to 1.15 or newer."
+            )
+        overridden = type(self).shape_advantages is not A3POTrainer.shape_advantages
+        if (
+            args.importance_sampling_level == "sequence"
+            and args.beta != 0
+            and args.use_bias_correction_kl
+            and _ratio_has_gradient(args)
+            and (overridden or selects_tokens(args.shaping_settings))
+        ):
+            # There the KL term is multiplied by the ratio, whose gradient is what GSPO-token changes.
+            raise ValueError(
+                f"`importance_sampling_level='sequence'` with `beta={args.beta}` and `use_bias_correction_kl=True` is "
+                "not supported while tokens have advantages of their own: it would change the gradient of the KL "
+                "term. Set `use_bias_correction_kl=False`, `beta=0.0` or `importance_sampling_level='token'`."
+            )
+
+    def shape_advantages(
+        self,
+        advantages: Tensor,
+        *,
+        per_token_logps: Tensor,
+        old_per_token_logps: Tensor,
+        entropies: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """
+        The seam: from one advantage per completion to one per token. Override it to shape advantages your own way.
+
+        It is called once for each batch that the loss is computed on, without gradients, before the loss reads the
+        advantages; the rollout keeps its own. `self.state.global_step` and `self.state.max_steps` tell the progress.
+        It should neither wait for the device (`.item()`, a Python `if` on a tensor) nor communicate.
+
+        Args:
+            advantages (`torch.Tensor` of shape `(B,)`):
+                Advantage of each completion, as GRPO computes it.
+            per_token_logps (`torch.Tensor` of shape `(B, T)`):
+                Log-probabilities of the sampled tokens under the policy being trained, 0 where masked.
+            old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
+                The same under the policy that the rollout's importance ratios refer to. While rollout and update are
+                aligned it is `per_token_logps`. Never the log-probabilities that a vLLM sampler reports.
+            entropies (`torch.Tensor` of shape `(B, T)`):
+                Entropy of the policy being trained at each position, in nats.
+            mask (`torch.Tensor` of shape `(B, T)`):
+                1 on the tokens that count: `completion_mask`, times `tool_mask` where tools are used. A row may be 0
+                throughout.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`, or `(B,)` where all tokens of a completion share one advantage.
+        """
+        settings = self.current_shaping_settings()
+        for end in TOKEN_ENDS:
+            if settings[f"{end}_ratio"] > 0:
+                self._metrics[self._mode][f"a3po/scale/{end}"].append(settings[f"{end}_scale"])
+        if not selects_tokens(settings):
+            # In TRL's own shape the loss is GRPO's to the last bit.
+            return weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
+        token_metric = old_per_token_logps if self.args.token_metric == "prob" else entropies
+        return shape_advantages(advantages, token_metric, mask, **settings)
+
+    def current_shaping_settings(self) -> dict[str, float]:
+        """The arguments of [`~trl_a3po.shape_advantages`] at this step of training: the scales have decayed."""
+        decay_steps = resolve_decay_steps(self.args.scale_decay_steps, self.state.max_steps)
+        return {
+            name: decay_scale(value, self.state.global_step, decay_steps, self.args.scale_decay)
+            if name.endswith("_scale")
+            else value
+            for name, value in self.args.shaping_settings.items()
+        }
+
+    def _compute_loss(self, model, inputs):
+        # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a
+        # copy: the rollout's own dict comes back for every iteration and must not be shaped twice.
+        level = self.importance_sampling_level
+        self._loss_inputs = inputs = {**inputs}
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_inputs = None
+            self.importance_sampling_level = level
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._loss_inputs is not None:
+            self._shape_loss_inputs(self._loss_inputs, per_token_logps=output[0], entropies=output[1])
+        return output
+
+    @torch.no_grad()
+    def _shape_loss_inputs(self, inputs: dict[str, Any], per_token_logps: Tensor, entropies: Tensor) -> None:
+        advantages, mask = inputs["advantages"], inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        per_token_logps, entropies = per_token_logps.detach(), entropies.detach()
+        # Absent while rollout and update are aligned: the two policies are one.
+        old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps)
+
+        shaped = self.shape_advantages(
+            advantages,
+            per_token_logps=per_token_logps,
+            old_per_token_logps=old_per_token_logps,
+            entropies=entropies,
+            mask=mask,
+        )
+        if shaped.shape not in (advantages.shape, mask.shape):
+            raise ValueError(
+                f"`shape_advantages` must return a tensor of shape (B, T) = {tuple(mask.shape)} or (B,) = "
+                f"{tuple(advantages.shape)}, got {tuple(shaped.shape)}."
+            )
+        inputs["advantages"] = shaped
+
+        if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
+            inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
+            self.importance_sampling_level = "token"  # until the end of this loss
+
+        unselected = weight_polarities(advantages, self.args.positive_weight, self.args.negative_weight)
+        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, old_per_token_logps, entropies, mask)
+        self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _reduce_polarity_sums(self, mode: str) -> None:
+        """Adds up what the processes have, and hands it to TRL's metrics. Every process must call it."""
+        if mode not in self._polarity_sums:
+            return
+        sums = self.accelerator.reduce(self._polarity_sums.pop(mode), reduction="sum")
+        for name, value in polarity_metrics(sums).items():
+            self._metrics[mode][f"a3po/{name}"].append(value)
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        self._reduce_polarity_sums("eval")
+        return output
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        settings = {
+            **self.args.shaping_settings,
+            "token_metric": self.args.token_metric,
+            "scale_decay": self.args.scale_decay,
+            "scale_decay_steps": self.args.scale_decay_steps,
+        }
+        section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
+        path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
+        card = path.read_text(encoding="utf-8")
+        before, heading, after = card.partition("### Framework versions")
+        path.write_text(f"{before}{section}{heading}{after}", encoding="utf-8")
+
+
+class _ReduceBeforeLog(TrainerCallback):
+    """
+    Reduces the diagnostics once a log, at the end of the step that ends in it.
+
+    Not in `Trainer.log`: users call that on one process alone, where a collective operation would hang.
+    """
+
+    def __init__(self, trainer: A3POTrainer):
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log or control.should_training_stop:
+            self._trainer._reduce_polarity_sums("train")
+
+    on_epoch_end = on_step_end
+
+
+def _ratio_has_gradient(args: A3POConfig) -> bool:
+    """Whether the loss's gradient runs through the importance ratio. CISPO's and VESPO's is the log-probability's."""
+    return args.loss_type not in ("cispo", "vespo")

@@ -1,0 +1,99 @@
+"""
+A check that the installed TRL still does what the seam of [`A3POTrainer`] relies on.
+
+The seam overrides two methods of `GRPOTrainer` and copies neither, so that a release of TRL can change what they mean
+without anything failing: advantages averaged to one per completion, or read too early, would train plain GRPO under
+the name of A3PO. Version numbers do not tell. So the check runs the loss of the installed TRL, as the trainer is
+configured, on a few made-up log-probabilities, and looks at the gradient of each token.
+"""
+
+import copy
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl import GRPOTrainer
+
+
+def check_contract(trainer: GRPOTrainer) -> None:
+    """
+    Fails unless each token's gradient is GRPO's times that token's weight.
+
+    Takes a few milliseconds, touches neither the model nor the trainer, and on several processes runs the collective
+    operations of two loss computations, the same on each.
+
+    Raises:
+        `RuntimeError`: naming the TRL version, and what does not hold.
+    """
+    try:
+        plain, weighted, weights = _gradients(trainer)
+    except Exception as error:
+        raise RuntimeError(_message(f"the check itself failed: {type(error).__name__}: {error}")) from error
+    if not plain.all():
+        raise RuntimeError(_message("the loss gives some token of a completion no gradient at all"))
+    if not torch.allclose(weighted, plain * weights, rtol=1e-4):
+        raise RuntimeError(_message(f"weights of {weights.tolist()} came out as {(weighted / plain).tolist()}"))
+
+
+def _message(found: str) -> str:
+    return (
+        f"TRL {trl.__version__} does not compute A3PO's loss: {found}. `A3POTrainer` needs "
+        "`GRPOTrainer.compute_loss` to call `_compute_loss`, that to call `_get_per_token_logps_and_entropies`, and "
+        "only then to read `inputs['advantages']`, of shape (B, T). Install a TRL release that trl-a3po was tested "
+        "with (see its README), or, if you changed `loss_type` or `importance_sampling_level`, go back to the default."
+    )
+
+
+class _FixedLogps(GRPOTrainer):
+    """Stands between the trainer and `GRPOTrainer`, and answers with given log-probabilities in place of a model's."""
+
+    _logps: Tensor
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        # The third value, the router's loss, came with TRL 1.7.
+        parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        router_loss = (self._logps.new_zeros(()),) if "compute_aux_loss" in parameters else ()
+        return self._logps, torch.ones_like(self._logps), *router_loss
+
+
+def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) gradients of the log-probabilities without and with weights, and the weights."""
+    device = trainer.accelerator.device
+    advantages = torch.tensor([1.0, -1.0], device=device)
+    weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 0.5]], device=device)
+    logps = torch.tensor([[-0.5, -1.0, -2.0], [-1.5, -0.25, -0.75]], device=device)
+
+    class Probe(type(trainer), _FixedLogps):  # type: ignore[misc]
+        _weights: Tensor | None = None
+
+        def shape_advantages(self, advantages: Tensor, **_: Any) -> Tensor:
+            return advantages if self._weights is None else advantages[:, None] * self._weights
+
+    # A shallow copy: what the loss assigns stays on the copy. What it appends to is replaced.
+    probe: Any = copy.copy(trainer)
+    probe.__class__ = Probe
+    probe._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    probe._polarity_sums = {}
+    probe.current_gradient_accumulation_steps = 1
+    ids = torch.zeros(logps.shape, dtype=torch.long, device=device)
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": torch.ones_like(ids[:, :1]),
+        "completion_ids": ids,
+        "completion_mask": torch.ones_like(ids),
+        "advantages": advantages,
+        "num_items_in_batch": torch.tensor(ids.numel(), device=device),
+        "ref_per_token_logps": logps,
+        "sampling_per_token_logps": logps,
+        "importance_sampling_ratio": torch.ones_like(logps),
+    }
+    gradients = []
+    for probe._weights in (None, weights):
+        probe._logps = logps.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = probe.compute_loss(trainer.model, inputs)
+            gradients.append(torch.autograd.grad(loss, probe._logps)[0])
+    return gradients[0], gradients[1], weights

@@ -1,0 +1,97 @@
+"""
+What the shaping does to the two polarities, as sums that stay on the device until they are logged.
+
+Sums, not means, are kept: those of several micro-batches and processes add up to the sums of the whole, whatever the
+number of tokens in each.
+"""
+
+import torch
+from torch import Tensor
+
+
+# Rows and columns of the tensor that `polarity_sums` returns.
+_POLARITIES = ("positive", "negative", "zero")
+_SUMS = ("completions", "tokens", "entropy", "selected", "selected_prob", "prob", "advantage")
+
+
+def polarity_sums(
+    advantages: Tensor, unselected: Tensor, shaped: Tensor, logps: Tensor, entropies: Tensor, mask: Tensor
+) -> Tensor:
+    """
+    Sums over one batch, by polarity.
+
+    A token counts as selected where its shaped advantage is not the one that its completion gives to every other
+    token.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping; their sign is the polarity.
+        unselected (`torch.Tensor` of shape `(B,)`): What a token that is not selected gets.
+        shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): The advantages after shaping.
+        logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
+        entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
+        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `(3, 7)` in float32, for [`polarity_metrics`].
+    """
+    mask = mask.bool()
+    if shaped.dim() == 1:
+        shaped = shaped[:, None].expand(mask.shape)
+    probs = logps.float().exp()
+    selected = (shaped != unselected[:, None]) & mask
+    per_completion = torch.stack(
+        [
+            torch.ones_like(advantages, dtype=torch.float32),
+            _row_sum(mask),
+            _row_sum(entropies, mask),
+            _row_sum(selected),
+            _row_sum(probs, selected),
+            _row_sum(probs, mask),
+            _row_sum(shaped.abs(), mask),
+        ],
+        dim=1,
+    )  # (B, 7)
+    polarity = torch.stack([advantages > 0, advantages < 0, advantages == 0])  # (3, B)
+    # Not a matrix product: there, a NaN in one completion would spread over all polarities.
+    return torch.where(polarity[:, :, None], per_completion, 0.0).sum(1)
+
+
+def polarity_metrics(sums: Tensor) -> dict[str, float]:
+    """
+    The metrics that the sums give. Those that have nothing to be a mean over are left out.
+
+    Args:
+        sums (`torch.Tensor` of shape `(3, 7)`): Added up over batches and processes. Read by the host, once.
+
+    Returns:
+        `dict[str, float]`, for each polarity:
+
+        - `{polarity}/fraction`: share of all completions (`positive`, `negative`, `zero`)
+        - `{polarity}/mean_length`: tokens that count, a completion
+        - `{polarity}/entropy`: mean over those tokens, in nats
+        - `{polarity}/selected_fraction`: share of those tokens that the shaping selects
+        - `{polarity}/selected_prob`, `{polarity}/other_prob`: mean old probability of the tokens selected, and of
+          the others
+
+        and `advantage_ratio`: the sum of |shaped advantage| over the tokens of positive completions, divided by that
+        of negative ones. The paper finds that this ratio, not the size of either, rules the dynamics.
+    """
+    total = dict(zip(_POLARITIES, (dict(zip(_SUMS, row, strict=True)) for row in sums.tolist()), strict=True))
+    completions = sum(total[polarity]["completions"] for polarity in _POLARITIES)
+    means = {}
+    for polarity in _POLARITIES:
+        of = total[polarity]
+        means[f"{polarity}/fraction"] = (of["completions"], completions)
+        means[f"{polarity}/mean_length"] = (of["tokens"], of["completions"])
+        means[f"{polarity}/entropy"] = (of["entropy"], of["tokens"])
+        if polarity != "zero":  # nothing to shape
+            means[f"{polarity}/selected_fraction"] = (of["selected"], of["tokens"])
+            means[f"{polarity}/selected_prob"] = (of["selected_prob"], of["selected"])
+            means[f"{polarity}/other_prob"] = (of["prob"] - of["selected_prob"], of["tokens"] - of["selected"])
+    means["advantage_ratio"] = (total["positive"]["advantage"], total["negative"]["advantage"])
+    return {name: numerator / denominator for name, (numerator, denominator) in means.items() if denominator}
+
+
+def _row_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B,) sums over T; what is masked may be anything, NaN as well."""
+    return (values if mask is None else torch.where(mask, values, 0.0)).sum(-1, dtype=torch.float32)

@@ -1,0 +1,47 @@
+"""How the scales decay to 1, as pure functions of progress."""
+
+import math
+
+
+SCALE_DECAYS = ("linear", "cosine", "constant")
+
+
+def resolve_decay_steps(scale_decay_steps: float, max_steps: int) -> int:
+    """
+    Number of optimizer steps over which the scales decay, read as transformers reads `warmup_steps`.
+
+    Args:
+        scale_decay_steps (`float`): From 1 on, a number of steps; below 1, a fraction of `max_steps`, rounded up.
+        max_steps (`int`): Optimizer steps of the whole training.
+
+    Returns:
+        `int`: At least 1.
+    """
+    return max(1, math.ceil(scale_decay_steps if scale_decay_steps >= 1 else scale_decay_steps * max_steps))
+
+
+def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "linear") -> float:
+    """
+    The scale in force at a step: from `scale` at step 0 to 1 at `decay_steps`, and 1 from then on.
+
+    The paper (arXiv 2512.21625) has the scales decay to 1, so that training ends as the method it is built on does.
+    Neither its schedule nor its rate were to be found, and the authors' released code has none. `"linear"` is our
+    reading, s = max(rho - alpha * step, 1) with rho the initial scale and alpha = (rho - 1) / decay_steps;
+    `"cosine"` (half a period) and `"constant"` are our additions. A scale below 1 rises to 1.
+
+    Args:
+        scale (`float`): Initial scale.
+        step (`int`): Optimizer steps done.
+        decay_steps (`int`): Steps until the scale is 1, at least 1.
+        scale_decay (`str`, *optional*, defaults to `"linear"`): One of `SCALE_DECAYS`.
+
+    Returns:
+        `float`: Exactly `scale` at step 0 and, unless constant, exactly 1.0 from `decay_steps` on.
+    """
+    if scale_decay == "constant" or step <= 0:
+        return scale
+    if step >= decay_steps:
+        return 1.0
+    progress = step / decay_steps
+    remaining = 1.0 - progress if scale_decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 + (scale - 1.0) * remaining

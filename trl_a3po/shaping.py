@@ -1,0 +1,214 @@
+"""
+Token-level advantage shaping as pure functions of tensors.
+
+Shapes: B completions, T token positions. A completion is *positive* where its advantage is above zero, *negative*
+where it is below: the sign decides, whatever the rewards were.
+
+The method is that of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
+2512.21625). In two stages, in this order:
+
+1. polarity: A_i becomes A_i * positive_weight, or A_i * negative_weight;
+2. tokens: of the N tokens of a completion that count, the max(1, floor(ratio * N)) with the lowest, or the highest,
+   metric have that advantage multiplied by a scale. A token selected at both ends gets both scales.
+
+From the authors' released code: the selection within one completion, the count, the metric (the *old* probability, or
+the entropy), the product on overlaps. Chosen here: ties go to the earlier position, a NaN metric is never selected,
+and every other token that counts is ranked (the released code leaves out metrics that are exactly zero).
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+# Each has a ratio and a scale: `positive_low_ratio`, `positive_low_scale`, ...
+TOKEN_ENDS = ("positive_low", "positive_high", "negative_low", "negative_high")
+
+
+def shape_advantages(
+    advantages: Tensor,
+    token_metric: Tensor,
+    mask: Tensor,
+    *,
+    positive_low_ratio: float = 0.0,
+    positive_low_scale: float = 1.0,
+    positive_high_ratio: float = 0.0,
+    positive_high_scale: float = 1.0,
+    negative_low_ratio: float = 0.0,
+    negative_low_scale: float = 1.0,
+    negative_high_ratio: float = 0.0,
+    negative_high_scale: float = 1.0,
+    positive_weight: float = 1.0,
+    negative_weight: float = 1.0,
+) -> Tensor:
+    """
+    Gives each token of a completion its own advantage.
+
+    A3PO itself is `positive_low_ratio=0.2, positive_low_scale=2, negative_high_ratio=0.2, negative_high_scale=2`,
+    with the scales decaying to 1 as training goes on (see [`~trl_a3po.schedules.decay_scale`]).
+
+    Nothing here waits for the device: on a GPU the host runs ahead.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`):
+            Group-normalised advantage of each completion.
+        token_metric (`torch.Tensor` of shape `(B, T)`):
+            What the tokens are ranked by, in any floating dtype: the log-probability of each sampled token under the
+            old policy (its order is that of the probability), or the entropy at its position.
+        mask (`torch.Tensor` of shape `(B, T)`):
+            Non-zero on the tokens that count. May have holes, as the output of tools leaves.
+        positive_low_ratio, positive_high_ratio, negative_low_ratio, negative_high_ratio (`float`, defaults to `0.0`):
+            Share of a completion's tokens to select at each end, in [0, 1]. Where it is above 0, at least one token
+            is selected.
+        positive_low_scale, positive_high_scale, negative_low_scale, negative_high_scale (`float`, defaults to `1.0`):
+            What the advantage of the selected tokens is multiplied by, finite and not negative. At 1 nothing is
+            selected at that end.
+        positive_weight, negative_weight (`float`, defaults to `1.0`):
+            What every token of a positive, or of a negative, completion is multiplied by, finite and not negative.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)` in the dtype of `advantages`: the shaped advantages, 0 where `mask` is 0.
+
+    Raises:
+        `ValueError`: a shape that does not fit, a ratio outside [0, 1], a scale or weight that is negative or not
+        finite.
+    """
+    if advantages.dim() != 1 or token_metric.shape != mask.shape or token_metric.shape[:-1] != advantages.shape:
+        raise ValueError(
+            "Expected `advantages` of shape (B,), and `token_metric` and `mask` both of shape (B, T). Got "
+            f"{tuple(advantages.shape)}, {tuple(token_metric.shape)} and {tuple(mask.shape)}."
+        )
+    check_settings(
+        positive_low_ratio=positive_low_ratio,
+        positive_low_scale=positive_low_scale,
+        positive_high_ratio=positive_high_ratio,
+        positive_high_scale=positive_high_scale,
+        negative_low_ratio=negative_low_ratio,
+        negative_low_scale=negative_low_scale,
+        negative_high_ratio=negative_high_ratio,
+        negative_high_scale=negative_high_scale,
+        positive_weight=positive_weight,
+        negative_weight=negative_weight,
+    )
+    mask = mask.bool()
+    positive = advantages > 0
+    # Negating the metric of the negative completions turns their high end into a low one. A completion has one
+    # polarity only, so one selection serves `positive_low` and `negative_high`, a second one the other two ends.
+    sign = torch.ones_like(token_metric[:, :1]).masked_fill(~positive[:, None], -1.0)  # (B, 1)
+    signed_metric = (token_metric * sign).masked_fill(~mask, math.nan)
+
+    shaped = weight_polarities(advantages, positive_weight, negative_weight)[:, None] * mask
+    for flip, positive_end, negative_end in (
+        (False, (positive_low_ratio, positive_low_scale), (negative_high_ratio, negative_high_scale)),
+        (True, (positive_high_ratio, positive_high_scale), (negative_low_ratio, negative_low_scale)),
+    ):
+        positive_ratio, negative_ratio = (
+            ratio if scale != 1 else 0.0 for ratio, scale in (positive_end, negative_end)
+        )
+        if positive_ratio == 0 and negative_ratio == 0:
+            continue
+        lengths = mask.sum(-1, dtype=torch.int32)
+        counts = torch.where(positive, _token_counts(lengths, positive_ratio), _token_counts(lengths, negative_ratio))
+        most = max(1, math.floor(max(positive_ratio, negative_ratio) * mask.shape[1]))
+        selected = _select_lowest(-signed_metric if flip else signed_metric, counts, most)
+        scale = _per_polarity(positive, positive_end[1], negative_end[1], shaped.dtype)[:, None]
+        shaped = shaped * (selected * scale + ~selected)  # as torch.where(selected, scale, 1), at a third of its time
+    return shaped.to(advantages.dtype)
+
+
+def weight_polarities(advantages: Tensor, positive_weight: float = 1.0, negative_weight: float = 1.0) -> Tensor:
+    """
+    Weighs positive and negative completions against each other (arXiv 2512.21625, polarity-level shaping).
+
+    `(1, 0)` is the paper's PSR (positive samples alone), `(0, 1)` its NSR, `(x, y)` its PxNy.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`): One advantage per completion.
+        positive_weight, negative_weight (`float`, defaults to `1.0`): The weights.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, at least in float32: with both weights 1, the advantages to the last bit.
+    """
+    dtype = torch.promote_types(advantages.dtype, torch.float32)
+    return advantages.to(dtype) * _per_polarity(advantages > 0, positive_weight, negative_weight, dtype)
+
+
+def gspo_token_old_logps(per_token_logps: Tensor, old_per_token_logps: Tensor, mask: Tensor) -> Tensor:
+    """
+    Old log-probabilities that turn token-level ratios into GSPO-token's (arXiv 2507.18071, section 4.3).
+
+    With them, exp(log-prob - old log-prob) has the value of the sequence's ratio at every token, while each token
+    keeps its own gradient, and with it its own advantage. GSPO's plain ratio hands every token the mean instead.
+
+    Args:
+        per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the current policy.
+        old_per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the old policy.
+        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, without gradient.
+    """
+    per_token_logps = per_token_logps.detach()
+    log_ratio = ((per_token_logps - old_per_token_logps) * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
+    return per_token_logps - log_ratio[:, None]
+
+
+def selects_tokens(settings: Mapping[str, float]) -> bool:
+    """Whether arguments of [`shape_advantages`] tell any token of a completion from the others."""
+    return any(settings[f"{end}_ratio"] > 0 and settings[f"{end}_scale"] != 1 for end in TOKEN_ENDS)
+
+
+def check_settings(**settings: float) -> None:
+    """
+    Refuses a ratio, scale or weight that has no meaning, by the name it is passed under.
+
+    Raises:
+        `ValueError`: naming the setting, its value, what is allowed and the fix.
+    """
+    for name, value in settings.items():
+        is_ratio = name.endswith("_ratio")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and math.isfinite(value) and value >= 0 and not (is_ratio and value > 1):
+            continue
+        if is_ratio:
+            raise ValueError(
+                f"`{name}` must be a number from 0 to 1, got {value!r}. It is the share of a completion's tokens to "
+                "select: pass 0.2 for 20 %, or 0 to select none."
+            )
+        neutral = "leave the selected tokens" if name.endswith("_scale") else "leave completions of that polarity"
+        raise ValueError(
+            f"`{name}` must be a finite number that is not negative, got {value!r}. It multiplies advantages, whose "
+            f"sign must stay: pass 1 to {neutral} as they are, or 0 to leave them out."
+        )
+
+
+def _per_polarity(positive: Tensor, if_positive: float, if_negative: float, dtype: torch.dtype) -> Tensor:
+    """(B,) tensor of one value for the positive rows and another for the rest."""
+    return torch.full_like(positive, if_negative, dtype=dtype).masked_fill(positive, if_positive)
+
+
+def _token_counts(lengths: Tensor, ratio: float) -> Tensor:
+    """(B,) number of tokens to select; the product is taken in float64, as Python takes it for one completion."""
+    return (lengths.double() * ratio).floor().clamp(min=1).int() if ratio > 0 else torch.zeros_like(lengths)
+
+
+def _select_lowest(metric: Tensor, counts: Tensor, most: int) -> Tensor:
+    """
+    (B, T) boolean tensor: in each row of `metric` (B, T), the `counts` (B,) lowest, none of which is NaN.
+
+    `most` is the largest count there can be, known to the host.
+    """
+    # A row's threshold is its `counts`-th lowest metric. Top-k takes one k for all rows, so that each gets as many
+    # columns of -inf as it selects fewer tokens than `most`. Unsorted, top-k is a selection in linear time.
+    is_filler = torch.arange(most, device=metric.device) < (most - counts)[:, None]
+    filler = torch.full_like(is_filler, math.nan, dtype=metric.dtype).masked_fill(is_filler, -math.inf)
+    lowest = torch.cat([metric, filler], dim=-1).topk(most, dim=-1, largest=False, sorted=False).values  # NaN is last
+    # NaN, where a row has fewer numbers than it selects: then all of them are selected.
+    threshold = lowest.amax(-1, keepdim=True).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # (B, 1)
+    # The tokens that tie with the threshold fill the remaining places from the left.
+    below = metric < threshold
+    tied = metric == threshold
+    places = counts[:, None] - below.sum(-1, keepdim=True, dtype=torch.int32)
+    return below | (tied & (tied.cumsum(-1, dtype=torch.int32) <= places))
