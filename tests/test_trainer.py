@@ -1,0 +1,262 @@
+"""What the trainer is to its users: signature, errors, the seam, the contract with TRL, metrics, model card."""
+
+import functools
+import inspect
+import math
+import textwrap
+from pathlib import Path
+
+import pytest
+import reference
+import tiny
+import torch
+import trl
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_a3po import A3POConfig, A3POTrainer, contract
+
+
+def make(output_dir, trainer_class=A3POTrainer, **fields):
+    return trainer_class(
+        tiny.model(),
+        tiny.parity_reward,
+        tiny.config(output_dir, **fields),
+        tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def test_signature_is_that_of_grpo_trainer():
+    assert inspect.signature(A3POTrainer) == inspect.signature(GRPOTrainer)
+
+
+def test_takes_the_arguments_by_position_and_by_name(tmp_path):
+    args = tiny.config(tmp_path)
+    by_position = A3POTrainer(tiny.model(), tiny.parity_reward, args, tiny.prompts(), None, tiny.tokenizer())
+    by_name = A3POTrainer(
+        model=tiny.model(),
+        reward_funcs=tiny.parity_reward,
+        args=args,
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    assert by_position.args is by_name.args is args
+
+
+def test_without_args_makes_its_own(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    on_cpu = functools.partial(A3POConfig, use_cpu=True, bf16=False, report_to="none")
+    monkeypatch.setattr("trl_a3po.a3po_trainer.A3POConfig", on_cpu)
+    trainer = A3POTrainer(model_dir, tiny.parity_reward, train_dataset=tiny.prompts())
+    assert type(trainer.args) is A3POConfig
+    assert trainer.args.output_dir == f"{Path(model_dir).name}-A3PO"
+
+
+def test_refuses_the_config_of_grpo(tmp_path):
+    with pytest.raises(TypeError, match=r"`args` must be an `A3POConfig`, got `GRPOConfig`.*change the name"):
+        A3POTrainer(tiny.model(), tiny.parity_reward, tiny.config(tmp_path, GRPOConfig), tiny.prompts())
+
+
+# The seam
+
+
+class OnlyTheFirstToken(A3POTrainer):
+    def shape_advantages(self, advantages, *, mask, **tensors):
+        shaped = torch.zeros_like(mask, dtype=advantages.dtype)
+        shaped[:, 0] = advantages
+        return shaped
+
+
+def test_a_subclass_shapes_its_own_way(tmp_path):
+    trainer = make(tmp_path, OnlyTheFirstToken, max_steps=2)
+    before = tiny.parameters(trainer)
+    trainer.train()
+    assert any(not torch.equal(before[name], parameter) for name, parameter in tiny.parameters(trainer).items())
+    metrics = trainer.state.log_history[0]
+    assert not any(name.startswith("a3po/scale/") for name in metrics)  # the scales are not in use
+    assert metrics["a3po/positive/selected_fraction"] == pytest.approx(1 - 1 / metrics["a3po/positive/mean_length"])
+
+
+class WrongShape(A3POTrainer):
+    def shape_advantages(self, advantages, **tensors):
+        return advantages[:, None]
+
+
+def test_a_shape_that_the_loss_would_broadcast_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`shape_advantages` must return a tensor of shape \(B, T\) = \(8, 8\) or"):
+        make(tmp_path, WrongShape).train()
+
+
+# The contract with TRL: releases that would train something else under the name of A3PO
+
+
+def doctored(monkeypatch, replace, by, method="_compute_loss"):
+    """Puts a changed copy of one of GRPOTrainer's methods in its place."""
+    function = inspect.unwrap(getattr(GRPOTrainer, method))
+    source = textwrap.dedent(inspect.getsource(function))
+    assert replace in source
+    namespace = dict(function.__globals__)
+    exec(source.replace(replace, by, 1).removeprefix("@profiling_decorator"), namespace)
+    monkeypatch.setattr(GRPOTrainer, method, namespace[method])
+
+
+DOCTORED = {
+    "advantages averaged over the tokens": (
+        "    if advantages.dim() == 1:",
+        "    advantages = advantages.mean(1) if advantages.dim() == 2 else advantages\n    if advantages.dim() == 1:",
+    ),
+    "advantages read before the log-probabilities": (
+        'prompt_ids, prompt_mask = inputs["prompt_ids"], inputs["prompt_mask"]',
+        'inputs = {**inputs}; prompt_ids, prompt_mask = inputs["prompt_ids"], inputs["prompt_mask"]',  # a copy
+    ),
+    "one value fewer from the log-probabilities": ("per_token_logps, entropies, aux_loss = ", "per_token_logps = "),
+    "log-probabilities from elsewhere": ("self._get_per_token_logps_and_entropies(", "self._get_per_token_logps("),
+    "a loss of its own": (
+        "    # Compute the per-token log probabilities for the model",
+        "    return torch.zeros((), requires_grad=True) + inputs['advantages'].sum()",
+    ),
+    "advantages left out": ('advantages = inputs["advantages"]', 'advantages = inputs["advantages"].sign() * 0'),
+}
+
+
+@pytest.mark.parametrize(("replace", "by"), DOCTORED.values(), ids=DOCTORED.keys())
+def test_a_trl_that_breaks_the_contract_is_refused_at_construction(replace, by, tmp_path, monkeypatch):
+    doctored(monkeypatch, replace, by)
+    with pytest.raises(RuntimeError, match=rf"^TRL {trl.__version__} does not compute A3PO's loss: .* Install a TRL"):
+        make(tmp_path)
+
+
+def test_a_doctored_trl_that_changes_nothing_is_accepted(tmp_path, monkeypatch):
+    doctored(monkeypatch, 'advantages = inputs["advantages"]', 'advantages = inputs["advantages"] * 1')
+    make(tmp_path)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_check_accepts_what_works_and_touches_nothing(loss_type, level, tmp_path):
+    trainer = make(tmp_path, loss_type=loss_type, importance_sampling_level=level)
+    before = tiny.parameters(trainer)
+    contract.check_contract(trainer)
+    assert all(torch.equal(before[name], parameter) for name, parameter in tiny.parameters(trainer).items())
+    assert not trainer._metrics["train"]
+    assert not trainer._metrics["eval"]
+    assert not trainer._polarity_sums
+    assert trainer.importance_sampling_level == level
+    assert type(trainer) is A3POTrainer
+
+
+# Metrics
+
+
+class Recorder(A3POTrainer):
+    def shape_advantages(self, advantages, **tensors):
+        shaped = super().shape_advantages(advantages, **tensors)
+        self.calls = [*getattr(self, "calls", []), {"advantages": advantages, "shaped": shaped, **tensors}]
+        return shaped
+
+
+def expected_metrics(calls, settings):
+    """A token at a time, over all batches of one log."""
+    by_polarity = {"positive": [], "negative": [], "zero": []}
+    for call in calls:
+        call = {name: value.tolist() for name, value in call.items()}
+        for i, advantage in enumerate(call["advantages"]):
+            polarity = "positive" if advantage > 0 else "negative" if advantage < 0 else "zero"
+            tokens = [t for t, counts in enumerate(call["mask"][i]) if counts]
+            (weights,) = reference.shape_advantages(
+                [advantage], [call["old_per_token_logps"][i]], [call["mask"][i]], **settings
+            )
+            by_polarity[polarity].append(
+                {
+                    "shaped": [weights[t] for t in tokens],
+                    "selected": [abs(weights[t] - advantage) > 1e-6 for t in tokens],
+                    "prob": [math.exp(call["old_per_token_logps"][i][t]) for t in tokens],
+                    "entropy": [call["entropies"][i][t] for t in tokens],
+                }
+            )
+    metrics, total = {}, {}
+    for polarity, rows in by_polarity.items():
+        flat = {
+            name: [value for row in rows for value in row[name]] for name in ("shaped", "selected", "prob", "entropy")
+        }
+        total[polarity] = sum(map(abs, flat["shaped"]))
+        metrics[f"{polarity}/fraction"] = len(rows) / sum(map(len, by_polarity.values()))
+        if not rows:
+            continue
+        metrics[f"{polarity}/mean_length"] = len(flat["prob"]) / len(rows)
+        metrics[f"{polarity}/entropy"] = sum(flat["entropy"]) / len(flat["entropy"])
+        if polarity == "zero":
+            continue
+        metrics[f"{polarity}/selected_fraction"] = sum(flat["selected"]) / len(flat["selected"])
+        for name, wanted in (("selected_prob", True), ("other_prob", False)):
+            probs = [p for p, selected in zip(flat["prob"], flat["selected"], strict=True) if selected is wanted]
+            if probs:
+                metrics[f"{polarity}/{name}"] = sum(probs) / len(probs)
+    if total["negative"]:
+        metrics["advantage_ratio"] = total["positive"] / total["negative"]
+    return metrics
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_steps": 2},
+        {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"max_steps": 5, "logging_steps": 4},  # the last step is logged with the summary at the end
+    ],
+    ids=str,
+)
+def test_metrics_are_means_over_everything_since_the_last_log(fields, tmp_path):
+    trainer = make(tmp_path, Recorder, scale_decay="constant", **fields)
+    trainer.train()
+    batches_a_step = trainer.args.gradient_accumulation_steps
+    logged = [entry for entry in trainer.state.log_history if "a3po/zero/fraction" in entry]
+    steps = [0, *(entry["step"] for entry in logged)]
+    assert steps[-1] == trainer.args.max_steps
+    for first, last, entry in zip(steps, steps[1:], logged, strict=False):
+        calls = trainer.calls[first * batches_a_step : last * batches_a_step]
+        expected = expected_metrics(calls, trainer.args.shaping_settings)
+        ours = {name.removeprefix("a3po/"): value for name, value in entry.items() if name.startswith("a3po/")}
+        assert {name for name in ours if not name.startswith("scale/")} == expected.keys()
+        for name, value in expected.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_metrics_of_the_selected_tokens_say_what_was_selected(tmp_path):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    metrics = trainer.state.log_history[0]
+    assert metrics["a3po/positive/selected_prob"] < metrics["a3po/positive/other_prob"]
+    assert metrics["a3po/negative/selected_prob"] > metrics["a3po/negative/other_prob"]
+
+
+def test_a_user_who_logs_on_one_process_alone_causes_no_communication(tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    trainer._polarity_sums["train"] = torch.zeros(3, 7)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda *_, **__: pytest.fail("a collective operation"))
+    trainer.log({"mine": 1.0})
+
+
+# The model card
+
+
+def test_model_card_names_method_paper_and_settings(tmp_path):
+    trainer = make(tmp_path, positive_low_scale=5.0, scale_decay_steps=300)
+    trainer.create_model_card(model_name="my-model", dataset_name="someone/math")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "trained with A3PO, a method introduced in [Rethinking Sample Polarity in Reinforcement Learning" in card
+    assert "https://huggingface.co/papers/2512.21625" in card
+    assert "tang2026rethinking" in card
+    assert "[TRL](https://github.com/huggingface/trl)" in card
+    assert '"positive_low_scale": 5.0' in card
+    assert '"scale_decay_steps": 300' in card
+    assert "- a3po" in card.split("---")[1]
+    assert card.index("### Advantage shaping") < card.index("### Framework versions")
+
+
+def test_every_field_of_the_shaping_is_on_the_model_card(tmp_path):
+    make(tmp_path).create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for name in inspect.get_annotations(A3POConfig):
+        assert f'"{name}": ' in card
