@@ -109,7 +109,7 @@ DOCTORED = {
         'prompt_ids, prompt_mask = inputs["prompt_ids"], inputs["prompt_mask"]',
         'inputs = {**inputs}; prompt_ids, prompt_mask = inputs["prompt_ids"], inputs["prompt_mask"]',  # a copy
     ),
-    "one value fewer from the log-probabilities": ("per_token_logps, entropies, aux_loss = ", "per_token_logps = "),
+    "one value more from the log-probabilities": ("per_token_logps, entropies", "first, per_token_logps, entropies"),
     "log-probabilities from elsewhere": ("self._get_per_token_logps_and_entropies(", "self._get_per_token_logps("),
     "a loss of its own": (
         "    # Compute the per-token log probabilities for the model",
@@ -134,6 +134,10 @@ def test_a_doctored_trl_that_changes_nothing_is_accepted(tmp_path, monkeypatch):
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_check_accepts_what_works_and_touches_nothing(loss_type, level, tmp_path):
+    if (loss_type, level) == ("luspo", "sequence") and not tiny.TRL_SUMS_LUSPO_BY_TOKEN:
+        with pytest.raises(RuntimeError, match=r"token weights of .* came out as"):
+            make(tmp_path, loss_type=loss_type, importance_sampling_level=level)
+        return
     trainer = make(tmp_path, loss_type=loss_type, importance_sampling_level=level)
     before = tiny.parameters(trainer)
     contract.check_contract(trainer)

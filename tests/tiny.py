@@ -3,12 +3,18 @@
 import re
 
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from trl_a3po import A3POConfig
 
+
+# Before, a completion's token losses were averaged over the padded width: with one advantage per token there is no
+# LUSPO at sequence level, and the trainer refuses it.
+TRL_SUMS_LUSPO_BY_TOKEN = Version(trl.__version__) >= Version("1.10.0")
 
 CHARACTERS = "0123456789+-=*().? abcdefghijklmnopqrstuvwxyz\\{}$"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -25,6 +31,7 @@ def tokenizer():
         unk_token="<unk>",
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -32,10 +32,11 @@ def check_contract(trainer: GRPOTrainer) -> None:
         plain, weighted, weights = _gradients(trainer)
     except Exception as error:
         raise RuntimeError(_message(f"the check itself failed: {type(error).__name__}: {error}")) from error
-    if not plain.all():
-        raise RuntimeError(_message("the loss gives some token of a completion no gradient at all"))
+    if not plain[weights != 0].all():
+        raise RuntimeError(_message("it gives some token that counts no gradient at all"))
     if not torch.allclose(weighted, plain * weights, rtol=1e-4):
-        raise RuntimeError(_message(f"weights of {weights.tolist()} came out as {(weighted / plain).tolist()}"))
+        found = torch.where(weights != 0, weighted / plain, 0.0)
+        raise RuntimeError(_message(f"token weights of {weights.tolist()} came out as {found.tolist()}"))
 
 
 def _message(found: str) -> str:
@@ -60,10 +61,10 @@ class _FixedLogps(GRPOTrainer):
 
 
 def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) gradients of the log-probabilities without and with weights, and the weights."""
+    """(B, T) gradients of the log-probabilities without and with weights, and the weights, 0 where masked."""
     device = trainer.accelerator.device
     advantages = torch.tensor([1.0, -1.0], device=device)
-    weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 1.0, 0.5]], device=device)
+    weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.5, 0.0]], device=device)
     logps = torch.tensor([[-0.5, -1.0, -2.0], [-1.5, -0.25, -0.75]], device=device)
 
     class Probe(type(trainer), _FixedLogps):  # type: ignore[misc]
@@ -78,14 +79,14 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
     probe._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     probe._polarity_sums = {}
     probe.current_gradient_accumulation_steps = 1
-    ids = torch.zeros(logps.shape, dtype=torch.long, device=device)
+    mask = (weights != 0).long()
     inputs = {
-        "prompt_ids": ids[:, :1],
-        "prompt_mask": torch.ones_like(ids[:, :1]),
-        "completion_ids": ids,
-        "completion_mask": torch.ones_like(ids),
+        "prompt_ids": mask[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": mask,
+        "completion_mask": mask,
         "advantages": advantages,
-        "num_items_in_batch": torch.tensor(ids.numel(), device=device),
+        "num_items_in_batch": mask.sum(),
         "ref_per_token_logps": logps,
         "sampling_per_token_logps": logps,
         "importance_sampling_ratio": torch.ones_like(logps),
