@@ -97,7 +97,7 @@ def shape_advantages(
     # Negating the metric of the negative completions turns their high end into a low one. A completion has one
     # polarity only, so one selection serves `positive_low` and `negative_high`, a second one the other two ends.
     sign = torch.ones_like(token_metric[:, :1]).masked_fill(~positive[:, None], -1.0)  # (B, 1)
-    signed_metric = (token_metric * sign).masked_fill(~mask, math.nan)
+    signed_metric = (token_metric * sign).masked_fill_(~mask, math.nan)
 
     shaped = weight_polarities(advantages, positive_weight, negative_weight)[:, None] * mask
     for flip, positive_end, negative_end in (
@@ -114,7 +114,7 @@ def shape_advantages(
         most = max(1, math.floor(max(positive_ratio, negative_ratio) * mask.shape[1]))
         selected = _select_lowest(-signed_metric if flip else signed_metric, counts, most)
         scale = _per_polarity(positive, positive_end[1], negative_end[1], shaped.dtype)[:, None]
-        shaped = shaped * (selected * scale + ~selected)  # as torch.where(selected, scale, 1), at a third of its time
+        shaped *= (selected * scale).add_(~selected)  # torch.where(selected, scale, 1) takes three times as long
     return shaped.to(advantages.dtype)
 
 
