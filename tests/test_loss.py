@@ -141,7 +141,7 @@ def test_the_kl_term_is_left_alone(loss_type, use_bias_correction_kl, tmp_path, 
     torch.testing.assert_close(our_kl, kl, rtol=1e-4, atol=1e-6)
 
 
-# Sequence level. The definition is GSPO-token's (arXiv 2507.18071, eq. 13-17): ratio s_i * pi_t / sg[pi_t], with s_i
+# Sequence level. The definition is GSPO-token's (arXiv 2507.18071, section 4.3): ratio s_i * pi_t / sg[pi_t], with s_i
 # the sequence's ratio, each token with an advantage of its own.
 
 

@@ -143,6 +143,12 @@ def test_a_nan_metric_is_never_selected_and_keeps_the_plain_advantage():
     assert shaped.tolist() == [[1.0, 2.0, 1.0, 2.0]]
 
 
+@pytest.mark.parametrize("advantage", [math.inf, -math.inf, math.nan])
+def test_what_is_masked_is_0_whatever_the_advantage(advantage):
+    shaped = shape_advantages(torch.tensor([advantage]), torch.randn(1, 3), torch.tensor([[1, 0, 1]]), **A3PO)
+    assert shaped[0, 1] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 def test_keeps_the_dtype_of_the_advantages(dtype):
     advantages = torch.tensor([1.0, -1.0], dtype=dtype)

@@ -105,7 +105,7 @@ class A3POTrainer(GRPOTrainer):
         if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ValueError(
                 f"`use_liger_kernel=True` is not supported with TRL {trl.__version__}, whose fused loss takes one "
-                "advantage per completion. Set `use_liger_kernel=False`, or upgrade TRL to 1.15 or newer."
+                "advantage per completion. Set `use_liger_kernel=False`, or upgrade TRL to 1.14 or newer."
             )
         overridden = type(self).shape_advantages is not A3POTrainer.shape_advantages
         if (

@@ -73,9 +73,11 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
         def shape_advantages(self, advantages: Tensor, **_: Any) -> Tensor:
             return advantages if self._weights is None else advantages[:, None] * self._weights
 
-    # A shallow copy: what the loss assigns stays on the copy. What it appends to is replaced.
+    # A shallow copy: what the loss assigns stays on the copy. What it appends to, or reports to, is replaced.
     probe: Any = copy.copy(trainer)
     probe.__class__ = Probe
+    probe.args = copy.copy(trainer.args)
+    probe.args.report_to = []
     probe._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     probe._polarity_sums = {}
     probe.current_gradient_accumulation_steps = 1

@@ -99,7 +99,7 @@ def shape_advantages(
     sign = torch.ones_like(token_metric[:, :1]).masked_fill(~positive[:, None], -1.0)  # (B, 1)
     signed_metric = (token_metric * sign).masked_fill_(~mask, math.nan)
 
-    shaped = weight_polarities(advantages, positive_weight, negative_weight)[:, None] * mask
+    shaped = torch.where(mask, weight_polarities(advantages, positive_weight, negative_weight)[:, None], 0.0)
     for flip, positive_end, negative_end in (
         (False, (positive_low_ratio, positive_low_scale), (negative_high_ratio, negative_high_scale)),
         (True, (positive_high_ratio, positive_high_scale), (negative_low_ratio, negative_low_scale)),
