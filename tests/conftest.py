@@ -1,8 +1,11 @@
 import os
 
 
-# Before anything imports them: no test reaches a hub or sends telemetry.
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# Before anything is imported that reads them. No test reaches a hub or sends telemetry. Models this small gain nothing
+# from threads, and on a busy machine lose much by waiting for them.
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
+)
 
 import pytest
 import tiny
