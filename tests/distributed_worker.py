@@ -1,7 +1,7 @@
 """
 Trains on the rows of one batch, given to two processes or to one, and writes what it logged and ended with.
 
-Run by test_distributed.py: `python distributed_worker.py MODEL OUTPUT`, alone or under torchrun.
+Run by test_distributed.py: `python distributed_worker.py MODEL OUTPUT FIELDS`, alone or under torchrun.
 """
 
 import json
@@ -33,11 +33,18 @@ def rollout(prompts, trainer):
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * len(c) for c in completions]}
 
 
-def main(model, output):
+def reward(prompts, completion_ids, **kwargs):
+    """All right for every other prompt, so that one of two processes has nothing to learn."""
+    parity = tiny.parity_reward(completion_ids)
+    return [1.0 if int(prompt.split("+")[0]) % 2 else value for prompt, value in zip(prompts, parity, strict=True)]
+
+
+def main(model, output, fields):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = tiny.config(
         output,
-        per_device_train_batch_size=ROWS // processes,
+        per_device_train_batch_size=ROWS // processes // 2,
+        gradient_accumulation_steps=2,
         num_generations=4,
         max_steps=4,
         logging_steps=2,
@@ -46,8 +53,9 @@ def main(model, output):
         max_completion_length=12,
         loss_type="dapo",
         optim="sgd",  # Adam turns rounding into steps of full size where a gradient is almost nothing
+        **json.loads(fields),
     )
-    trainer = A3POTrainer(model, tiny.parity_reward, args, tiny.prompts(), rollout_func=rollout)
+    trainer = A3POTrainer(model, reward, args, tiny.prompts(), rollout_func=rollout)
     assert trainer.accelerator.num_processes == processes
     trainer.train()
     if trainer.accelerator.is_main_process:

@@ -73,6 +73,18 @@ class A3POConfig(GRPOConfig):
             (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone.
         negative_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of every token of negative completions.
+
+        > Parameters that control what of a rollout is computed
+
+        trim_padding (`bool`, *optional*, defaults to `False`):
+            Whether each pass over the model sees only the columns that some row of its micro-batch uses, with the
+            rows of an optimizer step grouped by length where the loss is the same for any grouping. The update is the
+            same to rounding. Ignored for models with images.
+        skip_zero_advantage (`bool`, *optional*, defaults to `False`):
+            Whether the loss leaves out completions whose advantage is zero, as in groups that are all right or all
+            wrong. The update is the same to rounding. Ignored where such completions matter to the loss: with a KL
+            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
+            own. `entropy` is then the mean over the completions that are computed.
     """
 
     # Parameters that control the token-level advantage shaping
@@ -148,6 +160,25 @@ class A3POConfig(GRPOConfig):
     negative_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the advantage of every token of negative completions."},
+    )
+
+    # Parameters that control what of a rollout is computed
+    trim_padding: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether each pass over the model sees only the columns that some row of its micro-batch uses, "
+            "with the rows of an optimizer step grouped by length where the loss is the same for any grouping. The "
+            "update is the same to rounding. Ignored for models with images."
+        },
+    )
+    skip_zero_advantage: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the loss leaves out completions whose advantage is zero, as in groups that are all right "
+            "or all wrong. The update is the same to rounding. Ignored where such completions matter to the loss: "
+            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
+            "`shape_advantages` of your own. `entropy` is then the mean over the completions that are computed."
+        },
     )
 
     def __post_init__(self):

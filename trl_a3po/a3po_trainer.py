@@ -14,12 +14,13 @@ from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
 from .contract import check_contract
-from .diagnostics import polarity_metrics, polarity_sums
+from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
+from .trimmed_trainer import TrimmedGRPOTrainer
 
 
-class A3POTrainer(GRPOTrainer):
+class A3POTrainer(TrimmedGRPOTrainer):
     """
     Trainer for A3PO, Adaptive and Asymmetric token-level Advantage shaping for Policy Optimization.
 
@@ -76,12 +77,6 @@ class A3POTrainer(GRPOTrainer):
             }"""),
     }
 
-    args: A3POConfig
-    model: torch.nn.Module
-
-    # Those of the loss that is being computed.
-    _loss_inputs: dict[str, Any] | None = None
-
     def __init__(self, model, reward_funcs=None, args=None, *positional, **keywords):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -93,6 +88,7 @@ class A3POTrainer(GRPOTrainer):
             )
         self._check_compatible(args)
         super().__init__(model, reward_funcs, args, *positional, **keywords)
+        self._skips = self._skips and not self._shapes_its_own_way  # who may give zero advantages a gradient
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_ReduceBeforeLog(self))
@@ -101,19 +97,22 @@ class A3POTrainer(GRPOTrainer):
     # Its signature is that of the installed TRL's.
     functools.update_wrapper(__init__, GRPOTrainer.__init__)
 
+    @property
+    def _shapes_its_own_way(self) -> bool:
+        return type(self).shape_advantages is not A3POTrainer.shape_advantages
+
     def _check_compatible(self, args: A3POConfig) -> None:
         if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ValueError(
                 f"`use_liger_kernel=True` is not supported with TRL {trl.__version__}, whose fused loss takes one "
                 "advantage per completion. Set `use_liger_kernel=False`, or upgrade TRL to 1.14 or newer."
             )
-        overridden = type(self).shape_advantages is not A3POTrainer.shape_advantages
         if (
             args.importance_sampling_level == "sequence"
             and args.beta != 0
             and args.use_bias_correction_kl
             and _ratio_has_gradient(args)
-            and (overridden or selects_tokens(args.shaping_settings))
+            and (self._shapes_its_own_way or selects_tokens(args.shaping_settings))
         ):
             # There the KL term is multiplied by the ratio, whose gradient is what GSPO-token changes.
             raise ValueError(
@@ -175,15 +174,17 @@ class A3POTrainer(GRPOTrainer):
             for name, value in self.args.shaping_settings.items()
         }
 
+    def has_gradient(self, inputs):
+        advantages = weight_polarities(inputs["advantages"], self.args.positive_weight, self.args.negative_weight)
+        return super().has_gradient({**inputs, "advantages": advantages})
+
     def _compute_loss(self, model, inputs):
         # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a
         # copy: the rollout's own dict comes back for every iteration and must not be shaped twice.
         level = self.importance_sampling_level
-        self._loss_inputs = inputs = {**inputs}
         try:
-            return super()._compute_loss(model, inputs)
+            return super()._compute_loss(model, {**inputs})
         finally:
-            self._loss_inputs = None
             self.importance_sampling_level = level
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -220,7 +221,9 @@ class A3POTrainer(GRPOTrainer):
             self.importance_sampling_level = "token"  # until the end of this loss
 
         unselected = weight_polarities(advantages, self.args.positive_weight, self.args.negative_weight)
-        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, old_per_token_logps, entropies, mask)
+        # Of rows that are left out neither is known; their entropies are NaN.
+        logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if self._skips else old_per_token_logps
+        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask)
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
 
     @property
@@ -234,6 +237,9 @@ class A3POTrainer(GRPOTrainer):
         sums = self.accelerator.reduce(self._polarity_sums.pop(mode), reduction="sum")
         for name, value in polarity_metrics(sums).items():
             self._metrics[mode][f"a3po/{name}"].append(value)
+        if self._skips and mode == "train":
+            # TRL's own mean is NaN for every micro-batch in which a row is left out.
+            self._metrics[mode]["entropy"] = [mean_entropy(sums)]
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)

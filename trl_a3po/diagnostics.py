@@ -5,6 +5,8 @@ Sums, not means, are kept: those of several micro-batches and processes add up t
 number of tokens in each.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def polarity_sums(
 
 def polarity_metrics(sums: Tensor) -> dict[str, float]:
     """
-    The metrics that the sums give. Those that have nothing to be a mean over are left out.
+    The metrics that the sums give. Those that have nothing to be a mean over, or are not known, are left out.
 
     Args:
         sums (`torch.Tensor` of shape `(3, 7)`): Added up over batches and processes. Read by the host, once.
@@ -89,7 +91,19 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
             means[f"{polarity}/selected_prob"] = (of["selected_prob"], of["selected"])
             means[f"{polarity}/other_prob"] = (of["prob"] - of["selected_prob"], of["tokens"] - of["selected"])
     means["advantage_ratio"] = (total["positive"]["advantage"], total["negative"]["advantage"])
-    return {name: numerator / denominator for name, (numerator, denominator) in means.items() if denominator}
+    return {
+        name: numerator / denominator
+        for name, (numerator, denominator) in means.items()
+        if denominator and not math.isnan(numerator)
+    }
+
+
+def mean_entropy(sums: Tensor) -> float:
+    """Mean entropy over the tokens of all polarities whose entropy is known; NaN if there is none."""
+    total = [dict(zip(_SUMS, row, strict=True)) for row in sums.tolist()]
+    known = [of for of in total if of["tokens"] and not math.isnan(of["entropy"])]
+    tokens = sum(of["tokens"] for of in known)
+    return sum(of["entropy"] for of in known) / tokens if tokens else math.nan
 
 
 def _row_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,0 +1,166 @@
+"""
+Which rows and columns of a rollout have to be computed, as functions of its tensors.
+
+TRL pads every completion to the longest of the whole generation batch, before it splits the batch into micro-batches,
+and runs completions of zero advantage like the others. Here the rows of an optimizer step are put in order: those with
+something to learn first, by length. So the rows of a micro-batch are of like length and need few columns, and some
+micro-batches need no row at all.
+
+Shapes: B rows, P columns of prompt (padded on the left), C of completion (padded on the right).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+# (input_ids, attention_mask, logits_to_keep) -> (log-probabilities, entropies or None, ...), as TRL's method returns.
+Forward = Callable[[Tensor, Tensor, int], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """
+    What of a batch is computed: its first `rows` rows, the last `prompt` of P and the first `completion` of C columns.
+
+    Numbers of the host, so that slicing by them does not wait for the device.
+    """
+
+    rows: int
+    prompt: int
+    completion: int
+
+
+def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
+    """
+    Number of columns that each row needs, of prompt and of completion. Waits for the device.
+
+    Args:
+        prompt_mask (`torch.Tensor` of shape `(B, P)`): Non-zero on tokens.
+        completion_mask (`torch.Tensor` of shape `(B, C)`): Non-zero on tokens.
+    """
+    lengths = torch.stack([_last_used(prompt_mask.flip(1)), _last_used(completion_mask)], dim=1)  # (B, 2)
+    return [(prompt, completion) for prompt, completion in lengths.tolist()]
+
+
+def extent_of(lengths: Sequence[tuple[int, int]], multiple: int = 1) -> Extent:
+    """The extent of rows of the given lengths, its columns rounded up to a multiple."""
+    prompts, completions = zip(*lengths, strict=True) if lengths else ((0,), (0,))
+    columns = (math.ceil(max(each) / multiple) * multiple for each in (prompts, completions))
+    return Extent(len(lengths), *columns)
+
+
+def plan_micro_batches(
+    micro_batches: Sequence[dict[str, Any]],
+    lengths: Sequence[tuple[int, int]],
+    live: Sequence[bool],
+    multiple: int = 1,
+) -> tuple[list[dict[str, Any]], list[Extent]]:
+    """
+    Puts the rows of the micro-batches of one optimizer step in order.
+
+    Args:
+        micro_batches (sequence of `dict`): Parts of a rollout, as TRL splits it: tensors and lists with a row each,
+            and what the parts share.
+        lengths (sequence of `tuple[int, int]`): Columns that each row of them all needs, of prompt and completion.
+        live (sequence of `bool`): Whether a row has to be computed.
+        multiple (`int`, *optional*, defaults to `1`): What the number of columns is rounded up to.
+
+    Returns:
+        As many micro-batches of as many rows, and what of each is to be computed.
+    """
+    order = _longest_first(lengths, live)
+    merged = {key: _merge([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+    planned, extents = [], []
+    for batch in micro_batches:
+        rows, order = order[: len(batch["prompt_ids"])], order[len(batch["prompt_ids"]) :]
+        planned.append({key: _take(value, rows) for key, value in merged.items()})
+        extents.append(extent_of([lengths[row] for row in rows if live[row]], multiple))
+    return planned, extents
+
+
+def run_extent(
+    forward: Forward, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, extent: Extent
+) -> tuple[Any, ...]:
+    """
+    Computes an extent, and gives its results the shape of the whole.
+
+    Where the extent has no row, one token of the first row is computed, and weighs nothing: the model and its
+    gradients take part as ever, so that no other process waits for this one.
+
+    Returns:
+        What `forward` returns, with log-probabilities (B, C) and entropies (B, C): 0 and NaN in rows that are not
+        computed, 0 in columns that are not.
+    """
+    rows, width = input_ids.shape
+    prompt_width = width - logits_to_keep
+    # A model needs a token to predict from, and one to predict.
+    prompt, completion = max(1, extent.prompt), max(1, extent.completion)
+    if extent.rows == 0:
+        ids = input_ids[:1, prompt_width - 1 : prompt_width + 1]
+        logps, entropies, *others = forward(ids, torch.ones_like(ids), 1)
+        logps = (0.0 * logps.sum()).expand(rows, logits_to_keep)
+        return logps, None if entropies is None else torch.full_like(logps, torch.nan), *others
+    box = slice(extent.rows), slice(prompt_width - prompt, prompt_width + completion)
+    logps, entropies, *others = forward(input_ids[box], attention_mask[box], completion)
+    missing = (0, logits_to_keep - completion)
+    logps = pad(logps, (*missing, 0, rows - extent.rows))
+    if entropies is not None:
+        entropies = pad(pad(entropies, missing), (0, 0, 0, rows - extent.rows), value=torch.nan)
+    return logps, entropies, *others
+
+
+def run_in_order(
+    forward: Forward,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    logits_to_keep: int,
+    lengths: Sequence[tuple[int, int]],
+    batch_size: int,
+    multiple: int = 1,
+) -> tuple[Any, ...]:
+    """
+    Computes all rows, `batch_size` at a time, those of like length together.
+
+    Returns:
+        What `forward` returns, its rows in the order of `input_ids`, 0 in columns that are padding.
+    """
+    order = _longest_first(lengths, [True] * len(lengths))
+    parts = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        extent = extent_of([lengths[row] for row in rows], multiple)
+        parts.append(run_extent(forward, input_ids[rows], attention_mask[rows], logits_to_keep, extent))
+    place = torch.tensor(order, device=input_ids.device).argsort()
+    return tuple(torch.cat(part)[place] if isinstance(part[0], Tensor) else None for part in zip(*parts, strict=True))
+
+
+def _longest_first(lengths: Sequence[tuple[int, int]], live: Sequence[bool]) -> list[int]:
+    """Live rows first, the longest first: an allocator meets its largest request at once."""
+    return sorted(range(len(lengths)), key=lambda row: (not live[row], -sum(lengths[row])))
+
+
+def _last_used(mask: Tensor) -> Tensor:
+    """(B,) number of columns up to the last that is not zero."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return torch.cat([torch.where(mask.bool(), columns, 0), columns.new_zeros(len(mask), 1)], dim=1).amax(1)
+
+
+def _merge(values: list[Any]) -> Any:
+    """What several micro-batches have under one key, row by row; what they share stays as it is."""
+    if isinstance(values[0], Tensor) and values[0].dim():
+        return torch.cat(values)
+    if isinstance(values[0], list):
+        return [row for value in values for row in value]
+    return values[0]
+
+
+def _take(value: Any, rows: list[int]) -> Any:
+    if isinstance(value, Tensor) and value.dim():
+        return value[rows]
+    return [value[row] for row in rows] if isinstance(value, list) else value
