@@ -62,7 +62,7 @@ def lora():
 
 # What a run is made of. Each is trained at neutral settings, and compared with GRPO, and as A3PO.
 RUNS = {
-    **{loss: {"loss_type": loss} for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")},
+    **{loss: {"loss_type": loss} for loss in tiny.LOSS_TYPES},
     "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
     "two iterations": {"num_iterations": 2, "max_steps": 4},
     "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},

@@ -177,7 +177,7 @@ def cells(trainer):
 
 
 RUNS = {
-    **{loss: {"loss_type": loss} for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")},
+    **{loss: {"loss_type": loss} for loss in tiny.LOSS_TYPES},
     "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
     "two iterations": {"num_iterations": 2, "max_steps": 4},
     "generation larger than accumulation": {"steps_per_generation": 8},

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl_a3po import A3POConfig
 
 
-# Before, a completion's token losses were averaged over the padded width: with one advantage per token there is no
-# LUSPO at sequence level, and the trainer refuses it.
-TRL_SUMS_LUSPO_BY_TOKEN = Version(trl.__version__) >= Version("1.10.0")
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"]
+if Version(trl.__version__) >= Version("1.10.0"):
+    # Before, it trained on padding, and averaged over the padded width: the trainer refuses it.
+    LOSS_TYPES.append("luspo")
 
 CHARACTERS = "0123456789+-=*().? abcdefghijklmnopqrstuvwxyz\\{}$"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -32,8 +32,8 @@ def check_contract(trainer: GRPOTrainer) -> None:
         plain, weighted, weights = _gradients(trainer)
     except Exception as error:
         raise RuntimeError(_message(f"the check itself failed: {type(error).__name__}: {error}")) from error
-    if not plain[weights != 0].all():
-        raise RuntimeError(_message("it gives some token that counts no gradient at all"))
+    if not torch.equal(plain != 0, weights != 0):
+        raise RuntimeError(_message("it gives a token that counts no gradient, or one to a token that is masked"))
     if not torch.allclose(weighted, plain * weights, rtol=1e-4):
         found = torch.where(weights != 0, weighted / plain, 0.0)
         raise RuntimeError(_message(f"token weights of {weights.tolist()} came out as {found.tolist()}"))

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, ProcessorMixin
 from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
@@ -37,7 +37,8 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._multiple = int(self.pad_to_multiple_of or 1)
         # Images belong to columns, and are not split by rows.
-        self._trims = self.args.trim_padding and not self._is_vlm
+        has_images = isinstance(self.processing_class, ProcessorMixin)
+        self._trims = self.args.trim_padding and not has_images
         self._trims_prompt = self._trims and _has_relative_positions(cast(PretrainedConfig, self.model.config))
         # Terms of the loss for which a row, or the company of rows in a micro-batch, matters beyond its advantage.
         looks_at_all_rows = (
@@ -45,7 +46,7 @@ class TrimmedGRPOTrainer(GRPOTrainer):
             or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.9
             or getattr(self, "aux_loss_enabled", False)
         )
-        self._skips = self.args.skip_zero_advantage and not (self._is_vlm or looks_at_all_rows or self.beta != 0.0)
+        self._skips = self.args.skip_zero_advantage and not (has_images or looks_at_all_rows or self.beta != 0.0)
         self._groups = self.loss_type in _SAME_LOSS_IN_ANY_GROUPING and not looks_at_all_rows
 
     def has_gradient(self, inputs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,61 @@
+"""What README and examples show works as it stands there."""
+
+import re
+import runpy
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny
+
+import trl_a3po
+
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_trainer_that_the_readme_writes_trains(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    namespace = {}
+    exec(code, namespace)
+    trainer = namespace["FirstTokensTrainer"](
+        tiny.model(),
+        tiny.parity_reward,
+        tiny.config(tmp_path, max_steps=2),
+        tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    before = tiny.parameters(trainer)
+    trainer.train()
+    assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+
+
+def test_the_readme_names_every_option_and_metric(tmp_path):
+    added = trl_a3po.A3POConfig.__annotations__
+    assert all(f"`{name}`" in README for name in added)
+    trainer = trl_a3po.A3POTrainer(
+        tiny.model(),
+        tiny.parity_reward,
+        tiny.config(tmp_path, max_steps=1),
+        tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    metrics = {name.split("/")[-1] for name in trainer.state.log_history[0] if name.startswith("a3po/")}
+    documented = {"positive_low", "negative_high"}  # as {end}
+    assert all(name in documented or f"/{name}`" in README for name in metrics)
+
+
+def test_the_example_maps_its_dataset_to_what_the_reward_reads():
+    rewards = pytest.importorskip("trl.rewards")
+    example = runpy.run_path(str(REPOSITORY / "examples" / "gsm8k.py"))
+    row = example["to_conversation"]({"question": "6 times 170?", "answer": "<<6*170=1020>>\n#### 1,020"})
+    completions = [[{"role": "assistant", "content": text}] for text in ("It is \\boxed{1020}.", "\\boxed{102}")]
+    assert rewards.accuracy_reward(completions, [row["solution"]] * 2) == [1.0, 0.0]
+
+
+def test_one_version(tmp_path):
+    assert f"version: {trl_a3po.__version__}" in (REPOSITORY / "CITATION.cff").read_text()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"]
