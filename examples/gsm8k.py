@@ -4,8 +4,8 @@ A3PO on GSM8K with a 0.5B model: fits one GPU of 24 GB, and runs on several with
     python examples/gsm8k.py
     accelerate launch --num_processes 8 examples/gsm8k.py
 
-Needs `pip install "trl-a3po[math-verify]"`. With a GPU to spare for generation, add the extra `vllm` and pass
-`use_vllm=True` below.
+Needs the extra `math-verify` (`pip install ".[math-verify]"` in a clone). To generate with vLLM, add the extra `vllm`
+and pass `use_vllm=True` below.
 """
 
 from datasets import load_dataset

@@ -18,6 +18,7 @@ from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .trimmed_trainer import TrimmedGRPOTrainer
+from .update_phase import loss_mask
 
 
 class A3POTrainer(TrimmedGRPOTrainer):
@@ -174,9 +175,9 @@ class A3POTrainer(TrimmedGRPOTrainer):
             for name, value in self.args.shaping_settings.items()
         }
 
-    def has_gradient(self, inputs):
+    def _has_gradient(self, inputs):
         advantages = weight_polarities(inputs["advantages"], self.args.positive_weight, self.args.negative_weight)
-        return super().has_gradient({**inputs, "advantages": advantages})
+        return super()._has_gradient({**inputs, "advantages": advantages})
 
     def _compute_loss(self, model, inputs):
         # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a
@@ -195,9 +196,7 @@ class A3POTrainer(TrimmedGRPOTrainer):
 
     @torch.no_grad()
     def _shape_loss_inputs(self, inputs: dict[str, Any], per_token_logps: Tensor, entropies: Tensor) -> None:
-        advantages, mask = inputs["advantages"], inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        advantages, mask = inputs["advantages"], loss_mask(inputs)
         per_token_logps, entropies = per_token_logps.detach(), entropies.detach()
         # Absent while rollout and update are aligned: the two policies are one.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps)

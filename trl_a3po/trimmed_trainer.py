@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, ProcessorMixin
 from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
-from .update_phase import plan_micro_batches, row_lengths, run_extent, run_in_order
+from .update_phase import loss_mask, plan_micro_batches, row_lengths, run_extent, run_in_order
 
 
 # Sums over tokens, or means over rows, with one denominator for all micro-batches of an optimizer step. That of BNPO
@@ -49,12 +49,9 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         self._skips = self.args.skip_zero_advantage and not (has_images or looks_at_all_rows or self.beta != 0.0)
         self._groups = self.loss_type in _SAME_LOSS_IN_ANY_GROUPING and not looks_at_all_rows
 
-    def has_gradient(self, inputs: dict[str, Any]) -> Tensor:
+    def _has_gradient(self, inputs: dict[str, Any]) -> Tensor:
         """(B,) whether the loss can have a gradient in a row of a micro-batch. The other rows are left out."""
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
-        return (inputs["advantages"] != 0) & mask.any(1)
+        return (inputs["advantages"] != 0) & loss_mask(inputs).any(1)
 
     def _prepare_inputs(self, generation_batch):
         rollout = self._buffered_inputs
@@ -74,7 +71,7 @@ class TrimmedGRPOTrainer(GRPOTrainer):
             lengths = self._lengths(*masks)
             live = [True] * len(lengths)
             if self._skips:
-                live = torch.cat([self.has_gradient(batch) for batch in part]).tolist()
+                live = torch.cat([self._has_gradient(batch) for batch in part]).tolist()
             batches, extents = plan_micro_batches(part, lengths, live, self._multiple)
             planned += [{**batch, "extent": extent} for batch, extent in zip(batches, extents, strict=True)]
         return planned

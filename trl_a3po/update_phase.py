@@ -36,6 +36,12 @@ class Extent:
     completion: int
 
 
+def loss_mask(inputs: dict[str, Any]) -> Tensor:
+    """(B, C) tensor, non-zero on the tokens of a micro-batch that count in the loss: not padding, not from a tool."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
 def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
     """
     Number of columns that each row needs, of prompt and of completion. Waits for the device.
