@@ -113,7 +113,7 @@ class Update:
     def __init__(self, trainer, device):
         self.trainer, self.device = trainer, device
         self.cells = 0
-        trainer._prepare_inputs([{"prompt": "-"}] * ROWS)
+        trainer._prepare_inputs([{"prompt": "-"} for _ in range(ROWS)])
         self.micro_batches = trainer._buffered_inputs
         trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -154,7 +154,9 @@ def measure(sigma, dead, micro_batch, args):
         )
         for each in (theirs, ours):  # warm up
             each.run()
-        difference = ((theirs.gradients() - ours.gradients()).abs().max() / theirs.gradients().abs().max()).item()
+        gradients = theirs.gradients()
+        assert gradients.any()
+        difference = ((gradients - ours.gradients()).abs().max() / gradients.abs().max()).item()
         pairs = [(theirs.run(), ours.run()) for _ in range(args.repeats)]
     low, ratio, high = statistics.quantiles([a[0] / b[0] for a, b in pairs], n=4)
     memory = statistics.median(b[1] / a[1] if a[1] else float("nan") for a, b in pairs)
