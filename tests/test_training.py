@@ -82,6 +82,7 @@ RUNS = {
     "rewards unscaled": {"scale_rewards": "none"},
     "rewards scaled by batch": {"scale_rewards": "batch"},
     "gradient checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
     "off-policy mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2, "max_steps": 4},
 }
 
