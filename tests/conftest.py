@@ -14,3 +14,10 @@ import tiny
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_test():
+    yield
+    # transformers 4 leaves it set once a run had `bf16=True`, and every later run takes it up.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
