@@ -55,7 +55,7 @@ def test_the_example_maps_its_dataset_to_what_the_reward_reads():
     assert rewards.accuracy_reward(completions, [row["solution"]] * 2) == [1.0, 0.0]
 
 
-def test_one_version(tmp_path):
+def test_one_version():
     assert f"version: {trl_a3po.__version__}" in (REPOSITORY / "CITATION.cff").read_text()
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert "version" in project["dynamic"]

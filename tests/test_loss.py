@@ -126,7 +126,7 @@ def test_options_that_change_the_policy_term(loss_type, fields, tmp_path, monkey
 
 @pytest.mark.parametrize("use_bias_correction_kl", [False, True])
 @pytest.mark.parametrize("loss_type", tiny.LOSS_TYPES)
-def test_the_kl_term_is_left_alone(loss_type, use_bias_correction_kl, tmp_path, monkeypatch, model_dir):
+def test_the_kl_term_is_left_alone(loss_type, use_bias_correction_kl, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
     fields = {"loss_type": loss_type, "use_bias_correction_kl": use_bias_correction_kl}
     gradients = {}
@@ -201,7 +201,7 @@ def test_sequence_level_where_the_ratio_has_no_gradient(loss_type, tmp_path, mon
     torch.testing.assert_close(ours, plain * expected_weights(inputs, inputs["old_per_token_logps"]))
 
 
-def test_sequence_level_refuses_to_change_the_kl_term(tmp_path, model_dir):
+def test_sequence_level_refuses_to_change_the_kl_term(tmp_path):
     fields = {"importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True}
     with pytest.raises(ValueError, match=r"`importance_sampling_level='sequence'` with `beta=0.1`.*Set `use_bias"):
         make(A3POTrainer, tmp_path, **fields)

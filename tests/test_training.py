@@ -55,11 +55,6 @@ def assert_trained(trainer, model_dir):
     assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
 
 
-def lora():
-    peft = pytest.importorskip("peft")
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
-
-
 # What a run is made of. Each is trained at neutral settings, and compared with GRPO, and as A3PO.
 RUNS = {
     **{loss: {"loss_type": loss} for loss in tiny.LOSS_TYPES},
@@ -96,8 +91,8 @@ def test_neutral_settings_are_grpo_to_the_last_bit(fields, model_dir, tmp_path):
 
 def test_neutral_settings_are_grpo_to_the_last_bit_with_lora(model_dir, tmp_path):
     assert_same_parameters(
-        train(A3POTrainer, model_dir, tmp_path, arguments=lora(), **NEUTRAL),
-        train(GRPOTrainer, model_dir, tmp_path, arguments=lora()),
+        train(A3POTrainer, model_dir, tmp_path, arguments=tiny.lora(), **NEUTRAL),
+        train(GRPOTrainer, model_dir, tmp_path, arguments=tiny.lora()),
     )
 
 
@@ -123,7 +118,7 @@ def test_trains(fields, model_dir, tmp_path):
 
 
 def test_trains_with_lora(model_dir, tmp_path):
-    trainer = train(A3POTrainer, model_dir, tmp_path, arguments=lora(), beta=0.1)
+    trainer = train(A3POTrainer, model_dir, tmp_path, arguments=tiny.lora(), beta=0.1)
     assert_trained(trainer, model_dir)
     moved = {name for name, parameter in tiny.parameters(trainer).items() if "lora_B" in name and parameter.any()}
     assert moved
@@ -258,7 +253,7 @@ class StopAfter(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
-@pytest.mark.parametrize("arguments", [dict, lora], ids=["full", "lora"])
+@pytest.mark.parametrize("arguments", [dict, tiny.lora], ids=["full", "lora"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, model_dir, tmp_path):
     fields = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "scale_decay_steps": 5}
     whole = train(A3POTrainer, model_dir, tmp_path / "whole", arguments=arguments(), **fields)

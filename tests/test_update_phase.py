@@ -148,11 +148,6 @@ def train(model, output_dir, trainer_class=Counting, arguments=None, **fields):
     return trainer
 
 
-def lora():
-    peft = pytest.importorskip("peft")
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
-
-
 def gpt2():
     """A model that looks its positions up."""
     torch.manual_seed(0)
@@ -212,8 +207,8 @@ def test_each_saving_alone(option, model_dir, tmp_path):
 
 
 def test_lora(model_dir, tmp_path):
-    plain = train(model_dir, tmp_path, arguments=lora())
-    saved = train(model_dir, tmp_path, arguments=lora(), **SAVINGS)
+    plain = train(model_dir, tmp_path, arguments=tiny.lora())
+    saved = train(model_dir, tmp_path, arguments=tiny.lora(), **SAVINGS)
     for name, value in tiny.parameters(plain).items():
         torch.testing.assert_close(tiny.parameters(saved)[name], value, rtol=1e-4, atol=1e-6)
     assert cells(saved) < cells(plain)

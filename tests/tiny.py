@@ -6,6 +6,7 @@ import torch
 import trl
 from datasets import Dataset
 from packaging.version import Version
+from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -59,6 +60,11 @@ def save(directory):
     model().save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return str(directory)
+
+
+def lora():
+    """The trainer's argument for an adapter of the model."""
+    return {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
 
 
 def prompts(rows=16, conversational=False):

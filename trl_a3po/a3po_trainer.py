@@ -233,7 +233,7 @@ class A3POTrainer(TrimmedGRPOTrainer):
         """Adds up what the processes have, and hands it to TRL's metrics. Every process must call it."""
         if mode not in self._polarity_sums:
             return
-        sums = self.accelerator.reduce(self._polarity_sums.pop(mode), reduction="sum")
+        sums = self.accelerator.reduce(self._polarity_sums.pop(mode), reduction="sum").cpu()  # waits once, here
         for name, value in polarity_metrics(sums).items():
             self._metrics[mode][f"a3po/{name}"].append(value)
         if self._skips and mode == "train":

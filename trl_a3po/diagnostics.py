@@ -63,7 +63,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
     The metrics that the sums give. Those that have nothing to be a mean over, or are not known, are left out.
 
     Args:
-        sums (`torch.Tensor` of shape `(3, 7)`): Added up over batches and processes. Read by the host, once.
+        sums (`torch.Tensor` of shape `(3, 7)`): Added up over batches and processes.
 
     Returns:
         `dict[str, float]`, for each polarity:
@@ -78,7 +78,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
         and `advantage_ratio`: the sum of |shaped advantage| over the tokens of positive completions, divided by that
         of negative ones. The paper finds that this ratio, not the size of either, rules the dynamics.
     """
-    total = dict(zip(_POLARITIES, (dict(zip(_SUMS, row, strict=True)) for row in sums.tolist()), strict=True))
+    total = _by_name(sums)
     completions = sum(total[polarity]["completions"] for polarity in _POLARITIES)
     means = {}
     for polarity in _POLARITIES:
@@ -100,10 +100,15 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
 
 def mean_entropy(sums: Tensor) -> float:
     """Mean entropy over the tokens of all polarities whose entropy is known; NaN if there is none."""
-    total = [dict(zip(_SUMS, row, strict=True)) for row in sums.tolist()]
-    known = [of for of in total if of["tokens"] and not math.isnan(of["entropy"])]
+    known = [of for of in _by_name(sums).values() if of["tokens"] and not math.isnan(of["entropy"])]
     tokens = sum(of["tokens"] for of in known)
     return sum(of["entropy"] for of in known) / tokens if tokens else math.nan
+
+
+def _by_name(sums: Tensor) -> dict[str, dict[str, float]]:
+    return {
+        polarity: dict(zip(_SUMS, row, strict=True)) for polarity, row in zip(_POLARITIES, sums.tolist(), strict=True)
+    }
 
 
 def _row_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -62,7 +62,7 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _plan_update(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # The micro-batches of one optimizer step are as many as divide both periods.
+        # The most micro-batches that never straddle two optimizer steps, whichever of the two periods is the longer.
         window = math.gcd(len(micro_batches), self.args.gradient_accumulation_steps) if self._groups else 1
         planned = []
         for start in range(0, len(micro_batches), window):
