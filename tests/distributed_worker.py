@@ -1,7 +1,7 @@
 """
-Trains on the rows of one batch, given to two processes or to one, and writes what it logged and ended with.
+Trains on the rows of one batch, given to two processes or to one, and writes what each logged, did and ended with.
 
-Run by test_distributed.py: `python distributed_worker.py MODEL OUTPUT FIELDS`, alone or under torchrun.
+Run by test_distributed.py: `python distributed_worker.py MODEL OUTPUT CASES`, alone or under torchrun.
 """
 
 import json
@@ -17,6 +17,7 @@ from trl_a3po import A3POTrainer
 
 
 ROWS = 8
+LONGEST = 12
 
 
 def rollout(prompts, trainer):
@@ -28,44 +29,59 @@ def rollout(prompts, trainer):
         number = int(prompt.split("+")[0])
         copy = seen[prompt] = seen.get(prompt, -1) + 1
         generator = torch.Generator().manual_seed(1000 * trainer.state.global_step + 10 * number + copy)
-        length = 1 + (5 * number + 3 * copy) % 12
-        completions.append(torch.randint(3, 40, (length,), generator=generator).tolist())
+        length = 1 + (5 * number + 3 * copy) % LONGEST
+        tokens = torch.randint(3, 40, (length,), generator=generator).tolist()
+        # Those of every other prompt have no end: to TRL, they are truncated.
+        completions.append(tokens if number % 2 else [*tokens[:-1], trainer.processing_class.eos_token_id])
     return {"prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * len(c) for c in completions]}
 
 
 def reward(prompts, completion_ids, **kwargs):
+    return tiny.parity_reward(completion_ids)
+
+
+def reward_with_equal_groups(prompts, completion_ids, **kwargs):
     """All right for every other prompt, so that one of two processes has nothing to learn."""
     parity = tiny.parity_reward(completion_ids)
     return [1.0 if int(prompt.split("+")[0]) % 2 else value for prompt, value in zip(prompts, parity, strict=True)]
 
 
-def main(model, output, fields):
+def train(model, output, *, micro_batches=2, equal_groups=False, **fields):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = tiny.config(
         output,
-        per_device_train_batch_size=ROWS // processes // 2,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=ROWS // processes // micro_batches,
+        per_device_eval_batch_size=ROWS // processes,
+        gradient_accumulation_steps=micro_batches,
         num_generations=4,
         max_steps=4,
         logging_steps=2,
         learning_rate=1e-3,
         shuffle_dataset=False,
-        max_completion_length=12,
+        max_completion_length=LONGEST,
         loss_type="dapo",
         optim="sgd",  # Adam turns rounding into steps of full size where a gradient is almost nothing
-        **json.loads(fields),
+        **fields,
     )
-    trainer = A3POTrainer(model, reward, args, tiny.prompts(), rollout_func=rollout)
+    reward_func = reward_with_equal_groups if equal_groups else reward
+    trainer = A3POTrainer(model, reward_func, args, tiny.prompts(), eval_dataset=tiny.prompts(8), rollout_func=rollout)
     assert trainer.accelerator.num_processes == processes
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        log = [
-            {name: value for name, value in entry.items() if name.startswith("a3po/") or name == "loss"}
-            for entry in trainer.state.log_history
-        ]
-        Path(output, "log.json").write_text(json.dumps(log))
-        torch.save(tiny.parameters(trainer), Path(output, "parameters.pt"))
-    if processes > 1:
+    passes = []
+    trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        trainer.train()
+    return {
+        "log": trainer.state.log_history,
+        "parameters": tiny.parameters(trainer),
+        "passes": passes,
+        "collectives": [event.name for event in profiler.events() if event.name.startswith("c10d::")],
+    }
+
+
+def main(model, output, cases):
+    results = {name: train(model, output, **fields) for name, fields in json.loads(cases).items()}
+    torch.save(results, Path(output, f"{os.environ.get('RANK', '0')}.pt"))
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
         sys.stdout.flush()
         os._exit(0)  # gloo threads of torch 2.13 sometimes abort the interpreter's own exit, with all work done

@@ -55,9 +55,9 @@ def model(seed=0, **config):
     return Qwen2ForCausalLM(Qwen2Config(**{**defaults, **config}))
 
 
-def save(directory):
+def save(directory, **config):
     """Writes model and tokenizer, as the reference model of a KL term and every resumed run loads them."""
-    model().save_pretrained(directory)
+    model(**config).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return str(directory)
 

@@ -1,0 +1,37 @@
+"""
+Trains two processes, with an engine in each or one over both, and writes what each of them logged and ended with.
+
+Run by test_vllm.py under torchrun: `vllm_worker.py MODEL OUTPUT FIELDS`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+import vllm_on_cpu  # isort: skip  # first: it sets the environment that torch and vLLM read
+import tiny
+import torch
+
+from trl_a3po import A3POTrainer
+
+
+def main(model, output, fields):
+    args = tiny.config(output, **vllm_on_cpu.CONFIG, **json.loads(fields))
+    with vllm_on_cpu.engines():
+        trainer = A3POTrainer(model, tiny.parity_reward, args, tiny.prompts())
+        assert trainer.accelerator.num_processes == 2
+        assert trainer.vllm_generation.llm.llm_engine.vllm_config.parallel_config.world_size == (
+            args.vllm_tensor_parallel_size
+        )
+        trainer.train()
+        results = {"log": trainer.state.log_history, "parameters": tiny.parameters(trainer)}
+        torch.save(results, Path(output, f"{trainer.accelerator.process_index}.pt"))
+        trainer.accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # gloo threads of torch 2.13 sometimes abort the interpreter's own exit, with all work done
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
