@@ -46,7 +46,7 @@ def reward_with_equal_groups(prompts, completion_ids, **kwargs):
     return [1.0 if int(prompt.split("+")[0]) % 2 else value for prompt, value in zip(prompts, parity, strict=True)]
 
 
-def train(model, output, *, micro_batches=2, equal_groups=False, **fields):
+def train(model, output, name, *, micro_batches=2, equal_groups=False, **fields):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = tiny.config(
         output,
@@ -70,6 +70,7 @@ def train(model, output, *, micro_batches=2, equal_groups=False, **fields):
     trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         trainer.train()
+    trainer.save_model(Path(output, name))
     return {
         "log": trainer.state.log_history,
         "parameters": tiny.parameters(trainer),
@@ -79,7 +80,7 @@ def train(model, output, *, micro_batches=2, equal_groups=False, **fields):
 
 
 def main(model, output, cases):
-    results = {name: train(model, output, **fields) for name, fields in json.loads(cases).items()}
+    results = {name: train(model, output, name, **fields) for name, fields in json.loads(cases).items()}
     torch.save(results, Path(output, f"{os.environ.get('RANK', '0')}.pt"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

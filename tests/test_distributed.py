@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
+from safetensors.torch import load_file
 
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -30,9 +32,10 @@ CASES = {
 NOT_OF_THE_WHOLE_BATCH = {"entropy", "eval_entropy", "eval_loss", "step_time"}
 
 
-def run(launcher, processes, model_dir, output):
+def run(launcher, processes, model_dir, output, cases=CASES):
+    output.mkdir(exist_ok=True)
     result = subprocess.run(
-        [sys.executable, *launcher, WORKER, model_dir, output, json.dumps(CASES)],
+        [sys.executable, *launcher, WORKER, model_dir, output, json.dumps(cases)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -40,6 +43,14 @@ def run(launcher, processes, model_dir, output):
     outputs = [output / f"{rank}.pt" for rank in range(processes)]
     assert all(path.exists() for path in outputs), result.stdout + result.stderr
     return [torch.load(path, weights_only=True) for path in outputs]
+
+
+def assert_same_log(entries, expected_entries):
+    for entry, expected in zip(entries, expected_entries, strict=True):
+        assert entry.keys() == expected.keys()
+        for name in entry.keys() - NOT_OF_THE_WHOLE_BATCH:
+            if not name.endswith(("_runtime", "_per_second", "_time")):
+                assert entry[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +75,7 @@ def test_two_processes_end_as_one_on_the_whole_batch(case, alone, ranks):
 
 
 def test_two_processes_log_what_one_does_on_the_whole_batch(case, alone, ranks):
-    entries, alone_entries = ranks[0][case]["log"], alone[case]["log"]
-    assert len(entries) == len(alone_entries)
-    for entry, alone_entry in zip(entries, alone_entries, strict=True):
-        assert entry.keys() == alone_entry.keys()
-        for name in entry.keys() - NOT_OF_THE_WHOLE_BATCH:
-            if not name.endswith(("_runtime", "_per_second", "_time")):
-                assert entry[name] == pytest.approx(alone_entry[name], rel=1e-3, abs=1e-5), name
+    assert_same_log(ranks[0][case]["log"], alone[case]["log"])
 
 
 def test_every_process_takes_part_in_the_same_operations(case, ranks):
@@ -79,3 +84,24 @@ def test_every_process_takes_part_in_the_same_operations(case, ranks):
     assert first["passes"] == second["passes"]
     assert first["collectives"] == second["collectives"]
     assert "c10d::allreduce_" in first["collectives"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelerate shards models over accelerators alone")
+@pytest.mark.parametrize("config", ["multi_gpu", "fsdp2", "zero2", "zero3"])
+def test_sharded_models_end_as_one_on_the_whole_batch(config, model_dir, tmp_path):
+    """Over two GPUs, or on one that takes the same path."""
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    processes = min(torch.cuda.device_count(), 2)
+    config_file = f"{trl.__path__[0]}/accelerate_configs/{config}.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config_file, "--num_processes", str(processes)]
+    cases = {name: {**fields, "use_cpu": False} for name, fields in CASES.items()}
+    alone, sharded = tmp_path / "alone", tmp_path / "sharded"
+    (one,) = run([], 1, model_dir, alone, cases)
+    first, *others = run([*launcher, "--mixed_precision", "no"], processes, model_dir, sharded, cases)
+    for case in cases:
+        weights, expected = (load_file(output / case / "model.safetensors") for output in (sharded, alone))
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
+        assert_same_log(first[case]["log"], one[case]["log"])
+        assert all(other[case]["passes"] == first[case]["passes"] for other in others)

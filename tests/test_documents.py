@@ -1,11 +1,9 @@
-"""What README and examples show works as it stands there."""
+"""What the README shows works as it stands there."""
 
 import re
-import runpy
 import tomllib
 from pathlib import Path
 
-import pytest
 import tiny
 
 import trl_a3po
@@ -45,14 +43,6 @@ def test_the_readme_names_every_option_and_metric(tmp_path):
     metrics = {name.split("/")[-1] for name in trainer.state.log_history[0] if name.startswith("a3po/")}
     documented = {"positive_low", "negative_high"}  # as {end}
     assert all(name in documented or f"/{name}`" in README for name in metrics)
-
-
-def test_the_example_maps_its_dataset_to_what_the_reward_reads():
-    rewards = pytest.importorskip("trl.rewards")
-    example = runpy.run_path(str(REPOSITORY / "examples" / "gsm8k.py"))
-    row = example["to_conversation"]({"question": "6 times 170?", "answer": "<<6*170=1020>>\n#### 1,020"})
-    completions = [[{"role": "assistant", "content": text}] for text in ("It is \\boxed{1020}.", "\\boxed{102}")]
-    assert rewards.accuracy_reward(completions, [row["solution"]] * 2) == [1.0, 0.0]
 
 
 def test_one_version():
