@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from .a3po_config import A3POConfig
 from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
+from .hub import ReportPushes
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .trimmed_trainer import TrimmedGRPOTrainer
@@ -93,6 +94,8 @@ class A3POTrainer(TrimmedGRPOTrainer):
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_ReduceBeforeLog(self))
+        if args.push_to_hub:
+            self.add_callback(ReportPushes(self))
         check_contract(self)
 
     # Its signature is that of the installed TRL's.

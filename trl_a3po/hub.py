@@ -1,0 +1,50 @@
+"""[`ReportPushes`]: pushes to the Hub are made in the background, where transformers does not look how they end."""
+
+import logging
+from concurrent.futures import Future
+from weakref import WeakSet
+
+from transformers import Trainer, TrainerCallback
+
+
+logger = logging.getLogger(__name__)
+
+
+class ReportPushes(TrainerCallback):
+    """
+    Warns of a push that failed, and of one that the end of training waits for.
+
+    Neither is an error: the checkpoints are on the disk, and every save pushes again.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._watched: WeakSet[Future] = WeakSet()
+
+    def _jobs(self) -> list[Future]:
+        push = getattr(self._trainer, "push_in_progress", None)
+        return push.jobs if push is not None else []
+
+    def on_save(self, args, state, control, **kwargs):
+        for job in self._jobs():
+            if job not in self._watched:
+                self._watched.add(job)
+                job.add_done_callback(self._warn_if_failed)
+
+    def _warn_if_failed(self, job: Future) -> None:
+        if not job.cancelled() and job.exception() is not None:
+            logger.warning(
+                "A push to %s failed: %s\nTraining goes on, and the checkpoints in '%s' are whole. The next save "
+                "pushes again; at the end, `trainer.push_to_hub()` does.",
+                self._trainer.hub_model_id,
+                job.exception(),
+                self._trainer.args.output_dir,
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not all(job.done() for job in self._jobs()):
+            logger.warning(
+                "Training is done, and waits for a push to the Hub to end. If the Hub does not answer, this may take "
+                "for ever: the checkpoints in '%s' are whole, and nothing is lost by stopping here.",
+                args.output_dir,
+            )
