@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 
 import pytest
 import yaml
@@ -58,6 +59,7 @@ def test_trl_parser_with_yaml(tmp_path):
         "use_cpu": True,
         "bf16": False,
         "negative_weight": 0,
+        "negative_high_scale": 1,
         "scale_decay_steps": 300,
     }
     path = tmp_path / "config.yaml"
@@ -66,28 +68,113 @@ def test_trl_parser_with_yaml(tmp_path):
     assert (config.negative_weight, config.scale_decay_steps, config.positive_low_ratio) == (0, 300, 0.1)
 
 
+RATIO = "must be a number from 0 to 1, got {}. It is the share of a completion's tokens to select: pass 0.2 for 20 %"
+FACTOR = "must be a finite number that is not negative, got {}. It multiplies advantages, whose sign must stay: pass 1"
+STEPS = "`scale_decay_steps` must be a whole number of steps, or a fraction of all steps between 0 and 1, got {}. Pass"
+
+REFUSED = [
+    ({"positive_low_ratio": 20}, "`positive_low_ratio` " + RATIO.format("20")),
+    ({"positive_high_ratio": -0.2}, "`positive_high_ratio` " + RATIO.format("-0.2")),
+    ({"negative_low_ratio": math.nan}, "`negative_low_ratio` " + RATIO.format("nan")),
+    ({"negative_high_ratio": "a lot"}, "`negative_high_ratio` " + RATIO.format("'a lot'")),
+    ({"positive_low_ratio": None}, "`positive_low_ratio` " + RATIO.format("None")),
+    ({"positive_low_ratio": True}, "`positive_low_ratio` " + RATIO.format("True")),
+    ({"negative_high_ratio": math.inf}, "`negative_high_ratio` " + RATIO.format("inf")),
+    ({"positive_low_scale": -1.0}, "`positive_low_scale` " + FACTOR.format("-1.0")),
+    ({"positive_high_scale": "2"}, "`positive_high_scale` " + FACTOR.format("'2'")),
+    ({"negative_low_scale": math.nan}, "`negative_low_scale` " + FACTOR.format("nan")),
+    ({"negative_high_scale": math.inf}, "`negative_high_scale` " + FACTOR.format("inf")),
+    ({"negative_high_scale": [2.0, 1.0]}, "`negative_high_scale` " + FACTOR.format("[2.0, 1.0]")),
+    ({"positive_weight": -1}, "`positive_weight` " + FACTOR.format("-1")),
+    ({"negative_weight": None}, "`negative_weight` " + FACTOR.format("None")),
+    ({"negative_weight": False}, "`negative_weight` " + FACTOR.format("False")),
+    ({"token_metric": "logprob"}, "`token_metric` must be one of 'prob', 'entropy', got 'logprob'. Pass 'prob'"),
+    ({"token_metric": None}, "`token_metric` must be one of 'prob', 'entropy', got None. Pass 'prob'"),
+    (
+        {"scale_decay": "exp"},
+        "`scale_decay` must be one of 'linear', 'cosine', 'constant', got 'exp'. Pass",
+    ),
+    ({"scale_decay": True}, "`scale_decay` must be one of 'linear', 'cosine', 'constant', got True. Pass"),
+    ({"scale_decay_steps": 0}, STEPS.format("0")),
+    ({"scale_decay_steps": -0.5}, STEPS.format("-0.5")),
+    ({"scale_decay_steps": 1.5}, STEPS.format("1.5")),
+    ({"scale_decay_steps": math.inf}, STEPS.format("inf")),
+    ({"scale_decay_steps": math.nan}, STEPS.format("nan")),
+    ({"scale_decay_steps": "half"}, STEPS.format("'half'")),
+    ({"scale_decay_steps": True}, STEPS.format("True")),
+    ({"trim_padding": "no"}, "`trim_padding` must be True or False, got 'no'."),
+    ({"skip_zero_advantage": 7}, "`skip_zero_advantage` must be True or False, got 7."),
+    # What contradicts itself.
+    (
+        {"positive_weight": 0, "negative_weight": 0},
+        "`positive_weight` and `negative_weight` are both 0, which leaves nothing to train on. Pass (1, 0)",
+    ),
+    (
+        {"positive_weight": 0},
+        "`positive_low_scale=2.0` can never act, since `positive_weight=0` leaves all completions of that polarity "
+        "out. Set `positive_low_scale=1` as well, or another weight.",
+    ),
+    ({"negative_weight": 0}, "`negative_high_scale=2.0` can never act, since `negative_weight=0` leaves all"),
+    (
+        {"positive_high_scale": 3},
+        "`positive_high_scale=3` can never act, since `positive_high_ratio=0` selects no token. Set a ratio, for "
+        "example `positive_high_ratio=0.2`, or `positive_high_scale=1`.",
+    ),
+    (
+        {"negative_low_scale": 0},
+        "`negative_low_scale=0` can never act, since `negative_low_ratio=0` selects no token.",
+    ),
+    (
+        {"positive_low_ratio": 0, "positive_low_scale": 5.0},
+        "`positive_low_scale=5.0` can never act, since `positive_low_ratio=0` selects no token.",
+    ),
+    (
+        {"scale_decay_steps": 500, "max_steps": 300},
+        "`scale_decay_steps=500` is longer than the training of 300 optimizer steps: the scales would never arrive at "
+        "1. Pass a fraction, for example 0.5, or not more steps than there are; to keep the scales as they are,",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[str(fields) for fields, _ in REFUSED])
+def test_refuses_bad_values_at_construction(fields, message, config):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(**fields)
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "fields",
     [
-        (
-            {"positive_low_ratio": 20},
-            r"`positive_low_ratio` must be a number from 0 to 1, got 20\. .* pass 0\.2 for 20 %",
-        ),
-        ({"positive_high_ratio": -0.2}, r"`positive_high_ratio` must be a number from 0 to 1, got -0\.2"),
-        ({"negative_low_ratio": math.nan}, r"`negative_low_ratio` must be a number from 0 to 1, got nan"),
-        ({"negative_high_ratio": "a lot"}, r"`negative_high_ratio` must be a number from 0 to 1, got 'a lot'"),
-        ({"positive_low_scale": -1.0}, r"`positive_low_scale` must be a finite .* got -1\.0\. .* pass 1 to leave"),
-        ({"negative_high_scale": math.inf}, r"`negative_high_scale` must be a finite .* got inf"),
-        ({"positive_weight": -1}, r"`positive_weight` must be a finite number that is not negative, got -1"),
-        ({"negative_weight": None}, r"`negative_weight` must be a finite number that is not negative, got None"),
-        ({"token_metric": "logprob"}, r"`token_metric` must be one of 'prob', 'entropy', got 'logprob'\. Pass 'prob'"),
-        ({"scale_decay": "exp"}, r"`scale_decay` must be one of 'linear', 'cosine', 'constant', got 'exp'\. Pass"),
-        ({"scale_decay_steps": 0}, r"`scale_decay_steps` must be a whole number .* got 0\. .* set the scales to 1"),
-        ({"scale_decay_steps": -0.5}, r"`scale_decay_steps` must be .* got -0\.5"),
-        ({"scale_decay_steps": 1.5}, r"`scale_decay_steps` must be .* got 1\.5"),
-        ({"scale_decay_steps": math.inf}, r"`scale_decay_steps` must be .* got inf"),
+        {"positive_weight": 1, "negative_weight": 0, "negative_high_scale": 1},  # PSR with the positive half of A3PO
+        {"negative_weight": 0, "negative_high_ratio": 0},
+        {"positive_low_ratio": 0, "negative_high_ratio": 0},  # the scales as they are by default
+        {"scale_decay_steps": 300, "max_steps": 300},
+        {"scale_decay_steps": 500, "max_steps": 300, "scale_decay": "constant"},
+        {"scale_decay_steps": 500, "max_steps": 300, "positive_low_scale": 1, "negative_high_scale": 1},
+        {"scale_decay_steps": 500},  # of as many steps as the epochs have
     ],
 )
-def test_refuses_bad_values_at_construction(config, fields, message):
-    with pytest.raises(ValueError, match=message):
-        config(**fields)
+def test_accepts_what_is_next_to_a_contradiction(fields, config):
+    config(**fields)
+
+
+LINES = [
+    ("--positive_low_scale lots", "", "argument --positive_low_scale.*: invalid float value: 'lots'"),
+    ("--positive_low_scale", "", "argument --positive_low_scale.*: expected one argument"),
+    ("--scale_decay_steps 10%", "", "argument --scale_decay_steps.*: invalid float value: '10%'"),
+    ("--trim_padding maybe", "", "argument --trim_padding.*: Truthy value expected: got maybe but expected one of"),
+    ("--positve_low_scale 2", "", r"not used .*\['--positve_low_scale', '2'\]"),
+    ("--positive_low_ratio 20", "", "`positive_low_ratio` must be a number from 0 to 1, got 20.0"),
+    ("", "positive_low_scales: 2", "Unknown arguments from config file: .*--positive_low_scales"),
+    ("", "positive_low_scale: lots", "argument --positive_low_scale.*: invalid float value: 'lots'"),
+    ("", "negative_high_scale:", "`negative_high_scale` must be a finite number that is not negative, got None"),
+    ("", "skip_zero_advantage: 7", "`skip_zero_advantage` must be True or False, got 7"),
+]
+
+
+@pytest.mark.parametrize(("line", "file", "message"), LINES)
+def test_refuses_bad_command_lines_and_files(line, file, message, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(f"{file}\noutput_dir: {tmp_path}\nuse_cpu: true\nbf16: false\n")
+    with pytest.raises((ValueError, SystemExit)) as error:
+        TrlParser(A3POConfig).parse_args_and_config(["--config", str(tmp_path / "config.yaml"), *line.split()])
+    assert re.search(message, str(error.value) + capsys.readouterr().err)

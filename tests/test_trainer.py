@@ -249,7 +249,7 @@ def test_a_user_who_logs_on_one_process_alone_causes_no_communication(tmp_path, 
 
 
 def test_model_card_names_method_paper_and_settings(tmp_path):
-    trainer = make(tmp_path, positive_low_scale=5.0, scale_decay_steps=300)
+    trainer = make(tmp_path, positive_low_scale=5.0, scale_decay_steps=3)
     trainer.create_model_card(model_name="my-model", dataset_name="someone/math")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "trained with A3PO, a method introduced in [Rethinking Sample Polarity in Reinforcement Learning" in card
@@ -257,7 +257,7 @@ def test_model_card_names_method_paper_and_settings(tmp_path):
     assert "tang2026rethinking" in card
     assert "[TRL](https://github.com/huggingface/trl)" in card
     assert '"positive_low_scale": 5.0' in card
-    assert '"scale_decay_steps": 300' in card
+    assert '"scale_decay_steps": 3' in card
     assert "- a3po" in card.split("---")[1]
     assert card.index("### Advantage shaping") < card.index("### Framework versions")
 

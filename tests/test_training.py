@@ -281,6 +281,13 @@ def test_a_scale_of_1_at_the_end_is_grpo(model_dir, tmp_path):
     assert torch.equal(trainer.calls[2]["shaped"], trainer.calls[2]["advantages"])
 
 
+def test_a_decay_longer_than_the_epochs_is_refused_before_anything_is_generated(model_dir, tmp_path):
+    trainer = make(A3POTrainer, model_dir, tmp_path, max_steps=-1, num_train_epochs=1, scale_decay_steps=9)
+    with pytest.raises(ValueError, match="`scale_decay_steps=9` is longer than the training of 8 optimizer steps"):
+        trainer.train()
+    assert trainer._metrics == {"train": {}, "eval": {}}
+
+
 def test_saves_what_loads_back(model_dir, tmp_path):
     trainer = train(A3POTrainer, model_dir, tmp_path)
     trainer.save_model()

@@ -184,7 +184,7 @@ RUNS = {
     "truncated completions masked": {"mask_truncated_completions": True},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "padding to a multiple": {"pad_to_multiple_of": 8},
-    "positive samples alone": {"positive_weight": 1.0, "negative_weight": 0.0},
+    "positive samples alone": {"negative_weight": 0.0, "negative_high_scale": 1.0},
     "several epochs": {"max_steps": -1, "num_train_epochs": 2},
 }
 

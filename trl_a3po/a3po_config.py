@@ -2,12 +2,12 @@
 
 import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
-from .schedules import SCALE_DECAYS
-from .shaping import check_settings, shape_advantages
+from .schedules import SCALE_DECAYS, check_decay_ends
+from .shaping import TOKEN_ENDS, check_settings, selects_tokens, shape_advantages
 
 
 TOKEN_METRICS = ("prob", "entropy")
@@ -63,14 +63,15 @@ class A3POConfig(GRPOConfig):
             How every scale runs to 1, from above or below: `"linear"`, `"cosine"` or `"constant"` (not at all).
         scale_decay_steps (`float`, *optional*, defaults to `0.5`):
             When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of optimizer
-            steps, below 1 a fraction of all steps. Unused with `scale_decay="constant"`.
+            steps, below 1 a fraction of all steps. Not more than there are. Unused with `scale_decay="constant"`.
 
         > Parameters that control the weight of the two polarities
 
         positive_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of every token of positive completions. With `negative_weight` it gives the
             paper's polarity-level variants: PSR (positive samples alone) is (1, 0), NSR (negative samples alone) is
-            (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone.
+            (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone. With a
+            weight of 0, those of that polarity must be 1.
         negative_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of every token of negative completions.
 
@@ -144,7 +145,8 @@ class A3POConfig(GRPOConfig):
         default=0.5,
         metadata={
             "help": "When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of "
-            "optimizer steps, below 1 a fraction of all steps. Unused with `scale_decay='constant'`."
+            "optimizer steps, below 1 a fraction of all steps. Not more than there are. Unused with "
+            "`scale_decay='constant'`."
         },
     )
 
@@ -154,7 +156,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Weight of the advantage of every token of positive completions. With `negative_weight` it gives "
             "the paper's polarity-level variants: PSR (positive samples alone) is (1, 0), NSR (negative samples "
-            "alone) is (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone."
+            "alone) is (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone. "
+            "With a weight of 0, those of that polarity must be 1."
         },
     )
     negative_weight: float = field(
@@ -202,6 +205,43 @@ class A3POConfig(GRPOConfig):
                 f"{steps!r}. Pass for example 500 for 500 optimizer steps or 0.5 for half of the training; to switch "
                 "the shaping off, set the scales to 1."
             )
+        for name in ("trim_padding", "skip_zero_advantage"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        self._check_all_act()
+        if self.max_steps > 0:
+            self.check_decay_ends(self.max_steps)
+
+    def _check_all_act(self) -> None:
+        if self.positive_weight == self.negative_weight == 0:
+            raise ValueError(
+                "`positive_weight` and `negative_weight` are both 0, which leaves nothing to train on. Pass (1, 0) "
+                "for positive samples alone, (0, 1) for negative ones alone."
+            )
+        defaults = {each.name: each.default for each in fields(self)}
+        for end in TOKEN_ENDS:
+            ratio, scale = getattr(self, f"{end}_ratio"), getattr(self, f"{end}_scale")
+            weight_name = f"{end.partition('_')[0]}_weight"
+            if ratio == 0 and scale not in (1, defaults[f"{end}_scale"]):
+                raise ValueError(
+                    f"`{end}_scale={scale}` can never act, since `{end}_ratio=0` selects no token. Set a ratio, for "
+                    f"example `{end}_ratio=0.2`, or `{end}_scale=1`."
+                )
+            if getattr(self, weight_name) == 0 and ratio > 0 and scale != 1:
+                raise ValueError(
+                    f"`{end}_scale={scale}` can never act, since `{weight_name}=0` leaves all completions of that "
+                    f"polarity out. Set `{end}_scale=1` as well, or another weight."
+                )
+
+    def check_decay_ends(self, max_steps: int) -> None:
+        """
+        Refuses scales that would not have decayed when training ends.
+
+        Raises:
+            `ValueError`: naming `scale_decay_steps`, the steps of the training and the fix.
+        """
+        if self.scale_decay != "constant" and selects_tokens(self.shaping_settings):
+            check_decay_ends(self.scale_decay_steps, max_steps)
 
     @property
     def shaping_settings(self) -> dict[str, float]:

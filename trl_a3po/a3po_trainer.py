@@ -93,7 +93,7 @@ class A3POTrainer(TrimmedGRPOTrainer):
         self._skips = self._skips and not self._shapes_its_own_way  # who may give zero advantages a gradient
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
-        self.add_callback(_ReduceBeforeLog(self))
+        self.add_callback(_Moments(self))
         if args.push_to_hub:
             self.add_callback(ReportPushes(self))
         check_contract(self)
@@ -265,17 +265,18 @@ class A3POTrainer(TrimmedGRPOTrainer):
         path.write_text(f"{before}{section}{heading}{after}", encoding="utf-8")
 
 
-class _ReduceBeforeLog(TrainerCallback):
-    """
-    Reduces the diagnostics once a log, at the end of the step that ends in it.
-
-    Not in `Trainer.log`: users call that on one process alone, where a collective operation would hang.
-    """
+class _Moments(TrainerCallback):
+    """What the trainer does at moments of the training loop that TRL hands to callbacks alone."""
 
     def __init__(self, trainer: A3POTrainer):
         self._trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.check_decay_ends(state.max_steps)  # known from here on, where training is counted in epochs
+
     def on_step_end(self, args, state, control, **kwargs):
+        # Once a log, in the step that ends in it. Not in `Trainer.log`: users call that on one process alone, where a
+        # collective operation would hang.
         if control.should_log or control.should_training_stop:
             self._trainer._reduce_polarity_sums("train")
 

@@ -20,6 +20,21 @@ def resolve_decay_steps(scale_decay_steps: float, max_steps: int) -> int:
     return max(1, math.ceil(scale_decay_steps if scale_decay_steps >= 1 else scale_decay_steps * max_steps))
 
 
+def check_decay_ends(scale_decay_steps: float, max_steps: int) -> None:
+    """
+    Refuses a decay that is longer than the training.
+
+    Raises:
+        `ValueError`: naming the decay, the training and the fix.
+    """
+    if scale_decay_steps > max(1, max_steps):
+        raise ValueError(
+            f"`scale_decay_steps={scale_decay_steps}` is longer than the training of {max_steps} optimizer steps: the "
+            "scales would never arrive at 1. Pass a fraction, for example 0.5, or not more steps than there are; to "
+            "keep the scales as they are, `scale_decay='constant'`."
+        )
+
+
 def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "linear") -> float:
     """
     The scale in force at a step: from `scale` at step 0 to 1 at `decay_steps`, and 1 from then on.
