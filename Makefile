@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
 VENV_VLLM ?= .venv-vllm
+VENV_VERSIONS ?= .venv-versions
+
+# The newest patch of every minor release, but 1.15.0, with which GRPOTrainer itself does not train without Triton.
+TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.16.0
 
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm style format
+.PHONY: demo test test-slow test-lowest test-vllm test-versions style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/python -m trl_a3po.demo
@@ -22,6 +26,14 @@ test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest TRL and transfo
 
 test-vllm: $(VENV_VLLM)/ready  ## those of colocated vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
+
+test-versions: $(VENV_VERSIONS)/ready  ## those of what is relied on in TRL, with each of TRL_VERSIONS
+	@failed=; for version in $(TRL_VERSIONS); do \
+		echo "TRL $$version"; \
+		$(VENV_VERSIONS)/bin/python $(INSTALL) --no-deps trl==$$version && $(VENV_VERSIONS)/bin/python -m pytest -q \
+			tests/test_loss.py tests/test_trainer.py tests/test_training.py tests/test_update_phase.py \
+			|| failed="$$failed $$version"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 style: $(VENV)/ready  ## lint, formatting and types
 	$(VENV)/bin/ruff check
@@ -40,6 +52,12 @@ $(VENV)/ready: pyproject.toml requirements/constraints.txt
 $(VENV_LOWEST)/ready: pyproject.toml requirements/constraints-lowest.txt
 	$(PYTHON) -m venv $(VENV_LOWEST)
 	$(VENV_LOWEST)/bin/python $(INSTALL) -c requirements/constraints-lowest.txt -e ".[dev]"
+	touch $@
+
+# Some releases of TRL need requests and do not say so.
+$(VENV_VERSIONS)/ready: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV_VERSIONS)
+	$(VENV_VERSIONS)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev]" requests
 	touch $@
 
 # vLLM's CPU build states dependencies that are for GPUs, so that it comes without them.

@@ -116,12 +116,17 @@ DOCTORED = {
         "    return torch.zeros((), requires_grad=True) + inputs['advantages'].sum()",
     ),
     "advantages left out": ('advantages = inputs["advantages"]', 'advantages = inputs["advantages"].sign() * 0'),
+    "a fused loss by another way": (
+        "self._compute_loss(model, inputs)",
+        "model(inputs['completion_ids'], labels=inputs['completion_ids']).loss * inputs['advantages'].mean()",
+        "compute_loss",
+    ),
 }
 
 
-@pytest.mark.parametrize(("replace", "by"), DOCTORED.values(), ids=DOCTORED.keys())
-def test_a_trl_that_breaks_the_contract_is_refused_at_construction(replace, by, tmp_path, monkeypatch):
-    doctored(monkeypatch, replace, by)
+@pytest.mark.parametrize("change", DOCTORED.values(), ids=DOCTORED.keys())
+def test_a_trl_that_breaks_the_contract_is_refused_at_construction(change, tmp_path, monkeypatch):
+    doctored(monkeypatch, *change)
     with pytest.raises(RuntimeError, match=rf"^TRL {trl.__version__} does not compute A3PO's loss: .* Install a TRL"):
         make(tmp_path)
 
