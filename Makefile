@@ -46,7 +46,7 @@ format: $(VENV)/ready  ## mend what can be mended
 
 $(VENV)/ready: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev]"
+	$(VENV)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev]" trackio
 	touch $@
 
 $(VENV_LOWEST)/ready: pyproject.toml requirements/constraints-lowest.txt
