@@ -1,5 +1,6 @@
-"""Turn a dataset of problems with checkable answers into conversational `prompt` and `solution` columns."""
+"""Datasets of problems with checkable answers, as they are published, in TRL's columns: `prompt` and `solution`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,22 @@ from datasets import Dataset, load_dataset
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def load_problems(name: str, split: str) -> Dataset:
-    """`name` is a local .jsonl, .json or .parquet file, or else a dataset on the Hugging Face Hub."""
+def load_problems(name: str, split: str, config: str | None = None, instruction: str | None = None) -> Dataset:
+    """
+    Problems from a file or from the Hub.
+
+    Args:
+        name (`str`): A local .jsonl, .json or .parquet file, or else a dataset on the Hugging Face Hub.
+        split (`str`): Split of a dataset on the Hub.
+        config (`str`, *optional*): Configuration of a dataset on the Hub, for example `"main"`.
+        instruction (`str`, *optional*): See [`to_prompt_and_solution`].
+    """
     path = Path(name)
     if path.suffix in LOADERS:
         dataset = load_dataset(LOADERS[path.suffix], data_files={split: str(path)}, split=split)
     else:
-        dataset = load_dataset(name, split=split)
-    return to_prompt_and_solution(dataset)
+        dataset = load_dataset(name, config, split=split)
+    return to_prompt_and_solution(dataset, instruction)
 
 
 def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
@@ -27,27 +36,29 @@ def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
     return dataset.select(range(cut)), dataset.select(range(cut, len(dataset)))
 
 
-def to_prompt_and_solution(dataset: Dataset) -> Dataset:
+def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> Dataset:
+    r"""
+    Maps the columns of common datasets to a conversational `prompt` and a `solution`, for TRL's `accuracy_reward`.
+
+    Understood are the columns of GSM8K (`question`, `answer`), of MATH and AIME (`problem` and `answer` or
+    `solution`), of verl, such as DAPO-Math-17k (`prompt`, `reward_model`), and TRL's own (`prompt`, `solution`).
+    Other columns are dropped.
+
+    Args:
+        dataset (`datasets.Dataset`): Any of these.
+        instruction (`str`, *optional*):
+            Appended to each problem as a line of its own, for example `"Put your final answer within \boxed{}."`.
+
+    Raises:
+        `ValueError`: none of them; names the columns that were found.
+    """
     columns = dataset.column_names
-    question_column = next((name for name in ("question", "problem") if name in columns), None)
-    # Where both exist, `solution` is a derivation and `answer` only its result.
-    answer_column = next((name for name in ("answer", "solution") if name in columns), None)
+    read = _reader(columns)
 
-    if "prompt" in columns and "solution" in columns:
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        prompt, answer = read(row)
+        return {"prompt": _with_instruction(as_conversation(prompt), instruction), "solution": final_answer(answer)}
 
-        def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return {"prompt": as_conversation(row["prompt"]), "solution": row["solution"]}
-
-    elif question_column and answer_column:
-
-        def convert(row: dict[str, Any]) -> dict[str, Any]:
-            return {"prompt": as_conversation(row[question_column]), "solution": final_answer(row[answer_column])}
-
-    else:
-        raise ValueError(
-            f"The dataset has the columns {columns}. Accepted are `prompt` with `solution`, and `question` or "
-            "`problem` with `answer` or `solution`."
-        )
     return dataset.map(convert, remove_columns=columns)
 
 
@@ -67,3 +78,37 @@ def final_answer(answer: str | int | float) -> str:
     if "\\boxed" in text:
         return text[text.rindex("\\boxed") :]
     return text if "$" in text else f"${text}$"
+
+
+def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    """What takes the problem and the answer from a row."""
+    if {"prompt", "reward_model"} <= set(columns):
+        return lambda row: (row["prompt"], _ground_truth(row["reward_model"]))
+    problem = next((name for name in ("prompt", "question", "problem") if name in columns), None)
+    # Where both exist, `solution` is a derivation and `answer` only its result. Beside `prompt` it is TRL's column.
+    answers = ("solution",) if problem == "prompt" else ("answer", "solution")
+    answer = next((name for name in answers if name in columns), None)
+    if problem is None or answer is None:
+        raise ValueError(
+            f"The dataset has the columns {columns}. Accepted are `prompt` with `solution` or `reward_model` (verl), "
+            "and `question` or `problem` with `answer` or `solution`."
+        )
+    return lambda row: (row[problem], row[answer])
+
+
+def _ground_truth(reward_model: dict[str, Any]) -> Any:
+    """verl's own is the answer itself; some datasets nest it beside a copy of the question."""
+    truth = reward_model["ground_truth"]
+    if not isinstance(truth, dict):
+        return truth
+    for name in ("target", "answer", "solution"):
+        if truth.get(name) is not None:
+            return truth[name]
+    raise ValueError(f"`reward_model.ground_truth` has {sorted(truth)}. Accepted are `target`, `answer`, `solution`.")
+
+
+def _with_instruction(prompt: list[dict[str, str]], instruction: str | None) -> list[dict[str, str]]:
+    if instruction is None:
+        return prompt
+    *before, last = prompt
+    return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]

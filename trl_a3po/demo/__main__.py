@@ -28,8 +28,8 @@ from trl.rewards import accuracy_reward
 
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.demo import arithmetic
-from trl_a3po.demo.data import load_problems, split_off_last
 from trl_a3po.demo.evaluate import Estimate, pass_rates, score_samples
+from trl_a3po.problems import load_problems, split_off_last
 
 
 ARITHMETIC = "arithmetic"
@@ -66,7 +66,7 @@ class DemoArguments:
         default=ARITHMETIC,
         metadata={
             "help": "`arithmetic`, a .jsonl, .json or .parquet file, or a dataset on the Hugging Face Hub. "
-            "Columns: `prompt` and `solution`, or `question` or `problem` and `answer` or `solution`."
+            "Its columns may be those of GSM8K, MATH, AIME, verl or TRL."
         },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})

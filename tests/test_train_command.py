@@ -1,0 +1,138 @@
+"""`trl-a3po train`: from a line, or a file of YAML, to a trained model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import trl
+import yaml
+
+from trl_a3po import cli, train
+
+
+GSM8K = [{"question": f"what is {i} + 1?", "answer": f"one more.\n#### {i + 1}"} for i in range(8)]
+VERL = [
+    {"prompt": [{"role": "user", "content": f"{i}+1="}], "reward_model": {"ground_truth": str(i)}} for i in range(8)
+]
+SMALL = {
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": 1,
+    "max_completion_length": 4,
+    "per_device_train_batch_size": 8,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+}
+
+
+def parity_reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+@pytest.fixture(autouse=True)
+def _trl_as_it_was(monkeypatch):
+    monkeypatch.setattr(trl, "GRPOTrainer", trl.GRPOTrainer)
+
+
+@pytest.fixture
+def file(model_dir, tmp_path):
+    """Writes the options of a small run, and others, as a file of YAML."""
+
+    def write(**options):
+        path = tmp_path / "config.yaml"
+        output = {"model_name_or_path": model_dir, "output_dir": str(tmp_path / "output")}
+        path.write_text(yaml.safe_dump({**output, **SMALL, **options}))
+        return str(path)
+
+    return write
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def assert_trained(output_dir, **settings):
+    card = (output_dir / "README.md").read_text()
+    found = json.loads(re.search("```json\n(.+?)```", card, re.DOTALL)[1])
+    assert settings.items() <= found.items()
+    assert (output_dir / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rows", [GSM8K, VERL], ids=["gsm8k", "verl"])
+def test_problems_in_a_file(rows, file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", rows)
+    options = ["--dataset_name", dataset, "--problems", "--instruction", "box it.", "--positive_low_scale", "3"]
+    train.train(["--config", file(), *options])
+    assert_trained(tmp_path / "output", positive_low_scale=3.0)
+
+
+def test_a_dataset_without_prompts_is_refused(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    with pytest.raises(ValueError, match=r"columns \['question', 'answer'\], and no `prompt`.* pass `--problems`"):
+        train.train(["--config", file(), "--dataset_name", dataset, "--reward_funcs", "accuracy_reward"])
+
+
+def test_a_mixture_and_a_reward_of_ones_own_from_yaml(file, tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i}+1="} for i in range(8)]
+    datasets = [
+        {"path": "json", "data_files": write_rows(tmp_path / name, rows), "split": "train"}
+        for name in ("a.jsonl", "b.jsonl")
+    ]
+    monkeypatch.setenv("OF_THE_FILE", "")
+    options = {"datasets": datasets, "reward_funcs": [f"{__name__}.parity_reward"], "env": {"OF_THE_FILE": "set"}}
+    train.train(["--config", file(**options, scale_decay="cosine")])
+    assert_trained(tmp_path / "output", scale_decay="cosine")
+    assert os.environ["OF_THE_FILE"] == "set"
+
+
+def test_the_command_starts_processes_of_its_own(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    command = [sys.executable, "-m", "trl_a3po.cli", "train", "--config", file(accelerate_config="single_gpu")]
+    options = ["--dataset_name", dataset, "--problems", "--num_processes", "1", "--cpu"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert_trained(tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("trian", r"argument COMMAND: invalid choice: 'trian' \(choose from '?train"),
+        ("train {small} --positve_low_scale 2", "unrecognized arguments: --positve_low_scale"),
+        ("train {small} stray", "unrecognized arguments: stray"),
+        ("train {small} --positive_low_sc 2", "unrecognized arguments: --positive_low_sc"),
+        ("train {small} --positive_low_ratio 20", "`positive_low_ratio` must be a number from 0 to 1, got 20.0"),
+        (
+            "train {small} --scale_decay_steps 9 --max_steps 5",
+            "`scale_decay_steps=9.0` is longer than the training of 5",
+        ),
+        ("train {small} --accelerate_config nowhere", "nowhere is neither a file nor a valid config"),
+        ("train --config nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+    ],
+)
+def test_bad_lines_are_refused_before_anything_starts(arguments, message, tmp_path, capsys):
+    small = f"--output_dir {tmp_path} --use_cpu --bf16 False"
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments.format(small=small).split())
+    assert error.value.code == 2
+    usage, refusal = capsys.readouterr().err.split("\n", 1)
+    assert len(usage) < 100
+    assert re.search(message, refusal)
+
+
+def test_help_lists_the_options_of_the_shaping_together(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shaping = capsys.readouterr().out.split("\nadvantage shaping, and what of a rollout is computed:\n")[1]
+    shaping = shaping.split("\nmodel:\n")[0]
+    assert re.findall(r"\n  --(\w+)", "\n" + shaping) == [
+        *("positive_low_ratio", "positive_low_scale", "positive_high_ratio", "positive_high_scale"),
+        *("negative_low_ratio", "negative_low_scale", "negative_high_ratio", "negative_high_scale"),
+        *("token_metric", "scale_decay", "scale_decay_steps", "positive_weight", "negative_weight"),
+        *("trim_padding", "skip_zero_advantage"),
+    ]

@@ -1,0 +1,32 @@
+"""The command line, `trl-a3po`: one command after another is imported when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+
+COMMANDS = {
+    "train": "train a model with A3PO: `trl grpo` with the shaping",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="trl-a3po",
+        description="A3PO as a drop-in replacement for TRL's GRPOTrainer.",
+        epilog="`trl-a3po COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = parser.parse_args(arguments[:1]).command
+    return importlib.import_module(f"trl_a3po.{command}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
