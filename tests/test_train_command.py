@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trl
 import yaml
 
-from trl_a3po import cli, train
+from trl_a3po import A3POConfig, cli, train
 
 
 GSM8K = [{"question": f"what is {i} + 1?", "answer": f"one more.\n#### {i + 1}"} for i in range(8)]
@@ -59,7 +60,7 @@ def assert_trained(output_dir, **settings):
     card = (output_dir / "README.md").read_text()
     found = json.loads(re.search("```json\n(.+?)```", card, re.DOTALL)[1])
     assert settings.items() <= found.items()
-    assert (output_dir / "model.safetensors").exists()
+    assert list(output_dir.glob("*model.safetensors"))
 
 
 @pytest.mark.parametrize("rows", [GSM8K, VERL], ids=["gsm8k", "verl"])
@@ -136,3 +137,18 @@ def test_help_lists_the_options_of_the_shaping_together(capsys):
         *("token_metric", "scale_decay", "scale_decay_steps", "positive_weight", "negative_weight"),
         *("trim_padding", "skip_zero_advantage"),
     ]
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+def test_recipes_train(recipe, model_dir, tmp_path):
+    """On a tiny model, a few rows in the format of their dataset, and this machine; all else is theirs."""
+    settings = yaml.safe_load(recipe.read_text())
+    dataset = write_rows(tmp_path / "problems.jsonl", VERL if "DAPO" in settings["dataset_name"] else GSM8K)
+    here = {"model_name_or_path": model_dir, "dataset_name": dataset, "output_dir": tmp_path / "output", **SMALL}
+    here |= {"use_vllm": False, "dtype": "float32", "steps_per_generation": 1, "gradient_accumulation_steps": 1}
+    train.train(["--config", str(recipe), *(f"--{name}={value}" for name, value in here.items())])
+    fields = {name: value for name, value in settings.items() if name in A3POConfig.__annotations__}
+    assert_trained(tmp_path / "output", **fields)
