@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
 from trl_a3po.demo import arithmetic
-from trl_a3po.demo.evaluate import pass_rates, sample, score_samples
+from trl_a3po.demo.evaluate import pass_rates, score_samples
+from trl_a3po.evaluate import sample
 
 
 START_MODEL = Path(arithmetic.__file__).parent / "start_model"

@@ -8,9 +8,15 @@ from collections.abc import Sequence
 from . import __version__
 
 
+# The module of each command, and what it does.
 COMMANDS = {
-    "train": "train a model with A3PO: `trl grpo` with the shaping",
+    "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
+    "eval": ("evaluate", "avg@k, pass@k and maj@k of a model, with intervals"),
 }
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With defaults, and the description as it stands."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, summary in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = parser.parse_args(arguments[:1]).command
-    return importlib.import_module(f"trl_a3po.{command}").main(arguments[1:])
+    module, _ = COMMANDS[parser.parse_args(arguments[:1]).command]
+    return importlib.import_module(f"trl_a3po.{module}").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trl.scripts.utils import DatasetConfig
 
 from .a3po_config import A3POConfig
 from .a3po_trainer import A3POTrainer
+from .cli import Help
 from .problems import LOADERS, to_prompt_and_solution
 
 
@@ -64,7 +65,7 @@ def make_parser() -> TrlParser:
         prog=PROGRAM,
         usage=f"{PROGRAM} [--config FILE] [options]",
         description=__doc__,
-        formatter_class=_Help,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     _group(parser, "dataset and rewards", _names(A3POScriptArguments))
@@ -76,10 +77,6 @@ def make_parser() -> TrlParser:
 
 def _names(dataclass_type: Any) -> set[str]:
     return {each.name for each in fields(dataclass_type)}
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """With defaults, and the description as it stands."""
 
 
 def _group(parser: argparse.ArgumentParser, title: str, names: set[str]) -> None:

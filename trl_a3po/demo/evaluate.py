@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from datasets import Dataset
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.rewards import accuracy_reward
+
+from trl_a3po.evaluate import sample
 
 
 PROBLEMS_PER_BATCH = 32
@@ -60,29 +61,3 @@ def score_samples(
     if not known_scores:
         raise ValueError("math-verify can parse the solution of no problem to evaluate on.")
     return torch.tensor(known_scores).view(-1, num_samples)
-
-
-@torch.inference_mode()
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
-    num_samples: int,
-    max_completion_length: int | None,
-) -> list[str]:
-    """`num_samples` completions of each prompt, the completions of one prompt next to each other."""
-    model.eval()
-    encoded = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
-    )
-    inputs = cast(BatchEncoding, encoded).to(model.device)
-    output = model.generate(  # type: ignore[operator]  # declared by GenerationMixin only
-        **inputs,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=num_samples,
-        max_new_tokens=max_completion_length,
-    )
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
