@@ -17,7 +17,7 @@ import torch
 import vllm_on_cpu
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po import A3POConfig, A3POTrainer, evaluate
 
 
 pytestmark = [
@@ -188,6 +188,20 @@ def test_log_probabilities_that_the_sampler_does_not_know_poison_nothing(fields,
     assert all(call["shaped"].isfinite().all() for call in trainer.calls)
     values = [value for entry in trainer.state.log_history for value in entry.values()]
     assert all(math.isfinite(value) for value in values)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_evaluation_samples_what_transformers_would(adapter, make, tmp_path):
+    trainer = make(arguments=tiny.lora() if adapter else {}, use_vllm=False)
+    trainer.train()
+    trainer.save_model()
+    greedy = {"num_samples": 1, "temperature": 0.0, "max_completion_length": 8, "dtype": "float32"}
+    arguments = evaluate.EvaluateArguments(trainer.args.output_dir, "", str(tmp_path), **greedy)
+    prompts = [[{"role": "user", "content": f"{i}+1="}] for i in range(8)]
+    samplers = evaluate.transformers_sampler(arguments), evaluate.vllm_sampler(arguments)
+    expected, completions = (sampler(prompts, 0) for sampler in samplers)
+    assert completions == expected
+    assert len({text for texts in completions for text in texts}) > 4
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ from unittest.mock import patch
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",  # GiB
     VLLM_CPU_CI_ENV="1",  # no compilation
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # no process besides
     TORCHDYNAMO_DISABLE="1",
     OMP_NUM_THREADS="1",
 )
 
 import torch
 import trl.generation.vllm_generation
-from vllm import LLM
+import vllm
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import utils
 
@@ -33,16 +34,17 @@ CONFIG = {
 @contextlib.contextmanager
 def engines():
     """Engines that are built in here compute in fp32, take new weights, and leave nothing behind."""
-    set_num_threads = torch.set_num_threads
+    set_num_threads, llm = torch.set_num_threads, vllm.LLM
     built = []
 
     def build(**kwargs):
-        built.append(LLM(**kwargs, dtype="float32"))  # in bf16 log-probabilities differ by 1e-2
+        built.append(llm(**{**kwargs, "dtype": "float32"}))  # in bf16 log-probabilities differ by 1e-2
         return built[-1]
 
     try:
         with (
             patch.object(trl.generation.vllm_generation, "LLM", build),
+            patch.object(vllm, "LLM", build),
             patch.object(utils, "dispatch_cpu_unquantized_gemm", _keep_weights_in_place),
             patch.dict(os.environ),  # where TRL sets what torchrun would
         ):

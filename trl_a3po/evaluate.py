@@ -199,7 +199,8 @@ def vllm_sampler(arguments: EvaluateArguments) -> Sampler:
     if adapter_file:
         adapter = json.loads(Path(adapter_file).read_text())
         request = LoRARequest("adapter", 1, str(Path(adapter_file).parent))
-        options |= {"enable_lora": True, "max_lora_rank": adapter["r"], "tokenizer": name}
+        rank = max(8, 1 << (adapter["r"] - 1).bit_length())  # it takes powers of 2
+        options |= {"enable_lora": True, "max_lora_rank": rank, "tokenizer": name}
         name = adapter["base_model_name_or_path"]
     engine = LLM(model=name, **options)
 
