@@ -35,12 +35,13 @@ def route(method, pattern, writes=False):
 
 
 class HubError(Exception):
-    """A request refused."""
+    """A request refused. What the answer has besides the error is in `details`."""
 
-    def __init__(self, status, message, code=None):
+    def __init__(self, status, message, code=None, **details):
         super().__init__(message)
         self.status = status
         self.code = code
+        self.details = details
 
 
 @dataclass
@@ -135,10 +136,11 @@ class Hub:
     def _create(self, request):
         wanted = request.json()
         repository = f"{wanted['organization'] or 'user'}/{wanted['name']}"
+        url = f"{self.address}/{repository}"
         if repository in self.repositories:
-            raise HubError(409, "You already created this model repo")
+            raise HubError(409, "You already created this model repo", url=url)
         self.commit(repository, "initial commit", {".gitattributes": b""})
-        return {"url": f"{self.address}/{repository}"}
+        return {"url": url}
 
     @route("GET", "/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?")
     def _info(self, request, repository, revision):
@@ -238,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         except HubError as error:
             if error.code is not None:
                 self.answer_headers["X-Error-Code"] = error.code
-            self._send(error.status, {"error": str(error)})
+            self._send(error.status, {"error": str(error), **error.details})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any  # noqa: N815
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
+from .checkpoints import ResumableGRPOTrainer
 from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .hub import ReportPushes
@@ -22,7 +23,7 @@ from .trimmed_trainer import TrimmedGRPOTrainer
 from .update_phase import loss_mask
 
 
-class A3POTrainer(TrimmedGRPOTrainer):
+class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
     """
     Trainer for A3PO, Adaptive and Asymmetric token-level Advantage shaping for Policy Optimization.
 
