@@ -4,25 +4,28 @@ VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
 VENV_VLLM ?= .venv-vllm
 VENV_VERSIONS ?= .venv-versions
+VENV_WHEEL ?= .venv-wheel
 
 # The newest patch of every minor release, but 1.15.0, with which GRPOTrainer itself does not train without Triton.
 TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.16.0
 
+# The tests of a file share what is slow to make.
+PYTEST = -m pytest --numprocesses auto --dist loadfile
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm test-versions style format
+.PHONY: demo test test-slow test-lowest test-vllm test-versions dist style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/python -m trl_a3po.demo
 
 test: $(VENV)/ready  ## the tests
-	$(VENV)/bin/python -m pytest -m "not slow and not vllm"
+	$(VENV)/bin/python $(PYTEST) -m "not slow and not vllm"
 
 test-slow: $(VENV)/ready  ## those that take minutes
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python $(PYTEST) -m slow
 
 test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest TRL and transformers that are supported
-	$(VENV_LOWEST)/bin/python -m pytest -m "not slow and not vllm"
+	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm"
 
 test-vllm: $(VENV_VLLM)/ready  ## those of colocated vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
@@ -34,6 +37,19 @@ test-versions: $(VENV_VERSIONS)/ready  ## those of what is relied on in TRL, wit
 			tests/test_loss.py tests/test_trainer.py tests/test_training.py tests/test_update_phase.py \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+dist: pyproject.toml  ## the packages, and whether the wheel alone runs every command
+	rm -rf dist $(VENV_WHEEL)
+	$(PYTHON) -m venv $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/python $(INSTALL) build twine
+	$(VENV_WHEEL)/bin/python -m build --outdir dist .
+	$(VENV_WHEEL)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/python $(INSTALL) -c requirements/constraints.txt "$$(echo dist/*.whl)[math-verify,peft]"
+	cd $(VENV_WHEEL) && bin/python -m trl_a3po.demo --max_steps 2 --eval_size 8 --output_dir demo \
+		&& bin/trl-a3po eval --help > /dev/null \
+		&& bin/trl-a3po train --help > /dev/null \
+		&& ls lib/python*/site-packages/trl_a3po/recipes
 
 style: $(VENV)/ready  ## lint, formatting and types
 	$(VENV)/bin/ruff check
