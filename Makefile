@@ -5,6 +5,7 @@ VENV_LOWEST ?= .venv-lowest
 VENV_VLLM ?= .venv-vllm
 VENV_VERSIONS ?= .venv-versions
 VENV_WHEEL ?= .venv-wheel
+VENV_DOCS ?= .venv-docs
 
 # The newest patch of every minor release, but 1.15.0, with which GRPOTrainer itself does not train without Triton.
 TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.16.0
@@ -13,7 +14,7 @@ TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10
 PYTEST = -m pytest --numprocesses auto --dist loadfile
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm test-versions dist style format
+.PHONY: demo test test-slow test-lowest test-vllm test-versions dist docs style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/python -m trl_a3po.demo
@@ -51,6 +52,9 @@ dist: pyproject.toml  ## the packages, and whether the wheel alone runs every co
 		&& bin/trl-a3po train --help > /dev/null \
 		&& ls lib/python*/site-packages/trl_a3po/recipes
 
+docs: $(VENV_DOCS)/ready  ## the documentation, in build/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict --quiet
+
 style: $(VENV)/ready  ## lint, formatting and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -68,6 +72,11 @@ $(VENV)/ready: pyproject.toml requirements/constraints.txt
 $(VENV_LOWEST)/ready: pyproject.toml requirements/constraints-lowest.txt
 	$(PYTHON) -m venv $(VENV_LOWEST)
 	$(VENV_LOWEST)/bin/python $(INSTALL) -c requirements/constraints-lowest.txt -e ".[dev]"
+	touch $@
+
+$(VENV_DOCS)/ready: requirements/docs.txt
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python $(INSTALL) -r requirements/docs.txt
 	touch $@
 
 # Some releases of TRL need requests and do not say so.

@@ -29,6 +29,24 @@ def test_the_trainer_that_the_readme_writes_trains(tmp_path):
     assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
 
 
+def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = ("use_cpu", "bf16", "report_to", "max_steps", "per_device_train_batch_size", "max_completion_length")
+    namespace = {
+        "model": tiny.save(tmp_path / "model"),
+        "reward": tiny.parity_reward,
+        "dataset": tiny.prompts(),
+        "options": {name: getattr(tiny.config(tmp_path), name) for name in fields},
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "guide.md").read_text(), flags=re.DOTALL)
+    for block in blocks:
+        exec(block, namespace)
+    assert namespace["trainer"].state.global_step == 3
+    assert namespace["args"].shaping_settings["positive_low_scale"] == 1
+    assert namespace["psr"].shaping_settings["negative_weight"] == 0
+    assert len(blocks) == 4
+
+
 def test_the_readme_names_every_option_and_metric(tmp_path):
     added = trl_a3po.A3POConfig.__annotations__
     assert all(f"`{name}`" in README for name in added)
