@@ -152,8 +152,9 @@ def test_what_a_killed_run_leaves_on_the_hub_is_whole(hub, output):
     assert steps[-1] == 45
 
 
-def make(model_dir, output_dir):
-    args = tiny.config(output_dir, max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+def make(model_dir, output_dir, **fields):
+    fields = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", **fields}
+    args = tiny.config(output_dir, save_strategy="steps", **fields)
     return A3POTrainer(model_dir, tiny.parity_reward, args, tiny.prompts())
 
 
@@ -208,6 +209,15 @@ def test_checkpoints_of_grpo_are_resumed_from(model_dir, tmp_path):
     trainer = make(model_dir, tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_run_that_is_resumed_in_its_second_epoch_ends_as_an_uninterrupted_one(model_dir, tmp_path):
+    """Every epoch has an order of its own."""
+    whole, resumed = (make(model_dir, tmp_path, max_steps=12, save_steps=10) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.state.epoch == 1.5
+    torch.testing.assert_close(tiny.parameters(resumed), tiny.parameters(whole), rtol=0, atol=0)
 
 
 def test_a_run_that_is_resumed_after_its_last_step_stays_as_it_is(model_dir, tmp_path):
