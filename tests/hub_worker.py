@@ -41,7 +41,7 @@ def make(model, output_dir, adapter=False, **fields):
             "save_steps": 1,
             "lr_scheduler_type": "constant",
             "positive_low_scale": 3.0,
-            "scale_decay_steps": 4,
+            "scale_decay": "constant",
             **fields,
         },
     )

@@ -167,7 +167,7 @@ def test_the_card_that_arrives_says_how_the_model_was_trained(name, commits, out
     assert "https://huggingface.co/papers/2512.21625" in card.text
     settings = json.loads(re.search("```json\n(.+?)```", card.text, re.DOTALL)[1])
     assert settings["positive_low_scale"] == 3.0
-    assert settings["scale_decay_steps"] == 4
+    assert settings["scale_decay"] == "constant"
     for commit in commits[name]:
         assert commit.files["README.md"].decode() == card.content
 
