@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .checkpoints import ResumableGRPOTrainer
 from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .hub import ReportPushes
+from .rewards import check_rewards
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .trimmed_trainer import TrimmedGRPOTrainer
@@ -58,7 +60,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
 
     Raises:
         `TypeError`: `args` is not an [`A3POConfig`].
-        `ValueError`: an option of TRL that leaves no room for advantages of single tokens.
+        `ValueError`: an option of TRL that leaves no room for advantages of single tokens; in training, a reward that
+            is infinite (see [`~trl_a3po.rewards`]).
         `RuntimeError`: the installed TRL no longer computes the loss from them (see [`~trl_a3po.contract`]).
     """
 
@@ -179,6 +182,11 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             for name, value in self.args.shaping_settings.items()
         }
 
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
+        return rewards_per_func
+
     def _has_gradient(self, inputs):
         advantages = weight_polarities(inputs["advantages"], self.args.positive_weight, self.args.negative_weight)
         return super()._has_gradient({**inputs, "advantages": advantages})
@@ -282,6 +290,16 @@ class _Moments(TrainerCallback):
             self._trainer._reduce_polarity_sums("train")
 
     on_epoch_end = on_step_end
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # transformers goes on, and shows a loss of 0. With fp16, steps that overflow are left out.
+        if logs and math.isnan(logs.get("grad_norm", 0.0)) and self._trainer.accelerator.mixed_precision != "fp16":
+            raise FloatingPointError(
+                f"The gradient of step {state.global_step} is NaN, and so are all parameters from then on. Go back to "
+                "the last checkpoint with a finite `grad_norm`, and keep the policy closer to what it learns from: "
+                "lower `learning_rate`, `num_iterations` or `steps_per_generation`; in what a `rollout_func` returns, "
+                "look for tokens to which the policy gives no probability."
+            )
 
 
 def _ratio_has_gradient(args: A3POConfig) -> bool:
