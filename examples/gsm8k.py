@@ -52,6 +52,7 @@ def train(args, model_args, dataset):
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_every_field_of_grpo_config_keeps_its_default():
 
 def test_every_field_is_explained_once_in_the_docstring_and_once_in_the_help():
     added = {field.name for field in dataclasses.fields(A3POConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
-    assert len(added) == 15
+    assert len(added) == 16
     for field in dataclasses.fields(A3POConfig):
         if field.name in added:
             assert A3POConfig.__doc__.count(f"\n        {field.name} (`") == 1
@@ -104,6 +104,9 @@ REFUSED = [
     ({"scale_decay_steps": True}, STEPS.format("True")),
     ({"trim_padding": "no"}, "`trim_padding` must be True or False, got 'no'."),
     ({"skip_zero_advantage": 7}, "`skip_zero_advantage` must be True or False, got 7."),
+    ({"log_tokens": -1}, "`log_tokens` must be a number of prompts, 0 or more, got -1. Pass for example 2 to log"),
+    ({"log_tokens": 2.5}, "`log_tokens` must be a number of prompts, 0 or more, got 2.5."),
+    ({"log_tokens": True}, "`log_tokens` must be a number of prompts, 0 or more, got True."),
     # What contradicts itself.
     (
         {"positive_weight": 0, "negative_weight": 0},

@@ -200,6 +200,7 @@ def test_two_steps_of_arithmetic(tmp_path):
     output = run_demo(tmp_path, "--max_steps", "2", "--eval_size", "8", *SMALL)
     assert "step    2/2   reward" in output
     assert_table_and_saved_model(output, tmp_path / "a3po-demo", steps=2)
+    assert "<title>" in (tmp_path / "a3po-demo" / "report.html").read_text()
 
 
 def test_two_steps_on_a_file_in_gsm8k_format_with_options_from_yaml(tmp_path):

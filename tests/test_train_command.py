@@ -61,6 +61,7 @@ def assert_trained(output_dir, **settings):
     found = json.loads(re.search("```json\n(.+?)```", card, re.DOTALL)[1])
     assert settings.items() <= found.items()
     assert list(output_dir.glob("*model.safetensors"))
+    assert (output_dir / "trainer_state.json").exists()
 
 
 @pytest.mark.parametrize("rows", [GSM8K, VERL], ids=["gsm8k", "verl"])

@@ -270,5 +270,5 @@ def test_model_card_names_method_paper_and_settings(tmp_path):
 def test_every_field_of_the_shaping_is_on_the_model_card(tmp_path):
     make(tmp_path).create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    for name in inspect.get_annotations(A3POConfig).keys() - {"trim_padding", "skip_zero_advantage"}:
+    for name in inspect.get_annotations(A3POConfig).keys() - {"trim_padding", "skip_zero_advantage", "log_tokens"}:
         assert f'"{name}": ' in card

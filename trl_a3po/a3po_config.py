@@ -86,6 +86,14 @@ class A3POConfig(GRPOConfig):
             wrong. The update is the same to rounding. Ignored where such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
             own. `entropy` is then the mean over the completions that are computed.
+
+        > Parameters that control the logging
+
+        log_tokens (`int`, *optional*, defaults to `0`):
+            Number of prompts whose completions are written token by token at every log, for
+            `trl-a3po report`: the two most positive and the two most negative of each, from the batch of
+            the main process, to `tokens.jsonl` in `output_dir`. Of long completions the first 1024 tokens, at about
+            35 bytes each. 0 writes none, and costs nothing.
     """
 
     # Parameters that control the token-level advantage shaping
@@ -184,6 +192,17 @@ class A3POConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control the logging
+    log_tokens: int = field(
+        default=0,
+        metadata={
+            "help": "Number of prompts whose completions are written token by token at every log, for "
+            "`trl-a3po report`: the two most positive and the two most negative of each, from the batch of the main "
+            "process, to `tokens.jsonl` in `output_dir`. Of long completions the first 1024 tokens, at about 35 bytes "
+            "each. 0 writes none, and costs nothing."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         check_settings(**self.shaping_settings)
@@ -208,6 +227,11 @@ class A3POConfig(GRPOConfig):
         for name in ("trim_padding", "skip_zero_advantage"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if not isinstance(self.log_tokens, int) or isinstance(self.log_tokens, bool) or self.log_tokens < 0:
+            raise ValueError(
+                f"`log_tokens` must be a number of prompts, 0 or more, got {self.log_tokens!r}. Pass for example 2 to "
+                "log completions of two prompts, or 0 to log none."
+            )
         self._check_all_act()
         if self.max_steps > 0:
             self.check_decay_ends(self.max_steps)

@@ -21,6 +21,7 @@ from .hub import ReportPushes
 from .rewards import check_rewards
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
+from .token_log import TokenLog, total_rewards
 from .trimmed_trainer import TrimmedGRPOTrainer
 from .update_phase import loss_mask
 
@@ -98,6 +99,10 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_Moments(self))
+        self._token_log: TokenLog | None = None
+        if args.log_tokens and self.is_world_process_zero():
+            self._token_log = TokenLog(args.output_dir, args.log_tokens, self.processing_class)
+            self.add_callback(self._token_log)
         if args.push_to_hub:
             self.add_callback(ReportPushes(self))
         check_contract(self)
@@ -185,11 +190,19 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
+        if self._token_log is not None:
+            self._rewards = total_rewards(rewards_per_func, self.reward_weights)
         return rewards_per_func
 
     def _has_gradient(self, inputs):
         advantages = weight_polarities(inputs["advantages"], self.args.positive_weight, self.args.negative_weight)
         return super()._has_gradient({**inputs, "advantages": advantages})
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self._token_log is not None and self.model.training:
+            output["rewards"] = self._rewards[: len(inputs)]  # those of the main process are the first
+        return output
 
     def _compute_loss(self, model, inputs):
         # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a
@@ -236,6 +249,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if self._skips else old_per_token_logps
         sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask)
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
+        if self._token_log is not None and "rewards" in inputs:
+            self._token_log.add(inputs, advantages, shaped, logps, entropies)
 
     @property
     def _mode(self) -> str:

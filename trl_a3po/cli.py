@@ -12,6 +12,7 @@ from . import __version__
 COMMANDS = {
     "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
     "eval": ("evaluate", "avg@k, pass@k and maj@k of a model, with intervals"),
+    "report": ("report.__main__", "one HTML file of what runs logged, token by token where they did"),
 }
 
 

@@ -115,6 +115,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
         mixture.datasets = [DatasetConfig(path=LOADERS[path.suffix], data_files=str(path), split="train")]
         script.dataset_name = None
 
+    trainers = []
+
     def make_trainer(*, train_dataset, eval_dataset, **keywords):
         if script.problems:
             train_dataset = to_prompt_and_solution(train_dataset, script.instruction)
@@ -124,11 +126,13 @@ def train(arguments: Sequence[str] | None = None) -> None:
                 f"The dataset has the columns {train_dataset.column_names}, and no `prompt`. If it has problems with "
                 "checkable answers, pass `--problems`."
             )
-        return A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords)
+        trainers.append(A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords))
+        return trainers[0]
 
     # TRL's script does the rest. It imports the trainer when it runs.
     trl.GRPOTrainer = make_trainer  # type: ignore[assignment, misc]
     grpo.main(script, config, model, mixture)
+    trainers[0].save_state()  # for `trl-a3po report`
 
 
 if __name__ == "__main__":

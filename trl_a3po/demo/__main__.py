@@ -30,6 +30,7 @@ from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.demo import arithmetic
 from trl_a3po.demo.evaluate import Estimate, pass_rates, score_samples
 from trl_a3po.problems import load_problems, split_off_last
+from trl_a3po.report import write_report
 
 
 ARITHMETIC = "arithmetic"
@@ -45,6 +46,7 @@ TRAINING_DEFAULTS = {
     "num_generations": 8,
     "max_completion_length": 40,
     "logging_steps": 20,
+    "log_tokens": 2,
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
@@ -145,10 +147,13 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - start
     after = held_out_pass_rates(trainer, held_out_problems, demo.eval_samples)
-    trainer.save_model(config.output_dir)
+    output_dir = Path(config.output_dir)  # type: ignore[arg-type]  # never None once constructed
+    trainer.save_model(str(output_dir))
+    trainer.save_state()
 
     print(before_after_table(before, after, demo.eval_samples))
     print(f"\n{trainer.state.global_step} steps in {seconds:.0f} s; model saved in {config.output_dir}")
+    print(f"What it learned, token by token: {write_report([output_dir], output_dir / 'report.html')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""Write a report on what runs have logged: `trl-a3po report RUN_DIR [RUN_DIR ...]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .page import write_report
+from .run import ReportError, read_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    The command line.
+
+    Args:
+        arguments (`list[str]`, *optional*): In place of those that the program was started with.
+
+    Returns:
+        `int`: the exit status, 0, or 2 where there is nothing to report.
+    """
+    parser = argparse.ArgumentParser(
+        prog="trl-a3po report",
+        description="Write a report on what runs have logged, as one HTML file: metrics over time, all runs in the "
+        "same charts, and completions token by token, where A3POConfig's `log_tokens` is set.",
+    )
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="`output_dir` of a run")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write (report.html)")
+    parser.add_argument(
+        "--tokens", action="store_true", help="print completions of one prompt to the terminal instead; needs rich"
+    )
+    parser.add_argument("--step", type=int, help="with --tokens: the step to print of (the last)")
+    parsed = parser.parse_args(arguments)
+    if parsed.step is not None and not parsed.tokens:
+        parser.error("--step goes with --tokens")
+    try:
+        if parsed.tokens:
+            for run_dir in parsed.run_dirs:
+                _print_tokens(run_dir, parsed.step)
+        else:
+            print(f"Report: {write_report(parsed.run_dirs, parsed.output)}")
+    except (ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print_tokens(run_dir: Path, step: int | None) -> None:
+    try:
+        from rich.console import Console
+
+        from .terminal import print_tokens
+    except ImportError as error:
+        raise ReportError("`--tokens` needs rich. Install it: pip install rich") from error
+    completions = read_run(run_dir, None if step is None else [step]).completions
+    if not completions:
+        of_step = "" if step is None else f" of step {step}"
+        raise ReportError(f"'{run_dir}' holds no completions{of_step}: set `log_tokens` of A3POConfig to log some.")
+    last = [each for each in completions if each.step == completions[-1].step]
+    of_one_prompt = [each for each in last if each.prompt == last[0].prompt]
+    print_tokens(of_one_prompt, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""[`write_report`]: the report on runs, as one HTML file that reads nothing else."""
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .run import Run, read_run
+from .text import visible
+
+
+def write_report(run_dirs: Sequence[str | PathLike[str]], path: str | PathLike[str]) -> Path:
+    """
+    Writes a report on one or more runs, in the same charts: metrics over time, and completions token by token.
+
+    The file holds all that it shows, opens from the disk, and loads nothing. It shows at most 1000 points of each
+    metric, and completions of 200,000 tokens of each run, of steps evenly spaced.
+
+    Args:
+        run_dirs (sequence of `str` or `PathLike`): The `output_dir` of each run.
+        path (`str` or `PathLike`): The file to write.
+
+    Returns:
+        `Path`: where the file lies.
+
+    Raises:
+        `ReportError`: nothing was logged in one of the directories.
+    """
+    runs = [read_run(Path(directory)) for directory in run_dirs]
+    names = _names([run.directory for run in runs])
+    data = {"version": __version__, "runs": [_plain(run, name) for run, name in zip(runs, names, strict=True)]}
+    path = Path(path).absolute()
+    path.write_text(_fill_in(_template(), data), encoding="utf-8", newline="\n")
+    return path
+
+
+def _template() -> str:
+    return resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+
+
+def _fill_in(template: str, data: dict[str, Any]) -> str:
+    # What a browser may run, or style by, is what the template holds: named by its hash, whatever else is in the page.
+    sources = [
+        f"{kind}-src {' '.join(map(_hash, re.findall(f'<{tag}>(.*?)</{tag}>', template, flags=re.DOTALL)))}"
+        for kind, tag in (("script", "script"), ("style", "style"))
+    ]
+    policy = "; ".join(["default-src 'none'", *sources, "base-uri 'none'", "form-action 'none'"])
+    # Within a string of JSON, "<" may be written so. Then nothing in the data ends the element that holds it.
+    embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    before, _, after = template.replace("{{policy}}", policy, 1).partition("{{data}}")
+    return f"{before}{embedded}{after}"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _plain(run: Run, name: str) -> dict[str, Any]:
+    return {
+        "name": visible(name),
+        "metrics": {visible(metric): points for metric, points in run.metrics.items()},
+        "completions": [
+            {**asdict(each), "prompt": visible(each.prompt), "tokens": [visible(token) for token in each.tokens]}
+            for each in run.completions
+        ],
+        "logged_steps": run.logged_steps,
+        "unreadable_lines": run.unreadable_lines,
+    }
+
+
+def _names(directories: list[Path]) -> list[str]:
+    """The last part of each path; the whole of it where the last parts are the same."""
+    lasts = [directory.resolve().name or str(directory) for directory in directories]
+    return [
+        last if Counter(lasts)[last] == 1 else str(directory)
+        for last, directory in zip(lasts, directories, strict=True)
+    ]

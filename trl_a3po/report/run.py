@@ -1,0 +1,132 @@
+"""What a run has left in its directory: metrics over time, and completions token by token."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..logged_completion import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
+
+
+STATE_FILE = "trainer_state.json"
+
+# What a report shows of a long run, evenly spaced.
+MAX_POINTS = 1000
+MAX_TOKENS_SHOWN = 200_000
+
+# What a log has besides metrics. The summary of the whole training is logged with metrics of the last step.
+_NOT_METRICS = ("step", "epoch", "total_flos")
+_SUMMARY = "train_"
+_Item = TypeVar("_Item")
+
+
+class ReportError(Exception):
+    """There is nothing to report: the message says why."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    A run, as far as it was logged.
+
+    Args:
+        directory (`Path`): Where it was logged.
+        metrics (`dict[str, list[tuple[int, float]]]`): By name, values at optimizer steps, at most `MAX_POINTS`.
+        completions (`list[LoggedCompletion]`): Those of some steps, in the order they were logged in.
+        logged_steps (`int`): Number of steps of which completions were logged.
+        unreadable_lines (`int`): Lines of the token log that are none.
+    """
+
+    directory: Path
+    metrics: dict[str, list[tuple[int, float]]]
+    completions: list[LoggedCompletion]
+    logged_steps: int
+    unreadable_lines: int
+
+
+def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
+    """
+    Reads the directory of a run of `A3POTrainer` or `GRPOTrainer`.
+
+    Args:
+        directory (`Path`): The `output_dir` of the run, or one of its checkpoints.
+        steps (sequence of `int`, *optional*):
+            The steps to read completions of; by default as many as have `MAX_TOKENS_SHOWN`.
+
+    Raises:
+        `ReportError`: nothing was logged there.
+    """
+    if not directory.is_dir():
+        raise ReportError(f"There is no directory '{directory}'.")
+    state, tokens = _newest_state(directory), directory / TOKENS_FILE
+    if state is None and not tokens.is_file():
+        raise ReportError(
+            f"'{directory}' holds no log of a run: neither {STATE_FILE}, there or in a checkpoint-N, nor "
+            f"{TOKENS_FILE}. Call `trainer.save_state()` when training is done, or save checkpoints."
+        )
+    tokens_of_step: Counter[int] = Counter()
+    unreadable = 0
+    for completion in _read_completions(tokens):
+        if completion is None:
+            unreadable += 1
+        else:
+            tokens_of_step[completion.step] += len(completion.tokens) + 1
+    if steps is None:
+        steps = _evenly(sorted(tokens_of_step), MAX_TOKENS_SHOWN // max(tokens_of_step.values(), default=1))
+    chosen = set(steps)
+    completions = [each for each in _read_completions(tokens) if each and each.step in chosen]
+    return Run(directory, _metrics(state), completions, len(tokens_of_step), unreadable)
+
+
+def _newest_state(directory: Path) -> dict[str, Any] | None:
+    numbers = [path.parent.name.partition("-")[2] for path in directory.glob(f"checkpoint-*/{STATE_FILE}")]
+    checkpoint = max((int(number) for number in numbers if number.isdecimal()), default=None)
+    paths = [directory / STATE_FILE, directory / f"checkpoint-{checkpoint}" / STATE_FILE]
+    states = [_read_state(path) for path in paths if path.is_file()]
+    return max(states, key=lambda state: state["global_step"], default=None)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_bytes())
+        if not (isinstance(state["global_step"], int) and isinstance(state["log_history"], list)):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ReportError(f"'{path}' is not the state of a trainer, or not whole.") from error
+    return state
+
+
+def _metrics(state: dict[str, Any] | None) -> dict[str, list[tuple[int, float]]]:
+    by_name: dict[str, dict[int, float]] = {}
+    for entry in state["log_history"] if state else ():
+        if isinstance(entry, dict) and is_number(entry.get("step")):
+            for name, value in entry.items():
+                if name not in _NOT_METRICS and not name.startswith(_SUMMARY) and is_number(value):
+                    by_name.setdefault(name, {})[int(entry["step"])] = value
+    return {name: _evenly(sorted(values.items()), MAX_POINTS) for name, values in sorted(by_name.items())}
+
+
+def _read_completions(path: Path) -> Iterator[LoggedCompletion | None]:
+    """The lines of a token log, `None` for those that are none."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+            try:
+                yield LoggedCompletion.from_line(line)
+            except ValueError:
+                yield None
+
+
+def _evenly(items: Sequence[_Item], most: int) -> list[_Item]:
+    """At most so many of the items, but no less than two: the first and the last are among them."""
+    most = max(2, most)
+    if len(items) <= most:
+        return list(items)
+    last = len(items) - 1
+    return [items[round(i * last / (most - 1))] for i in range(most)]

@@ -1,0 +1,211 @@
+"""[`TokenLog`]: some of the completions that a log is about, token by token, for a report to show."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .logged_completion import MAX_PROMPT_CHARACTERS, MAX_TOKEN_CHARACTERS, MAX_TOKENS, TOKENS_FILE, LoggedCompletion
+from .update_phase import loss_mask
+
+
+COMPLETIONS_PER_POLARITY = 2
+
+
+class TokenLog(TrainerCallback):
+    """
+    Writes, at every log, the most positive and the most negative completions of a few prompts to
+    `{output_dir}/tokens.jsonl`, a [`~trl_a3po.logged_completion.LoggedCompletion`] a line.
+
+    It is for the main process, and knows of its share of the batch alone: nothing is communicated. During a step it
+    keeps references to tensors of the loss. The host waits for the device where it writes, at most four completions a
+    prompt. A run that is resumed goes on where its checkpoint was made: what was written after that is removed.
+
+    Args:
+        output_dir (`str`): Where the file is.
+        prompts (`int`): Number of prompts a log.
+        processing_class: What the trainer tokenizes with.
+    """
+
+    def __init__(self, output_dir: str, prompts: int, processing_class: Any):
+        self._path = Path(output_dir, TOKENS_FILE)
+        self._prompts = prompts
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._step: list[dict[str, Tensor]] = []
+
+    def add(
+        self, inputs: dict[str, Any], advantages: Tensor, shaped: Tensor, logps: Tensor, entropies: Tensor
+    ) -> None:
+        """
+        Takes note of a micro-batch.
+
+        Args:
+            inputs (`dict`): What the loss is computed from, with the `rewards` of shape `(B,)`.
+            advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping.
+            shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): The advantages after shaping.
+            logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
+            entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
+        """
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "rewards")
+        self._step.append(
+            {
+                **{name: inputs[name] for name in names},
+                "advantages": advantages,
+                "mask": loss_mask(inputs),
+                "shaped": shaped,
+                "logps": logps,
+                "entropies": entropies,
+            }
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._path.exists():
+            _remove_after(self._path, state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._step.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log or control.should_training_stop:
+            self._write(state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def _write(self, step: int) -> None:
+        micro_batches, self._step = self._step, []
+        lines = [
+            self._completion(step, row).to_line() for row in _most_telling(_trained_rows(micro_batches), self._prompts)
+        ]
+        if lines:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="ascii", newline="\n") as file:
+                file.write("".join(lines))
+
+    def _completion(self, step: int, row: "_Row") -> LoggedCompletion:
+        values = {name: tensor[row.index] for name, tensor in row.micro_batch.items()}
+        is_token = values["completion_mask"].bool()
+        counts = values["mask"][is_token][:MAX_TOKENS].bool()
+
+        def numbers(of: Tensor) -> list[float | None]:
+            known = torch.where(counts, of.expand_as(is_token)[is_token][:MAX_TOKENS].float(), torch.nan)
+            return [_number(value) for value in known.tolist()]
+
+        prompt = self._tokenizer.decode(list(row.prompt), skip_special_tokens=True)
+        return LoggedCompletion(
+            step=step,
+            prompt=prompt if len(prompt) <= MAX_PROMPT_CHARACTERS else "…" + prompt[1 - MAX_PROMPT_CHARACTERS :],
+            reward=_number(values["rewards"].item()),
+            advantage=row.advantage,
+            length=len(row.completion),
+            tokens=[_shorten(text) for text in token_texts(self._tokenizer, list(row.completion[:MAX_TOKENS]))],
+            weights=numbers(values["shaped"] / values["advantages"]),
+            probs=numbers(values["logps"].float().exp()),
+            entropies=numbers(values["entropies"]),
+        )
+
+
+def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
+    """
+    (B,) weighted sums over the reward functions that scored a completion; NaN if none did.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(B, F)`): NaN where a function did not score a completion.
+        reward_weights (`torch.Tensor` of shape `(F,)`): The weights.
+    """
+    totals = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(1)
+    return totals.masked_fill(rewards_per_func.isnan().all(1), math.nan)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """
+    What each token adds to the text of those before it.
+
+    Not the text of each token by itself: of a character that is spread over several tokens none has any, and some
+    tokenizers leave out the space in front of a token that comes first.
+    """
+
+    def decode(start: int, end: int) -> str:
+        return tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    texts = []
+    context, known = 0, 0  # the tokens between them were the last to complete a character
+    for end in range(1, len(ids) + 1):
+        text = decode(context, end)
+        # A character has up to four bytes, each of which may be a token.
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end - known < 4 and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(text[len(decode(context, known)) :])
+            context, known = known, end
+    return texts
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    advantage: float
+    micro_batch: dict[str, Tensor]
+    index: int
+
+
+def _trained_rows(micro_batches: list[dict[str, Tensor]]) -> list[_Row]:
+    """The rows with an advantage, and a token that has it."""
+    rows = []
+    for batch in micro_batches:
+        prompts = _tokens(batch["prompt_ids"], batch["prompt_mask"])
+        completions = _tokens(batch["completion_ids"], batch["completion_mask"])
+        columns = (prompts, completions, batch["advantages"].tolist(), batch["mask"].any(1).tolist())
+        for index, (prompt, completion, advantage, counts) in enumerate(zip(*columns, strict=True)):
+            if counts and (advantage > 0 or advantage < 0):
+                rows.append(_Row(prompt, completion, advantage, batch, index))
+    return rows
+
+
+def _tokens(ids: Tensor, mask: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(compress(row, is_token)) for row, is_token in zip(ids.tolist(), mask.tolist(), strict=True)]
+
+
+def _most_telling(rows: list[_Row], prompts: int) -> list[_Row]:
+    """Of a few prompts, those first that have both polarities, different completions of the largest advantages."""
+    by_prompt: dict[tuple[tuple[int, ...], bool], dict[tuple[int, ...], _Row]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: -abs(row.advantage)):
+        by_prompt[row.prompt, row.advantage > 0].setdefault(row.completion, row)
+    seen = dict.fromkeys(row.prompt for row in rows)
+    one_sided_last = sorted(seen, key=lambda prompt: not (by_prompt[prompt, True] and by_prompt[prompt, False]))
+    return [
+        row
+        for prompt in one_sided_last[:prompts]
+        for is_positive in (True, False)
+        for row in islice(by_prompt[prompt, is_positive].values(), COMPLETIONS_PER_POLARITY)
+    ]
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TOKEN_CHARACTERS else text[: MAX_TOKEN_CHARACTERS - 1] + "…"
+
+
+def _remove_after(path: Path, step: int) -> None:
+    """Keeps the lines of a file up to a step; one that a crash has torn is of no step."""
+    rest = path.with_name(f"{path.name}.partial")
+    with path.open("rb") as lines, rest.open("wb") as kept:
+        for line in lines:
+            try:
+                is_kept = LoggedCompletion.from_line(line).step <= step
+            except ValueError:
+                is_kept = False
+            if is_kept:
+                kept.write(line)
+    os.replace(rest, path)
