@@ -66,6 +66,18 @@ def test_the_charts_show_all_runs(show, tmp_path):
     assert texts(page, "figure h3") == ["Reward mean", "Entropy nats", "Completion length tokens"]
 
 
+@pytest.mark.parametrize("width", [360, 768, 1280, 2560])
+def test_the_charts_are_legible_on_every_screen(width, show, tmp_path):
+    page = show(logged_runs.a3po(tmp_path / "run"))
+    page.resize(width, 900)
+    sizes = page.run(
+        "[...document.querySelectorAll('.chart text')].map((text) => text.getBoundingClientRect().height)"
+    )
+    assert min(sizes) > 10
+    assert max(sizes) < 24
+    assert page.run(f"document.documentElement.scrollWidth <= {width}")
+
+
 def test_the_other_metrics_are_there_when_they_are_asked_for(show, tmp_path):
     page = show(logged_runs.grpo(tmp_path / "run"))
     assert "loss " not in texts(page, "figure h3")
