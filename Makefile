@@ -14,7 +14,7 @@ TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10
 PYTEST = -m pytest --numprocesses auto --dist loadfile
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm test-versions dist docs style format
+.PHONY: demo test test-slow test-lowest test-vllm test-versions test-trl dist docs style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/python -m trl_a3po.demo
@@ -38,6 +38,9 @@ test-versions: $(VENV_VERSIONS)/ready  ## those of what is relied on in TRL, wit
 			tests/test_loss.py tests/test_trainer.py tests/test_training.py tests/test_update_phase.py \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+test-trl: $(VENV)/ready  ## TRL's own tests of GRPO, with its trainer and with ours: TRL_TESTS=path/to/a/clone/of/trl
+	$(VENV)/bin/python tests/trl_suite $(TRL_TESTS)
 
 dist: pyproject.toml  ## the packages, and whether the wheel alone runs every command
 	rm -rf dist $(VENV_WHEEL)

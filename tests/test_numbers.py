@@ -256,6 +256,15 @@ def test_a_vocabulary_of_two(loss_type, tmp_path):
     assert moved(trainer, TwoTokens.model)
 
 
+def test_a_completion_without_tokens_is_told_by_its_prompt(tmp_path):
+    def rollout(prompts, trainer):
+        ids = [[5, 6] if i != 3 else [] for i in range(len(prompts))]
+        return {"prompt_ids": [[7]] * len(ids), "completion_ids": ids, "logprobs": [[0.0] * len(each) for each in ids]}
+
+    with pytest.raises(ValueError, match=r"without tokens for the prompt '\d+\+\d='\. Return one token at least"):
+        train(tmp_path, arguments={"rollout_func": rollout})
+
+
 def test_prompts_longer_than_the_context(tmp_path):
     context = tiny.model().config.max_position_embeddings
     dataset = Dataset.from_dict({"prompt": ["1+" * context, "2+2="]})

@@ -19,6 +19,7 @@ from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .hub import ReportPushes
 from .rewards import check_rewards
+from .rollouts import refuse_empty_completions
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .token_log import TokenLog, total_rewards
@@ -62,7 +63,7 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
     Raises:
         `TypeError`: `args` is not an [`A3POConfig`].
         `ValueError`: an option of TRL that leaves no room for advantages of single tokens; in training, a reward that
-            is infinite (see [`~trl_a3po.rewards`]).
+            is infinite (see [`~trl_a3po.rewards`]), or a completion without tokens.
         `RuntimeError`: the installed TRL no longer computes the loss from them (see [`~trl_a3po.contract`]).
     """
 
@@ -95,6 +96,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             )
         self._check_compatible(args)
         super().__init__(model, reward_funcs, args, *positional, **keywords)
+        if self.rollout_func is not None:
+            self.rollout_func = refuse_empty_completions(self.rollout_func)
         self._skips = self._skips and not self._shapes_its_own_way  # who may give zero advantages a gradient
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
