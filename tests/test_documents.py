@@ -1,12 +1,16 @@
 """What the README shows works as it stands there."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import tiny
+from accelerate.commands.launch import launch_command_parser
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 import trl_a3po
+from trl_a3po import evaluate, train
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,6 +49,19 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     assert namespace["args"].shaping_settings["positive_low_scale"] == 1
     assert namespace["psr"].shaping_settings["negative_weight"] == 0
     assert len(blocks) == 4
+
+
+def test_the_command_lines_of_the_readme_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parsers = {"train": train.make_parser, "eval": evaluate.make_parser}
+    on_this_machine = {"train": ["--use_cpu", "True", "--bf16", "False"], "eval": []}
+    lines = re.findall(r"^trl-a3po (train|eval) (.*)$", README, flags=re.MULTILINE)
+    for command, options in lines:
+        line = [*shlex.split(options), *on_this_machine[command]]
+        parsed = parsers[command]().parse_args_and_config(line, return_remaining_strings=True)
+        assert parsed[0].instruction.endswith("\\boxed{}.")
+        launch_command_parser().parse_args([*resolve_accelerate_config_argument(parsed[-1]), "script.py"])
+    assert [command for command, _ in lines] == ["train", "eval"]
 
 
 def test_the_readme_names_every_option_and_metric(tmp_path):
