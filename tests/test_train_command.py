@@ -130,13 +130,13 @@ def test_bad_lines_are_refused_before_anything_starts(arguments, message, tmp_pa
 def test_help_lists_the_options_of_the_shaping_together(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    shaping = capsys.readouterr().out.split("\nadvantage shaping, and what of a rollout is computed:\n")[1]
+    shaping = capsys.readouterr().out.split("\nwhat A3POConfig adds to GRPOConfig:\n")[1]
     shaping = shaping.split("\nmodel:\n")[0]
     assert re.findall(r"\n  --(\w+)", "\n" + shaping) == [
         *("positive_low_ratio", "positive_low_scale", "positive_high_ratio", "positive_high_scale"),
         *("negative_low_ratio", "negative_low_scale", "negative_high_ratio", "negative_high_scale"),
         *("token_metric", "scale_decay", "scale_decay_steps", "positive_weight", "negative_weight"),
-        *("trim_padding", "skip_zero_advantage"),
+        *("trim_padding", "skip_zero_advantage", "log_tokens"),
     ]
 
 

@@ -69,7 +69,7 @@ def make_parser() -> TrlParser:
         allow_abbrev=False,
     )
     _group(parser, "dataset and rewards", _names(A3POScriptArguments))
-    _group(parser, "advantage shaping, and what of a rollout is computed", _names(A3POConfig) - _names(GRPOConfig))
+    _group(parser, "what A3POConfig adds to GRPOConfig", _names(A3POConfig) - _names(GRPOConfig))
     _group(parser, "model", _names(ModelConfig))
     _group(parser, "dataset mixture", _names(DatasetMixtureConfig))
     return parser
