@@ -51,6 +51,7 @@ dist: pyproject.toml  ## the packages, and whether the wheel alone runs every co
 	$(PYTHON) -m venv --clear $(VENV_WHEEL)
 	$(VENV_WHEEL)/bin/python $(INSTALL) -c requirements/constraints.txt "$$(echo dist/*.whl)[math-verify,peft]"
 	cd $(VENV_WHEEL) && bin/python -m trl_a3po.demo --max_steps 2 --eval_size 8 --output_dir demo \
+		&& bin/trl-a3po report demo --output demo/again.html \
 		&& bin/trl-a3po eval --help > /dev/null \
 		&& bin/trl-a3po train --help > /dev/null \
 		&& ls lib/python*/site-packages/trl_a3po/recipes
