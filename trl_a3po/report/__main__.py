@@ -54,7 +54,10 @@ def _print_tokens(run_dir: Path, step: int | None) -> None:
     completions = read_run(run_dir, None if step is None else [step]).completions
     if not completions:
         of_step = "" if step is None else f" of step {step}"
-        raise ReportError(f"'{run_dir}' holds no completions{of_step}: set `log_tokens` of A3POConfig to log some.")
+        raise ReportError(
+            f"'{run_dir}' holds no completions{of_step}. `log_tokens` of A3POConfig logs some, of those that have an "
+            "advantage."
+        )
     last = [each for each in completions if each.step == completions[-1].step]
     of_one_prompt = [each for each in last if each.prompt == last[0].prompt]
     print_tokens(of_one_prompt, Console())
