@@ -8,6 +8,7 @@ import base64
 import functools
 import hashlib
 import json
+import os
 import re
 import threading
 from contextlib import contextmanager
@@ -84,6 +85,19 @@ class Hub:
             finally:
                 self._closing.set()
                 server.shutdown()
+
+    def environment(self, home):
+        """That of a process which is told of the Hub as any user's is, with a token that may write."""
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        return {
+            **others,
+            "HF_ENDPOINT": self.address,
+            "HF_TOKEN": next(token for token, role in self.tokens.items() if role == "write"),
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",  # else large files go to a service with a protocol of its own
+            "NO_PROXY": "127.0.0.1",
+        }
 
     def commit(self, repository, message, files):
         """Adds files to a repository, or overwrites them. A repository that is not there is made."""

@@ -1,7 +1,6 @@
 """Pushing to a Hub and loading from it, with its real client over HTTP, and what is left where that Hub fails."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -65,19 +64,13 @@ def hub(model_dir):
 
 @contextmanager
 def worker(hub, output, runs):
-    """The process that makes the runs. It is told of the Hub as any user's is, and does not outlive the block."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {
-        "HF_ENDPOINT": hub.address,
-        "HF_TOKEN": "hf_writes",
-        "HF_HOME": str(output / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",  # else large files go to a service with a protocol of its own
-        "NO_PROXY": "127.0.0.1",
-    }
+    """The process that makes the runs. It does not outlive the block."""
     with (output / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, WORKER, output, json.dumps(runs)], env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, WORKER, output, json.dumps(runs)],
+            env=hub.environment(output / "home"),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         try:
             yield process

@@ -1,7 +1,6 @@
 """A run that is killed twenty times, and resumed each time, against one that is not; and checkpoints not whole."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -46,19 +45,12 @@ def hub():
 def output(hub, model_dir, tmp_path_factory):
     """The directory with what the two runs left."""
     output = tmp_path_factory.mktemp("kill")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {
-        "HF_ENDPOINT": hub.address,
-        "HF_TOKEN": "hf_writes",
-        "HF_HOME": str(output / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
     kills = json.dumps([asdict(kill) for kill in draw_kills()])
     with (output / "log").open("w") as log:
         command = [sys.executable, WORKER, model_dir, output, kills]
-        subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=400)
+        subprocess.run(
+            command, env=hub.environment(output / "home"), stdout=log, stderr=subprocess.STDOUT, timeout=400
+        )
     assert (output / "report.json").exists(), (output / "log").read_text()
     return output
 

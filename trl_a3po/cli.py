@@ -4,8 +4,13 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser
 
 
 # The module of each command, and what it does.
@@ -16,7 +21,21 @@ COMMANDS = {
 }
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+def parser_of(command: str, description: str | None, dataclasses: list[Any]) -> "TrlParser":
+    """The parser of a command whose options are the fields of dataclasses."""
+    from trl import TrlParser  # takes seconds
+
+    return TrlParser(
+        dataclasses,
+        prog=f"trl-a3po {command}",
+        usage=f"trl-a3po {command} [--config FILE] [options]",
+        description=description,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """With defaults, and the description as it stands."""
 
 

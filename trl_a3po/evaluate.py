@@ -26,11 +26,10 @@ from trl import TrlParser
 from trl.rewards import accuracy_reward
 
 from . import __version__
-from .cli import Help
+from .cli import parser_of
 from .problems import load_problems
 
 
-PROGRAM = "trl-a3po eval"
 RESAMPLES = 10_000
 
 Prompt = list[dict[str, str]]
@@ -293,15 +292,7 @@ def _whole_batches(path: Path, batch_size: int, problems: int) -> list[dict[str,
 
 
 def make_parser() -> TrlParser:
-    dataclasses: list[Any] = [EvaluateArguments]
-    return TrlParser(
-        dataclasses,
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [--config FILE] [options]",
-        description=__doc__,
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    return parser_of("eval", __doc__, [EvaluateArguments])
 
 
 def main(line: Sequence[str] | None = None) -> int:

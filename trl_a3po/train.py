@@ -23,11 +23,8 @@ from trl.scripts.utils import DatasetConfig
 
 from .a3po_config import A3POConfig
 from .a3po_trainer import A3POTrainer
-from .cli import Help
+from .cli import parser_of
 from .problems import LOADERS, to_prompt_and_solution
-
-
-PROGRAM = "trl-a3po train"
 
 
 @dataclass
@@ -59,15 +56,7 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
 
 
 def make_parser() -> TrlParser:
-    dataclasses: list[Any] = [A3POScriptArguments, A3POConfig, ModelConfig, DatasetMixtureConfig]
-    parser = TrlParser(
-        dataclasses,
-        prog=PROGRAM,
-        usage=f"{PROGRAM} [--config FILE] [options]",
-        description=__doc__,
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
+    parser = parser_of("train", __doc__, [A3POScriptArguments, A3POConfig, ModelConfig, DatasetMixtureConfig])
     _group(parser, "dataset and rewards", _names(A3POScriptArguments))
     _group(parser, "what A3POConfig adds to GRPOConfig", _names(A3POConfig) - _names(GRPOConfig))
     _group(parser, "model", _names(ModelConfig))
