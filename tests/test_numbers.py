@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from packaging.version import Version
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from trl_a3po import A3POTrainer
 from trl_a3po.diagnostics import polarity_metrics, polarity_sums
@@ -263,6 +269,22 @@ def test_a_completion_without_tokens_is_told_by_its_prompt(tmp_path):
 
     with pytest.raises(ValueError, match=r"without tokens for the prompt '\d+\+\d='\. Return one token at least"):
         train(tmp_path, arguments={"rollout_func": rollout})
+
+
+def test_prompts_longer_than_the_positions_that_a_model_looks_up_are_refused(tmp_path):
+    size = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 24, "vocab_size": len(tiny.tokenizer())}
+
+    def gpt2():
+        return GPT2LMHeadModel(GPT2Config(**size, eos_token_id=1, bos_token_id=1, pad_token_id=0))
+
+    def train_on(*prompts):
+        return train(tmp_path, model=gpt2, arguments={"train_dataset": Dataset.from_dict({"prompt": prompts})})
+
+    assert_finite(train_on("1+" * 8, "2+2="))
+    with pytest.raises(
+        ValueError, match=r"A prompt of 18 tokens and `max_completion_length=8` are more than the 24 .*1"
+    ):
+        train_on("1+" * 9, "2+2=")
 
 
 def test_prompts_longer_than_the_context(tmp_path):

@@ -5,12 +5,12 @@ import json
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback
 from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
@@ -19,11 +19,11 @@ from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .hub import ReportPushes
 from .rewards import check_rewards
-from .rollouts import refuse_empty_completions
+from .rollouts import check_prompts_fit, refuse_empty_completions
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .token_log import TokenLog, total_rewards
-from .trimmed_trainer import TrimmedGRPOTrainer
+from .trimmed_trainer import TrimmedGRPOTrainer, has_rotary_positions
 from .update_phase import loss_mask
 
 
@@ -189,6 +189,14 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             else value
             for name, value in self.args.shaping_settings.items()
         }
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        config = cast(PretrainedConfig, self.model.config)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions and self.max_completion_length and not has_rotary_positions(config):
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

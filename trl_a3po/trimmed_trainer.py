@@ -121,8 +121,17 @@ def _has_relative_positions(config: PretrainedConfig) -> bool:
     That holds for rotary positions, unless the rotation depends on the length. Positions that are looked up by column
     (GPT-2) make a difference; what is not known is taken to.
     """
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = _rope(config)
     nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     kinds = {each.get("rope_type", "default") for each in nested}
-    return (bool(rope) or hasattr(config, "rope_theta")) and not kinds & {"dynamic", "longrope"}
+    return has_rotary_positions(config) and not kinds & {"dynamic", "longrope"}
+
+
+def has_rotary_positions(config: PretrainedConfig) -> bool:
+    """Whether a model rotates its positions, rather than looks them up in a table of so many."""
+    return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    config = config.get_text_config()
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
