@@ -17,22 +17,14 @@ MINIATURE = """
 
 
     class TestGRPOTrainer(TrlTestCase):
-        def test_train(self):
-            GRPOTrainer(
+        def test_init(self):
+            trainer = GRPOTrainer(
                 "trl-internal-testing/tiny-Qwen2ForCausalLM-2.5",
-                reward_funcs=lambda completions, **kwargs: [float(len(text)) for text in completions],
-                args=GRPOConfig(
-                    self.tmp_dir,
-                    use_cpu=True,
-                    bf16=False,
-                    report_to="none",
-                    max_steps=1,
-                    per_device_train_batch_size=2,
-                    num_generations=2,
-                    max_completion_length=4,
-                ),
+                reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+                args=GRPOConfig(self.tmp_dir, use_cpu=True, bf16=False, report_to="none"),
                 train_dataset=load_dataset("trl-internal-testing/zen", "standard_prompt_only", split="train"),
-            ).train()
+            )
+            assert len(trainer.train_dataset) > 0
 
         def test_originals(self):
             assert (GRPOTrainer.__name__, GRPOConfig.__name__) == ("GRPOTrainer", "GRPOConfig")
