@@ -39,6 +39,7 @@ test-versions: $(VENV_VERSIONS)/ready  ## those of what is relied on in TRL, wit
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
+# The tests of tools and images need jmespath and torchvision besides.
 test-trl: $(VENV)/ready  ## TRL's own tests of GRPO, with its trainer and with ours: TRL_TESTS=path/to/a/clone/of/trl
 	$(VENV)/bin/python tests/trl_suite $(TRL_TESTS)
 
