@@ -1,20 +1,24 @@
 """What the README shows works as it stands there."""
 
+import json
 import re
 import shlex
 import tomllib
 from pathlib import Path
 
+import pytest
 import tiny
+import trl
 from accelerate.commands.launch import launch_command_parser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 import trl_a3po
-from trl_a3po import evaluate, train
+from trl_a3po import cli, train
 
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
 def test_the_trainer_that_the_readme_writes_trains(tmp_path):
@@ -42,7 +46,7 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
         "dataset": tiny.prompts(),
         "options": {name: getattr(tiny.config(tmp_path), name) for name in fields},
     }
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "guide.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     for block in blocks:
         exec(block, namespace)
     assert namespace["trainer"].state.global_step == 3
@@ -51,17 +55,36 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     assert len(blocks) == 4
 
 
-def test_the_command_lines_of_the_readme_are_understood(tmp_path, monkeypatch):
+# On this machine, and a tiny model and dataset in place of those on the Hub. What comes last on a line counts.
+SMALL = {
+    "train": "--use_cpu True --bf16 False --report_to none --max_steps 1 --logging_steps 1 --max_completion_length 4 "
+    "--per_device_train_batch_size 8",
+    "eval": "--use_vllm False --max_completion_length 4",
+    "report": "",
+}
+
+
+@pytest.mark.parametrize("text", [README, GUIDE], ids=["readme", "guide"])
+def test_the_command_lines_run(text, model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    parsers = {"train": train.make_parser, "eval": evaluate.make_parser}
-    on_this_machine = {"train": ["--use_cpu", "True", "--bf16", "False"], "eval": []}
-    lines = re.findall(r"^trl-a3po (train|eval) (.*)$", README, flags=re.MULTILINE)
-    for command, options in lines:
-        line = [*shlex.split(options), *on_this_machine[command]]
-        parsed = parsers[command]().parse_args_and_config(line, return_remaining_strings=True)
-        assert parsed[0].instruction.endswith("\\boxed{}.")
-        launch_command_parser().parse_args([*resolve_accelerate_config_argument(parsed[-1]), "script.py"])
-    assert [command for command, _ in lines] == ["train", "eval"]
+    monkeypatch.setattr(trl, "GRPOTrainer", trl.GRPOTrainer)  # which the command replaces
+    rows = [{"question": f"{i}+1=", "answer": f"#### {i + 1}"} for i in range(8)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    here = f"--model_name_or_path {model_dir} --dataset_name problems.jsonl"
+    lines = dict(re.findall(r"^trl-a3po (train|eval|report) (.*)$", text, flags=re.MULTILINE))
+    for command in ("train", "report", "eval"):
+        words = shlex.split(f"{lines[command]} {SMALL[command]}".replace("RUN_DIR [RUN_DIR ...]", "gsm8k-a3po"))
+        if command != "report":
+            words += shlex.split(here)
+        if command != "train":
+            assert cli.main([command, *words]) == 0
+            continue
+        train.train(words)
+        *_, for_launcher = train.make_parser().parse_args_and_config(words, return_remaining_strings=True)
+        launch_command_parser().parse_args([*resolve_accelerate_config_argument(for_launcher), "script.py"])
+    assert lines.keys() == {"train", "eval", "report"}
+    assert Path("gsm8k-a3po", "eval", "results.json").exists()
+    assert Path("report.html").exists()
 
 
 def test_the_readme_names_every_option_and_metric(tmp_path):
