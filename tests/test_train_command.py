@@ -1,5 +1,6 @@
 """`trl-a3po train`: from a line, or a file of YAML, to a trained model."""
 
+import inspect
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
+from trl.scripts import grpo
 
 from trl_a3po import A3POConfig, cli, train
 
@@ -89,6 +91,20 @@ def test_a_mixture_and_a_reward_of_ones_own_from_yaml(file, tmp_path, monkeypatc
     train.train(["--config", file(**options, scale_decay="cosine")])
     assert_trained(tmp_path / "output", scale_decay="cosine")
     assert os.environ["OF_THE_FILE"] == "set"
+
+
+@pytest.mark.skipif(
+    "resume_from_checkpoint" not in inspect.getsource(grpo.main), reason="this TRL's script does not resume"
+)
+def test_resumes_from_the_last_checkpoint(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    line = ["--config", file(), "--dataset_name", dataset, "--problems", "--save_steps", "1", "--logging_steps", "1"]
+    train.train(line)
+    train.train([*line, "--max_steps", "2", "--resume_from_checkpoint", "True"])
+    state = json.loads((tmp_path / "output" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    before = json.loads((tmp_path / "output" / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["log_history"][0] == before["log_history"][0]
 
 
 def test_the_command_starts_processes_of_its_own(file, tmp_path):

@@ -99,6 +99,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
     script, config, model, mixture, _ = make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
     if script.problems and not (script.reward_funcs or script.reward_model_name_or_path):
         script.reward_funcs = ["accuracy_reward"]
+    if config.resume_from_checkpoint == "True":  # otherwise it is a path
+        config.resume_from_checkpoint = True
     path = Path(script.dataset_name or "")
     if path.suffix in LOADERS:
         mixture.datasets = [DatasetConfig(path=LOADERS[path.suffix], data_files=str(path), split="train")]
