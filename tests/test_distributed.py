@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-SAVINGS = {"trim_padding": True, "skip_zero_advantage": True}
+PLAIN = {"trim_padding": False, "skip_zero_advantage": False}
 CASES = {
-    "plain": {"eval_strategy": "steps", "eval_steps": 2},
-    "savings": SAVINGS,
+    "plain": {"eval_strategy": "steps", "eval_steps": 2, **PLAIN},
+    "savings": {"eval_strategy": "steps", "eval_steps": 2},
     # A micro-batch of one row has one polarity.
-    "one row": {"micro_batches": 4},
-    "one row, savings": {"micro_batches": 4, **SAVINGS},
+    "one row": {"micro_batches": 4, **PLAIN},
+    "one row, savings": {"micro_batches": 4},
     # One of the two has nothing with an advantage, or nothing unmasked.
-    "equal groups": {"equal_groups": True},
-    "equal groups, savings": {"equal_groups": True, **SAVINGS},
-    "truncated": {"mask_truncated_completions": True},
-    "truncated, savings": {"mask_truncated_completions": True, **SAVINGS},
-    "reused, savings": {"num_iterations": 2, **SAVINGS},
+    "equal groups": {"equal_groups": True, **PLAIN},
+    "equal groups, savings": {"equal_groups": True},
+    "truncated": {"mask_truncated_completions": True, **PLAIN},
+    "truncated, savings": {"mask_truncated_completions": True},
+    "reused, savings": {"num_iterations": 2},
 }
 # Means of the means of micro-batches in TRL, and the time that a step takes.
 NOT_OF_THE_WHOLE_BATCH = {"entropy", "eval_entropy", "eval_loss", "step_time"}

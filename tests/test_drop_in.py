@@ -24,9 +24,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_a3po import A3POConfig, A3POTrainer, shape_advantages
 
 
-NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
-SAVINGS = {"trim_padding": True, "skip_zero_advantage": True}
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You are using 'rollout_func':UserWarning", "ignore:You are using 'environment_factory':UserWarning"
 )
@@ -311,13 +308,13 @@ def test_trains(run, tmp_path):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_neutral_settings_are_grpo_to_the_last_bit(run, tmp_path):
-    ours, theirs = train(run, tmp_path, **NEUTRAL), train(run, tmp_path, GRPOTrainer)
+    ours, theirs = train(run, tmp_path, **tiny.NEUTRAL), train(run, tmp_path, GRPOTrainer)
     assert largest_difference(tiny.parameters(ours), tiny.parameters(theirs)) == 0
 
 
 @pytest.mark.parametrize("run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS, EXPERTS, CONTINUOUS_BATCHING])
 def test_the_update_is_the_same_from_fewer_cells(run, tmp_path):
-    plain, saved = (train(run, tmp_path, Recorder, **fields) for fields in ({}, SAVINGS))
+    plain, saved = (train(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert_same_to_rounding(saved, plain, run, tmp_path)
     assert len(saved.passes) == len(plain.passes)
     cells = [sum(rows * columns for rows, columns in trainer.passes) for trainer in (saved, plain)]
@@ -326,7 +323,7 @@ def test_the_update_is_the_same_from_fewer_cells(run, tmp_path):
 
 @pytest.mark.parametrize("run", [ROUTER_LOSS])
 def test_the_loss_of_the_router_needs_every_row_but_no_padding(run, tmp_path):
-    plain, saved = (train(run, tmp_path, Recorder, **fields) for fields in ({}, SAVINGS))
+    plain, saved = (train(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert_same_to_rounding(saved, plain, run, tmp_path)
     assert {rows for rows, _ in saved.passes} == {4}
     assert sum(columns for _, columns in saved.passes) < sum(columns for _, columns in plain.passes)
@@ -336,7 +333,7 @@ def test_the_loss_of_the_router_needs_every_row_but_no_padding(run, tmp_path):
 
 
 def test_images_switch_the_savings_off(tmp_path):
-    plain, saved = (train(images, tmp_path, Recorder, **fields) for fields in ({}, SAVINGS))
+    plain, saved = (train(images, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert saved.passes == plain.passes
     assert largest_difference(tiny.parameters(saved), tiny.parameters(plain)) == 0
     start, end = tiny.parameters(make(images, tmp_path)), tiny.parameters(saved)

@@ -18,8 +18,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_a3po import A3POConfig, A3POTrainer
 
 
-NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
-SAVINGS = {"trim_padding": True, "skip_zero_advantage": True}
 
 
 def load(directory):
@@ -82,7 +80,7 @@ def test_the_adapter_trains_and_nothing_else(arguments, model_dir, tmp_path):
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_neutral_settings_are_grpo_to_the_last_bit_with_an_adapter_of_ones_own(beta, model_dir, tmp_path):
-    ours = train(own_adapter(model_dir), tmp_path, beta=beta, **NEUTRAL)
+    ours = train(own_adapter(model_dir), tmp_path, beta=beta, **tiny.NEUTRAL)
     theirs = train(own_adapter(model_dir), tmp_path, GRPOTrainer, beta=beta)
     assert not different(tiny.parameters(ours), tiny.parameters(theirs))
 
@@ -111,7 +109,7 @@ def completion_logps(model, batch):
 
 
 @BOTH
-@pytest.mark.parametrize("fields", [{}, SAVINGS], ids=["plain", "savings"])
+@pytest.mark.parametrize("fields", [tiny.PLAIN, {}], ids=["plain", "savings"])
 def test_the_reference_is_the_model_as_it_came(arguments, fields, model_dir, tmp_path):
     trainer = train(arguments(model_dir), tmp_path, Recorder, beta=0.1, max_steps=4, **fields)
     assert trainer.ref_model is None
@@ -174,7 +172,7 @@ def test_an_adapter_trains_on_a_quantised_model(as_argument, model_dir, tmp_path
     assert different(end, start) == {name for name in start if "lora_" in name}
     assert all(torch.equal(value, value.round(decimals=1)) for name, value in end.items() if "lora_" not in name)
     theirs = train({**fresh_adapter(model_dir), **arguments}, tmp_path, GRPOTrainer, **fields)
-    neutral = train({**fresh_adapter(model_dir), **arguments}, tmp_path, **NEUTRAL, **fields)
+    neutral = train({**fresh_adapter(model_dir), **arguments}, tmp_path, **tiny.NEUTRAL, **fields)
     assert not different(tiny.parameters(neutral), tiny.parameters(theirs))
 
 
@@ -234,7 +232,7 @@ OWN_ADAPTER = pytest.param(
 
 @pytest.mark.parametrize("arguments", [pytest.param(fresh_adapter, id="peft_config"), OWN_ADAPTER])
 def test_a_resumed_run_keeps_its_reference(arguments, model_dir, tmp_path):
-    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "beta": 0.1, **SAVINGS}
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "beta": 0.1}
     whole = train(arguments(model_dir), tmp_path, **fields)
     resumed = make(arguments(model_dir), tmp_path, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -229,7 +229,7 @@ LIVE = 40  # the first tokens of the vocabulary
 @pytest.mark.parametrize("token_metric", ["prob", "entropy"])
 @pytest.mark.parametrize("model", [certain, partly_dead])
 def test_a_model_samples_what_it_then_learns_from(model, token_metric, tmp_path):
-    fields = {"token_metric": token_metric, "skip_zero_advantage": True, "max_steps": 3}
+    fields = {"token_metric": token_metric, "max_steps": 3}
     trainer = train(tmp_path, model=model, reward_funcs=rewards_in_turn(1.0, 0.0, 0.0), **fields)
     assert_finite(trainer)
     assert moved(trainer, model) == (model is not certain)  # what is certain has no gradient
@@ -290,7 +290,7 @@ def test_prompts_longer_than_the_positions_that_a_model_looks_up_are_refused(tmp
 def test_prompts_longer_than_the_context(tmp_path):
     context = tiny.model().config.max_position_embeddings
     dataset = Dataset.from_dict({"prompt": ["1+" * context, "2+2="]})
-    trainer = train(tmp_path, arguments={"train_dataset": dataset}, trim_padding=True)
+    trainer = train(tmp_path, arguments={"train_dataset": dataset})
     assert_finite(trainer)
     assert moved(trainer)
 

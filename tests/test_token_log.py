@@ -63,7 +63,7 @@ def logged(output_dir):
     [
         {},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
-        {"num_iterations": 2, "trim_padding": True, "skip_zero_advantage": True},
+        {"num_iterations": 2, **tiny.PLAIN},
         {"token_metric": "entropy", "mask_truncated_completions": True, "max_completion_length": 24},
         {"importance_sampling_level": "sequence", "num_iterations": 2},
         {"positive_low_scale": 1.0, "negative_high_scale": 1.0, "positive_weight": 2.0},

@@ -12,7 +12,6 @@ from trl.rewards import accuracy_reward
 from trl_a3po import A3POConfig, A3POTrainer, shape_advantages
 
 
-NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
 
 
 def make(trainer_class, model_dir, output_dir, *, reward_funcs=tiny.parity_reward, arguments=None, **fields):
@@ -85,19 +84,19 @@ RUNS = {
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_neutral_settings_are_grpo_to_the_last_bit(fields, model_dir, tmp_path):
     assert_same_parameters(
-        train(A3POTrainer, model_dir, tmp_path, **fields, **NEUTRAL), train(GRPOTrainer, model_dir, tmp_path, **fields)
+        train(A3POTrainer, model_dir, tmp_path, **fields, **tiny.NEUTRAL), train(GRPOTrainer, model_dir, tmp_path, **fields)
     )
 
 
 def test_neutral_settings_are_grpo_to_the_last_bit_with_lora(model_dir, tmp_path):
     assert_same_parameters(
-        train(A3POTrainer, model_dir, tmp_path, arguments=tiny.lora(), **NEUTRAL),
+        train(A3POTrainer, model_dir, tmp_path, arguments=tiny.lora(), **tiny.NEUTRAL),
         train(GRPOTrainer, model_dir, tmp_path, arguments=tiny.lora()),
     )
 
 
 def test_neutral_settings_log_what_grpo_logs(model_dir, tmp_path):
-    ours = train(A3POTrainer, model_dir, tmp_path, **NEUTRAL).state.log_history
+    ours = train(A3POTrainer, model_dir, tmp_path, **tiny.NEUTRAL).state.log_history
     theirs = train(GRPOTrainer, model_dir, tmp_path).state.log_history
     assert len(ours) == len(theirs)
     for our, their in zip(ours, theirs, strict=True):
@@ -129,7 +128,7 @@ def test_trains_with_an_entropy_bonus(model_dir, tmp_path):
         pytest.skip("this TRL has no entropy bonus")
     for fields in ({"entropy_coef": 0.01}, {"use_adaptive_entropy": True, "entropy_target": 2.0}):
         assert_same_parameters(
-            train(A3POTrainer, model_dir, tmp_path, **fields, **NEUTRAL),
+            train(A3POTrainer, model_dir, tmp_path, **fields, **tiny.NEUTRAL),
             train(GRPOTrainer, model_dir, tmp_path, **fields),
         )
         assert_trained(train(A3POTrainer, model_dir, tmp_path, **fields), model_dir)

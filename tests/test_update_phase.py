@@ -1,15 +1,26 @@
 """The same update from less computation: what is trimmed and left out, and that it makes no difference."""
 
+import itertools
+
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.update_phase import Extent, extent_of, plan_micro_batches, row_lengths, run_extent, run_in_order
+from trl_a3po.update_phase import (
+    Extent,
+    extent_of,
+    plan_micro_batches,
+    row_lengths,
+    run_extent,
+    run_in_order,
+    share_out,
+)
 
-
-SAVINGS = {"trim_padding": True, "skip_zero_advantage": True}
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 
@@ -27,7 +38,8 @@ def test_row_lengths_reach_to_the_last_token():
 def test_extent_is_rounded_up():
     assert extent_of([(2, 3), (4, 1)]) == Extent(2, 4, 3)
     assert extent_of([(2, 3), (4, 1)], multiple=8) == Extent(2, 8, 8)
-    assert extent_of([]) == Extent(0, 0, 0)
+    assert extent_of([(2, 0)]) == Extent(1, 2, 1)
+    assert extent_of([], multiple=8) == Extent(0, 8, 8)
 
 
 def test_rows_are_planned_live_and_long_first_and_none_is_lost():
@@ -39,10 +51,31 @@ def test_rows_are_planned_live_and_long_first_and_none_is_lost():
     lengths = [(1, 5), (1, 9), (1, 2), (1, 7), (1, 1), (1, 8)]
     live = [True, False, True, True, True, False]
     planned, extents = plan_micro_batches(batches, lengths, live)
-    assert torch.cat([batch["prompt_ids"][:, 0] for batch in planned]).tolist() == [3, 0, 2, 4, 1, 5]
-    assert [batch["text"] for batch in planned] == [["3", "0", "2"], ["4", "1", "5"]]
+    assert [batch["text"] for batch in planned] == [["3", "0", "1"], ["2", "4", "5"]]
+    assert torch.cat([batch["prompt_ids"][:, 0] for batch in planned]).tolist() == [3, 0, 1, 2, 4, 5]
     assert all(batch["shared"] == 7 and batch["none"] is None for batch in planned)
-    assert extents == [Extent(3, 1, 7), Extent(1, 1, 1)]
+    assert extents == [Extent(2, 1, 7), Extent(2, 1, 2)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=7),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from([1, 8]),
+)
+def test_rows_are_shared_out_so_that_the_fewest_positions_are_computed(lengths, batches, size, multiple):
+    lengths = lengths[: batches * size]
+
+    def cells(counts):
+        ends = itertools.accumulate(counts)
+        extents = [
+            extent_of(lengths[end - count : end], multiple) for end, count in zip(ends, counts, strict=True)
+        ]
+        return sum(extent.rows * (extent.prompt + extent.completion) for extent in extents)
+
+    counts = share_out(lengths, batches, size, multiple)
+    every_way = itertools.product(range(size + 1), repeat=batches)
+    assert cells(counts) == min(cells(way) for way in every_way if sum(way) == len(lengths))
 
 
 def toy_forward(calls):
@@ -63,7 +96,7 @@ def test_an_extent_gives_what_the_whole_gives(rows):
     whole, entropies, _ = toy_forward([])(ids, mask, 4)
     calls = []
     logps, our_entropies, other = run_extent(toy_forward(calls), ids, mask, 4, Extent(rows, 3, 2))
-    assert calls == [(rows, 5) if rows else (1, 2)]
+    assert calls == [(max(1, rows), 5)]
     assert torch.equal(logps[:rows], whole[:rows])
     assert torch.equal(our_entropies[:rows], entropies[:rows])
     assert not logps[rows:].any()
@@ -191,34 +224,36 @@ RUNS = {
 
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_the_update_is_the_same_from_fewer_cells(fields, model_dir, tmp_path):
-    plain = train(model_dir, tmp_path, **fields)
-    saved = train(model_dir, tmp_path, **SAVINGS, **fields)
+    plain = train(model_dir, tmp_path, **tiny.PLAIN, **fields)
+    saved = train(model_dir, tmp_path, **fields)
     assert largest_difference(saved, plain) < 1e-4
     assert len(saved.passes) == len(plain.passes)
     assert cells(saved) < cells(plain)
 
 
-@pytest.mark.parametrize("option", SAVINGS)
+@pytest.mark.parametrize("option", tiny.PLAIN)
 def test_each_saving_alone(option, model_dir, tmp_path):
-    plain = train(model_dir, tmp_path)
-    saved = train(model_dir, tmp_path, **{option: True})
+    plain = train(model_dir, tmp_path, **tiny.PLAIN)
+    saved = train(model_dir, tmp_path, **{**tiny.PLAIN, option: True})
     assert largest_difference(saved, plain) < 1e-4
     assert cells(saved) < cells(plain)
 
 
 def test_lora(model_dir, tmp_path):
-    plain = train(model_dir, tmp_path, arguments=tiny.lora())
-    saved = train(model_dir, tmp_path, arguments=tiny.lora(), **SAVINGS)
+    plain = train(model_dir, tmp_path, arguments=tiny.lora(), **tiny.PLAIN)
+    saved = train(model_dir, tmp_path, arguments=tiny.lora())
     for name, value in tiny.parameters(plain).items():
         torch.testing.assert_close(tiny.parameters(saved)[name], value, rtol=1e-4, atol=1e-6)
     assert cells(saved) < cells(plain)
 
 
 def test_rows_without_a_gradient_do_not_run(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, skip_zero_advantage=True, max_steps=1)
-    # Of 16 rows in 4 micro-batches half have an advantage, and come first.
-    assert [rows for rows, _ in trainer.passes] == [4, 4, 1, 1]
-    assert trainer.passes[2] == trainer.passes[3] == (1, 2)
+    trainer = train(model_dir, tmp_path, trim_padding=False, max_steps=1)
+    # Of 16 rows in 4 micro-batches half have an advantage.
+    assert sum(rows for rows, columns in trainer.passes if columns > 2) == 8
+    alone = train(model_dir, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=16, max_steps=1)
+    assert len(alone.passes) == 16
+    assert alone.passes[8:] == [(1, 2)] * 8
 
 
 @pytest.mark.parametrize(
@@ -229,7 +264,7 @@ def test_rows_without_a_gradient_do_not_run(model_dir, tmp_path):
 def test_all_rows_run_where_the_loss_needs_them(fields, model_dir, tmp_path):
     if not all(hasattr(A3POConfig, name) for name in fields):
         pytest.skip("this TRL has no such option")
-    trainer = train(model_dir, tmp_path, max_steps=1, **SAVINGS, **fields)
+    trainer = train(model_dir, tmp_path, max_steps=1, **fields)
     assert [rows for rows, _ in trainer.passes] == [4, 4, 4, 4]
 
 
@@ -239,12 +274,12 @@ class EveryRow(Counting):
 
 
 def test_all_rows_run_where_zero_advantages_may_be_shaped(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, EveryRow, max_steps=1, **SAVINGS)
+    trainer = train(model_dir, tmp_path, EveryRow, max_steps=1)
     assert [rows for rows, _ in trainer.passes] == [4, 4, 4, 4]
 
 
 def test_absolute_positions_keep_the_padding_of_the_prompt(tmp_path):
-    plain, saved = (train(gpt2, tmp_path, **fields) for fields in ({}, SAVINGS))
+    plain, saved = (train(gpt2, tmp_path, **fields) for fields in (tiny.PLAIN, {}))
     for name, value in tiny.parameters(plain).items():
         torch.testing.assert_close(tiny.parameters(saved)[name], value, rtol=1e-4, atol=1e-5)
     assert cells(saved) < cells(plain)
@@ -252,12 +287,12 @@ def test_absolute_positions_keep_the_padding_of_the_prompt(tmp_path):
 
 
 def test_columns_stay_multiples(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, trim_padding=True, pad_to_multiple_of=8)
+    trainer = train(model_dir, tmp_path, pad_to_multiple_of=8)
     assert {columns % 8 for _, columns in trainer.passes} == {0}
 
 
 def test_metrics_are_those_of_all_rows_but_the_entropy(model_dir, tmp_path):
-    plain, saved = (train(model_dir, tmp_path, **fields).state.log_history for fields in ({}, SAVINGS))
+    plain, saved = (train(model_dir, tmp_path, **fields).state.log_history for fields in (tiny.PLAIN, {}))
     for ours, theirs in zip(saved[:-1], plain[:-1], strict=True):
         assert theirs.keys() - ours.keys() == {"a3po/zero/entropy"}
         for name in ours.keys() - {"entropy", "step_time"}:
@@ -269,7 +304,20 @@ def test_metrics_are_those_of_all_rows_but_the_entropy(model_dir, tmp_path):
 
 
 def test_a_batch_without_any_gradient_changes_nothing(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, arguments={"reward_funcs": tiny.equal_reward}, **SAVINGS)
+    trainer = train(model_dir, tmp_path, arguments={"reward_funcs": tiny.equal_reward})
     start = dict(tiny.model().named_parameters())
     assert all(torch.equal(start[name], value) for name, value in tiny.parameters(trainer).items())
     assert set(trainer.passes) == {(1, 2)}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it traces itself, and fails where that is an error
+def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path):
+    fields = {"torch_compile": True, "torch_compile_backend": "eager"}
+    graphs = []
+    for max_steps in (4, 12):
+        torch.compiler.reset()
+        counters.clear()
+        trainer = train(model_dir, tmp_path, max_steps=max_steps, **fields)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(trainer.passes)) > 12  # as many shapes
+    assert graphs[0] == graphs[1] < 12

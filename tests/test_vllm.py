@@ -119,7 +119,7 @@ def test_weights_that_are_not_synchronised_are_noticed(make):
     "fields", [{}, {"loss_type": "grpo", "beta": 0.1}, {"num_iterations": 2}], ids=["dapo", "kl", "reused"]
 )
 def test_neutral_settings_are_grpo_to_the_last_bit(fields, train):
-    neutral = train(positive_low_scale=1.0, negative_high_scale=1.0, **fields)
+    neutral = train(**tiny.NEUTRAL, **fields)
     grpo = train(GRPOTrainer, GRPOConfig, **fields)
     assert_trained(grpo)
     for name, parameter in tiny.parameters(neutral).items():
@@ -223,9 +223,9 @@ def _free_shared_memory():
     [
         {"vllm_tensor_parallel_size": 1},
         {"vllm_tensor_parallel_size": 2},
-        {"vllm_tensor_parallel_size": 2, "trim_padding": True, "skip_zero_advantage": True},
+        {"vllm_tensor_parallel_size": 2, **tiny.PLAIN},
     ],
-    ids=["two engines", "one engine", "one engine, savings"],
+    ids=["two engines", "one engine", "one engine, plain"],
 )
 def test_two_processes(fields, model_dir, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -22,6 +22,11 @@ CHARACTERS = "0123456789+-=*().? abcdefghijklmnopqrstuvwxyz\\{}$"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
+# What computes GRPO's update in GRPO's own way, and what is GRPO.
+PLAIN = {"trim_padding": False, "skip_zero_advantage": False}
+NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0, **PLAIN}
+
+
 def tokenizer():
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

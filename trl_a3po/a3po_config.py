@@ -77,11 +77,11 @@ class A3POConfig(GRPOConfig):
 
         > Parameters that control what of a rollout is computed
 
-        trim_padding (`bool`, *optional*, defaults to `False`):
+        trim_padding (`bool`, *optional*, defaults to `True`):
             Whether each pass over the model sees only the columns that some row of its micro-batch uses, with the
             rows of an optimizer step grouped by length where the loss is the same for any grouping. The update is the
             same to rounding. Ignored for models with images.
-        skip_zero_advantage (`bool`, *optional*, defaults to `False`):
+        skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss leaves out completions whose advantage is zero, as in groups that are all right or all
             wrong. The update is the same to rounding. Ignored where such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
@@ -175,7 +175,7 @@ class A3POConfig(GRPOConfig):
 
     # Parameters that control what of a rollout is computed
     trim_padding: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether each pass over the model sees only the columns that some row of its micro-batch uses, "
             "with the rows of an optimizer step grouped by length where the loss is the same for any grouping. The "
@@ -183,7 +183,7 @@ class A3POConfig(GRPOConfig):
         },
     )
     skip_zero_advantage: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Whether the loss leaves out completions whose advantage is zero, as in groups that are all right "
             "or all wrong. The update is the same to rounding. Ignored where such completions matter to the loss: "

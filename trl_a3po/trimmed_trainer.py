@@ -57,7 +57,7 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._skips):
-            return inputs  # a rollout that is used again, or an evaluation
+            return inputs  # a rollout that is used again, or an evaluation, whose batches are as wide as they need
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 

@@ -55,8 +55,9 @@ def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int,
 
 
 def extent_of(lengths: Sequence[tuple[int, int]], multiple: int = 1) -> Extent:
-    """The extent of rows of the given lengths, its columns rounded up to a multiple."""
-    prompts, completions = zip(*lengths, strict=True) if lengths else ((0,), (0,))
+    """The extent of rows of the given lengths: at least a column of each, rounded up to a multiple."""
+    # A model needs a token to predict from, and one to predict.
+    prompts, completions = zip((1, 1), *lengths, strict=True)
     columns = (math.ceil(max(each) / multiple) * multiple for each in (prompts, completions))
     return Extent(len(lengths), *columns)
 
@@ -68,7 +69,7 @@ def plan_micro_batches(
     multiple: int = 1,
 ) -> tuple[list[dict[str, Any]], list[Extent]]:
     """
-    Puts the rows of the micro-batches of one optimizer step in order.
+    Puts the rows of the micro-batches of one optimizer step in order, and shares the live ones out.
 
     Args:
         micro_batches (sequence of `dict`): Parts of a rollout, as TRL splits it: tensors and lists with a row each,
@@ -82,12 +83,50 @@ def plan_micro_batches(
     """
     order = _longest_first(lengths, live)
     merged = {key: _merge([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+    size = len(micro_batches[0]["prompt_ids"])
+    alive = [row for row in order if live[row]]
+    others = order[len(alive) :]
     planned, extents = [], []
-    for batch in micro_batches:
-        rows, order = order[: len(batch["prompt_ids"])], order[len(batch["prompt_ids"]) :]
+    for count in share_out([lengths[row] for row in alive], len(micro_batches), size, multiple):
+        rows, alive = alive[:count], alive[count:]
+        extents.append(extent_of([lengths[row] for row in rows], multiple))
+        rows, others = rows + others[: size - count], others[size - count :]
         planned.append({key: _take(value, rows) for key, value in merged.items()})
-        extents.append(extent_of([lengths[row] for row in rows if live[row]], multiple))
     return planned, extents
+
+
+def share_out(lengths: Sequence[tuple[int, int]], batches: int, size: int, multiple: int = 1) -> list[int]:
+    """
+    Number of rows in each of several micro-batches, so that together they compute the fewest positions.
+
+    The rows keep their order. Where fewer rows are live than there is room for, micro-batches that are not full pad
+    less: all of them run in any case.
+
+    Args:
+        lengths (sequence of `tuple[int, int]`): Columns that each row needs, of prompt and of completion.
+        batches (`int`): Number of micro-batches.
+        size (`int`): Most rows of a micro-batch; `batches * size` is at least the number of rows.
+        multiple (`int`, *optional*, defaults to `1`): What the number of columns is rounded up to.
+    """
+    rows = len(lengths)
+    # cells[i, s]: positions of a micro-batch of s rows, the first of which is row i.
+    cells = torch.full((rows + 1, size + 1), torch.inf, dtype=torch.float64)
+    for row in range(rows + 1):
+        for count in range(min(size, rows - row) + 1):
+            extent = extent_of(lengths[row : row + count], multiple)
+            cells[row, count] = count * (extent.prompt + extent.completion)
+    # Dynamic programming, from the last micro-batch to the first. fewest[i]: positions for row i and all after it.
+    nexts = (torch.arange(rows + 1)[:, None] + torch.arange(size + 1)).clamp(max=rows)
+    fewest = torch.full((rows + 1,), torch.inf, dtype=torch.float64)
+    fewest[rows] = 0.0
+    choices = []
+    for _ in range(batches):
+        fewest, choice = (cells + fewest[nexts]).min(dim=1)
+        choices.append(choice.tolist())
+    counts: list[int] = []
+    for choice in reversed(choices):
+        counts.append(choice[sum(counts)])
+    return sorted(counts, key=bool, reverse=True)  # the empty ones last: where they are makes no difference
 
 
 def run_extent(
@@ -96,7 +135,7 @@ def run_extent(
     """
     Computes an extent, and gives its results the shape of the whole.
 
-    Where the extent has no row, one token of the first row is computed, and weighs nothing: the model and its
+    Where the extent has no row, the columns of the first one are computed, and weigh nothing: the model and its
     gradients take part as ever, so that no other process waits for this one.
 
     Returns:
@@ -105,16 +144,15 @@ def run_extent(
     """
     rows, width = input_ids.shape
     prompt_width = width - logits_to_keep
-    # A model needs a token to predict from, and one to predict.
-    prompt, completion = max(1, extent.prompt), max(1, extent.completion)
+    columns = slice(prompt_width - extent.prompt, prompt_width + extent.completion)
     if extent.rows == 0:
-        ids = input_ids[:1, prompt_width - 1 : prompt_width + 1]
-        logps, entropies, *others = forward(ids, torch.ones_like(ids), 1)
+        ids = _copy(input_ids[:1, columns])
+        logps, entropies, *others = forward(ids, torch.ones_like(ids), extent.completion)
         logps = (0.0 * logps.sum()).expand(rows, logits_to_keep)
         return logps, None if entropies is None else torch.full_like(logps, torch.nan), *others
-    box = slice(extent.rows), slice(prompt_width - prompt, prompt_width + completion)
-    logps, entropies, *others = forward(input_ids[box], attention_mask[box], completion)
-    missing = (0, logits_to_keep - completion)
+    box = slice(extent.rows), columns
+    logps, entropies, *others = forward(_copy(input_ids[box]), _copy(attention_mask[box]), extent.completion)
+    missing = (0, logits_to_keep - extent.completion)
     logps = pad(logps, (*missing, 0, rows - extent.rows))
     if entropies is not None:
         entropies = pad(pad(entropies, missing), (0, 0, 0, rows - extent.rows), value=torch.nan)
@@ -155,6 +193,11 @@ def _last_used(mask: Tensor) -> Tensor:
     """(B,) number of columns up to the last that is not zero."""
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return torch.cat([torch.where(mask.bool(), columns, 0), columns.new_zeros(len(mask), 1)], dim=1).amax(1)
+
+
+def _copy(part: Tensor) -> Tensor:
+    """A tensor of its own: a compiled model is compiled anew for each way to lie within a larger one."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _merge(values: list[Any]) -> Any:
