@@ -18,8 +18,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_a3po import A3POConfig, A3POTrainer
 
 
-
-
 def load(directory):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 

@@ -12,8 +12,6 @@ from trl.rewards import accuracy_reward
 from trl_a3po import A3POConfig, A3POTrainer, shape_advantages
 
 
-
-
 def make(trainer_class, model_dir, output_dir, *, reward_funcs=tiny.parity_reward, arguments=None, **fields):
     """A trainer on a model loaded from a directory. `arguments` are the trainer's, `fields` its config's."""
     config_class = GRPOConfig if trainer_class is GRPOTrainer else A3POConfig
@@ -84,7 +82,8 @@ RUNS = {
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_neutral_settings_are_grpo_to_the_last_bit(fields, model_dir, tmp_path):
     assert_same_parameters(
-        train(A3POTrainer, model_dir, tmp_path, **fields, **tiny.NEUTRAL), train(GRPOTrainer, model_dir, tmp_path, **fields)
+        train(A3POTrainer, model_dir, tmp_path, **fields, **tiny.NEUTRAL),
+        train(GRPOTrainer, model_dir, tmp_path, **fields),
     )
 
 

@@ -68,9 +68,7 @@ def test_rows_are_shared_out_so_that_the_fewest_positions_are_computed(lengths, 
 
     def cells(counts):
         ends = itertools.accumulate(counts)
-        extents = [
-            extent_of(lengths[end - count : end], multiple) for end, count in zip(ends, counts, strict=True)
-        ]
+        extents = [extent_of(lengths[end - count : end], multiple) for end, count in zip(ends, counts, strict=True)]
         return sum(extent.rows * (extent.prompt + extent.completion) for extent in extents)
 
     counts = share_out(lengths, batches, size, multiple)

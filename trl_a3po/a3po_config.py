@@ -27,7 +27,8 @@ class A3POConfig(GRPOConfig):
 
     [`A3POConfig`] inherits every parameter from [`~trl.GRPOConfig`], with its default, and adds those of the
     advantage shaping of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
-    2512.21625). With every scale and both weights 1 it is GRPO, to the last bit.
+    2512.21625). With every scale and both weights 1 it is GRPO: to rounding, and with `trim_padding` and
+    `skip_zero_advantage` off to the last bit.
 
     Ratio 0.2 and scale 2 are values of the example scripts in the authors' released code; which of the four token
     ends are on by default is the paper's A3PO. The decay's shape and length are our choice, see

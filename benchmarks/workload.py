@@ -1,0 +1,197 @@
+"""What the benchmarks of the trainer share: models of random weights, rollouts made up beforehand, clocks."""
+
+import argparse
+import itertools
+import platform
+import statistics
+import time
+import warnings
+
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.trainer_utils import set_seed
+
+
+ROWS, GROUP, PROMPT = 64, 8, 32
+SIZES = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    # The shapes of Qwen2.5.
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def parser(description):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", default="tiny", choices=SIZES)
+    parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16, not all parameters")
+    parser.add_argument("--length", type=int, default=100, help="mean of the completion lengths")
+    parser.add_argument("--longest", type=int, default=512, help="where completions are cut off")
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each, in turns")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def start(args):
+    """Says what is measured on what."""
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore")
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
+    print(
+        f"torch {torch.__version__}, TRL {trl.__version__}, {args.device} ({name}), {args.size} model, {ROWS} "
+        "completions an update"
+    )
+
+
+def make_rollout(sigma, dead, args):
+    """
+    Prompts, completions and rewards of one generation batch, and the number of tokens of completions that have an
+    advantage, and of their prompts. Lengths are log-normal; `dead` is the share of the groups without spread.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    lengths = (sigma * torch.randn(ROWS, generator=generator) - sigma**2 / 2).exp() * args.length
+    lengths = lengths.round().long().clamp(2, args.longest).tolist()
+    prompts = torch.randint(PROMPT // 2, PROMPT + 1, (ROWS // GROUP,), generator=generator).tolist()
+    groups = torch.randperm(ROWS // GROUP, generator=generator)
+    without_spread = set(groups[: round(dead * ROWS / GROUP)].tolist())
+    draw = lambda n: torch.randint(3, args.vocabulary, (n,), generator=generator).tolist()  # noqa: E731
+    prompt_ids = [ids for n in prompts for ids in [draw(n)] * GROUP]
+    completion_ids = [[*draw(n - 1), 1] for n in lengths]
+    rewards = [1.0 if i // GROUP in without_spread else float(i % 2) for i in range(ROWS)]
+    live = sum(len(prompt_ids[i]) + len(completion_ids[i]) for i in range(ROWS) if i // GROUP not in without_spread)
+    logprobs = [[0.0] * len(ids) for ids in completion_ids]
+    rollout = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs, "given": rewards}
+    return rollout, live
+
+
+def given_reward(given, **kwargs):
+    return given
+
+
+def make_trainer(
+    trainer_class, config_class, args, micro_batch, directory, reward=given_reward, rollout=None, **fields
+):
+    set_seed(0)
+    config = Qwen2Config(
+        **SIZES[args.size],
+        vocab_size=args.vocabulary,
+        max_position_embeddings=args.longest + PROMPT,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.device(args.device):
+        model = Qwen2ForCausalLM(config).to(torch.float32 if args.device == "cpu" else torch.bfloat16)
+    trainer = trainer_class(
+        model=model,
+        reward_funcs=reward,
+        args=config_class(
+            directory,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=ROWS // micro_batch,
+            num_generations=GROUP,
+            max_completion_length=args.longest,
+            max_steps=1000,
+            learning_rate=0.0,
+            use_cpu=args.device == "cpu",
+            bf16=args.device != "cpu",
+            gradient_checkpointing=args.device != "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            **{"loss_type": "dapo", **fields},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["-"] * ROWS}),
+        processing_class=_tokenizer(),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None,
+        rollout_func=rollout and (lambda prompts, trainer: {key: list(value) for key, value in rollout.items()}),
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = ROWS // micro_batch
+    return trainer
+
+
+def _tokenizer():
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
+
+
+class Update:
+    """The forward and backward passes of one optimizer step, on a rollout that is made beforehand."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.cells = 0  # positions that the model computed in the last run
+        trainer._prepare_inputs([{"prompt": "-"} for _ in range(ROWS)])
+        self.micro_batches = trainer._buffered_inputs
+        trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs):
+        self.cells += kwargs["input_ids"].numel()
+
+    def run(self):
+        self.trainer.model.zero_grad(set_to_none=True)
+        self.trainer._metrics["train"].clear()
+        self.cells = 0
+        for inputs in self.micro_batches:
+            self.trainer.accelerator.backward(self.trainer.compute_loss(self.trainer.model, inputs))
+
+    def gradients(self):
+        parameters = self.trainer.model.parameters()
+        return torch.cat([each.grad.flatten().float() for each in parameters if each.requires_grad])
+
+
+def seconds(run, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(run, device):
+    """Of all that is allocated with CUDA; on a CPU, of what the run allocates."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def compare(runs, device, repeats):
+    """Seconds of each run, in turns: their medians, and for each the quartiles of the first's seconds over its own."""
+    rounds = [[seconds(run, device) for run in runs] for _ in range(repeats)]
+    columns = list(zip(*rounds, strict=True))
+    ratios = [statistics.quantiles([a / b for a, b in zip(columns[0], each, strict=True)], n=4) for each in columns]
+    return [statistics.median(column) for column in columns], ratios
