@@ -5,10 +5,10 @@ What the shaping costs: an update of A3POTrainer against one of GRPOTrainer, in 
     python benchmarks/step_overhead.py --device cuda --size 7b --lora --length 4096 --longest 16384 --vocabulary 152064
 
 An update is the forward and backward passes of one optimizer step, of 64 completions in micro-batches of
-`--micro-batch`, and for A3PO the sums that are logged, as if every step were. A3POTrainer computes it in GRPO's own way
-(`trim_padding` and `skip_zero_advantage` off), so that the shaping alone is measured; `+ savings` is what a user gets by
-default. Beside them, what a user would pick instead: the 20 % of tokens with the highest entropy, and TRL's own GMPO
-where it has it.
+`--micro-batch`, and for A3PO the sums that are logged, as if every step were. A3POTrainer computes it in GRPO's own
+way (`trim_padding` and `skip_zero_advantage` off), so that the shaping alone is measured; `+ savings` is what a user
+gets by default. Beside them, what a user would pick instead: the 20 % of tokens with the highest entropy, and TRL's
+own GMPO where it has it.
 
 `time` and `memory` are over GRPO's: the median of the ratios, with quartiles, and the ratio of the peaks. `syncs` and
 `collectives` are counted by the profiler in one update. The last line is the time of A3PO over GRPO's.
