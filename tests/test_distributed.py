@@ -27,6 +27,7 @@ CASES = {
     "truncated": {"mask_truncated_completions": True, **PLAIN},
     "truncated, savings": {"mask_truncated_completions": True},
     "reused, savings": {"num_iterations": 2},
+    "closed loop": {"mismatch_bound": 2.0, "scale_decay": "constant"},
 }
 # Means of the means of micro-batches in TRL, and the time that a step takes.
 NOT_OF_THE_WHOLE_BATCH = {"entropy", "eval_entropy", "eval_loss", "step_time"}

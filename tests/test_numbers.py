@@ -437,18 +437,27 @@ def measured_batches(draw):
     shaped = draw(arrays("float32", shape, elements=st.sampled_from([-3.0, -1.5, 0.0, 0.5, 2.0, 4.0])))
     logps, entropies = (draw(arrays("float32", shape, elements=numbers)) for _ in range(2))
     mask = draw(arrays("int64", shape, elements=st.integers(0, 1)))
-    return tuple(map(torch.from_numpy, (advantages, advantages, shaped, logps, entropies, mask)))
+    batch = tuple(map(torch.from_numpy, (advantages, advantages, shaped, logps, entropies, mask)))
+    sampling_logps = draw(st.none() | arrays("float32", shape, elements=st.sampled_from([-3.0, -0.5, NAN])))
+    return *batch, None if sampling_logps is None else torch.from_numpy(sampling_logps)
 
 
-def sums_by_hand(advantages, unselected, shaped, logps, entropies, mask):
-    sums = torch.zeros(3, 7)
+def sums_by_hand(advantages, unselected, shaped, logps, entropies, mask, sampling_logps):
+    sums = torch.zeros(3, 8)
     for i, advantage in enumerate(advantages.tolist()):
         row = sums[0 if advantage > 0 else 1 if advantage < 0 else 2]
         row[0] += 1
         for t in mask[i].nonzero()[:, 0]:
             selected = shaped[i, t] != unselected[i]
             prob = logps[i, t].exp()
-            row += torch.tensor([0, 1, entropies[i, t], selected, prob if selected else 0, prob, shaped[i, t].abs()])
+            row += torch.tensor(
+                [0, 1, entropies[i, t], selected, prob if selected else 0, prob, shaped[i, t].abs(), 0]
+            )
+            if selected and sampling_logps is None:
+                row[7] = NAN
+            elif selected:
+                known = logps[i, t] if sampling_logps[i, t].isnan() else sampling_logps[i, t]
+                row[7] += (logps[i, t] - known).abs()
     return sums
 
 

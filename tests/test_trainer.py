@@ -245,7 +245,7 @@ def test_metrics_of_the_selected_tokens_say_what_was_selected(tmp_path):
 def test_a_user_who_logs_on_one_process_alone_causes_no_communication(tmp_path, monkeypatch):
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
-    trainer._polarity_sums["train"] = torch.zeros(3, 7)
+    trainer._polarity_sums["train"] = torch.zeros(3, 8)
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda *_, **__: pytest.fail("a collective operation"))
     trainer.log({"mine": 1.0})
 

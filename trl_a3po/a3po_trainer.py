@@ -16,15 +16,18 @@ from trl import GRPOTrainer
 from .a3po_config import A3POConfig
 from .checkpoints import ResumableGRPOTrainer
 from .contract import check_contract
-from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
+from .diagnostics import mean_entropy, polarity_metrics, polarity_sums, selected_mismatch
 from .hub import ReportPushes
 from .rewards import check_rewards
 from .rollouts import check_prompts_fit, refuse_empty_completions
-from .schedules import decay_scale, resolve_decay_steps
+from .schedules import decay_scale, next_damping, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .token_log import TokenLog, total_rewards
 from .trimmed_trainer import TrimmedGRPOTrainer, has_rotary_positions
 from .update_phase import loss_mask
+
+
+_DAMPING = "a3po/scale_damping"
 
 
 class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
@@ -99,6 +102,13 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
         self._skips = self._skips and not self._shapes_its_own_way  # who may give zero advantages a gradient
+        if args.mismatch_bound is not None and not self.use_vllm and self.rollout_func is None:
+            raise ValueError(
+                f"`mismatch_bound={args.mismatch_bound}` needs a sampler that reports the log-probabilities of what "
+                "it samples. Set `use_vllm=True`, pass a `rollout_func`, or set `mismatch_bound=None`."
+            )
+        # Of the scales, what the closed loop leaves of the schedule. The same on all processes.
+        self._damping = 1.0
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_Moments(self))
@@ -183,12 +193,12 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
     def current_shaping_settings(self) -> dict[str, float]:
         """The arguments of [`~trl_a3po.shape_advantages`] at this step of training: the scales have decayed."""
         decay_steps = resolve_decay_steps(self.args.scale_decay_steps, self.state.max_steps)
-        return {
-            name: decay_scale(value, self.state.global_step, decay_steps, self.args.scale_decay)
-            if name.endswith("_scale")
-            else value
-            for name, value in self.args.shaping_settings.items()
-        }
+        settings = self.args.shaping_settings
+        for name in [name for name in settings if name.endswith("_scale")]:
+            settings[name] = decay_scale(
+                settings[name], self.state.global_step, decay_steps, self.args.scale_decay, self._damping
+            )
+        return settings
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         config = cast(PretrainedConfig, self.model.config)
@@ -258,7 +268,13 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         unselected = weight_polarities(advantages, self.args.positive_weight, self.args.negative_weight)
         # Of rows that are left out neither is known; their entropies are NaN.
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if self._skips else old_per_token_logps
-        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask)
+        sampled = inputs.get("sampling_per_token_logps")
+        if sampled is None and self.args.mismatch_bound is not None:
+            raise ValueError(
+                f"`mismatch_bound={self.args.mismatch_bound}` needs the log-probabilities of what was sampled, and "
+                "the `rollout_func` returned `logprobs` of None. Return them, or set `mismatch_bound=None`."
+            )
+        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask, sampled)
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self._token_log is not None and "rewards" in inputs:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
@@ -277,6 +293,14 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         if self._skips and mode == "train":
             # TRL's own mean is NaN for every micro-batch in which a row is left out.
             self._metrics[mode]["entropy"] = [mean_entropy(sums)]
+        if self.args.closes_the_loop and mode == "train":
+            self._damp_scales(sums)
+
+    def _damp_scales(self, sums: Tensor) -> None:
+        bounds = (self.args.mismatch_bound, selected_mismatch(sums)), (self.args.entropy_bound, mean_entropy(sums))
+        measured = [(value, bound) for bound, value in bounds if bound is not None]
+        self._damping = next_damping(self._damping, measured, self.args.monotone_decay)
+        self._metrics["train"][_DAMPING].append(self._damping)
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
@@ -292,6 +316,9 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             "token_metric": self.args.token_metric,
             "scale_decay": self.args.scale_decay,
             "scale_decay_steps": self.args.scale_decay_steps,
+            "mismatch_bound": self.args.mismatch_bound,
+            "entropy_bound": self.args.entropy_bound,
+            "monotone_decay": self.args.monotone_decay,
         }
         section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
         path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
@@ -308,6 +335,8 @@ class _Moments(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         args.check_decay_ends(state.max_steps)  # known from here on, where training is counted in epochs
+        # What was logged last is all that there is to resume.
+        self._trainer._damping = next((log[_DAMPING] for log in reversed(state.log_history) if _DAMPING in log), 1.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         # Once a log, in the step that ends in it. Not in `Trainer.log`: users call that on one process alone, where a

@@ -13,11 +13,17 @@ from torch import Tensor
 
 # Rows and columns of the tensor that `polarity_sums` returns.
 _POLARITIES = ("positive", "negative", "zero")
-_SUMS = ("completions", "tokens", "entropy", "selected", "selected_prob", "prob", "advantage")
+_SUMS = ("completions", "tokens", "entropy", "selected", "selected_prob", "prob", "advantage", "selected_mismatch")
 
 
 def polarity_sums(
-    advantages: Tensor, unselected: Tensor, shaped: Tensor, logps: Tensor, entropies: Tensor, mask: Tensor
+    advantages: Tensor,
+    unselected: Tensor,
+    shaped: Tensor,
+    logps: Tensor,
+    entropies: Tensor,
+    mask: Tensor,
+    sampling_logps: Tensor | None = None,
 ) -> Tensor:
     """
     Sums over one batch, by polarity.
@@ -32,15 +38,21 @@ def polarity_sums(
         logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
         entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
         mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
+        sampling_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities that the sampler reported, NaN
+            where it did not.
 
     Returns:
-        `torch.Tensor` of shape `(3, 7)` in float32, for [`polarity_metrics`].
+        `torch.Tensor` of shape `(3, 8)` in float32, for [`polarity_metrics`].
     """
     mask = mask.bool()
     if shaped.dim() == 1:
         shaped = shaped[:, None].expand(mask.shape)
     probs = logps.float().exp()
     selected = (shaped != unselected[:, None]) & mask
+    if sampling_logps is None:
+        mismatch = probs.new_full((), torch.nan)
+    else:
+        mismatch = (logps - torch.where(sampling_logps.isnan(), logps, sampling_logps)).abs()
     per_completion = torch.stack(
         [
             torch.ones_like(advantages, dtype=torch.float32),
@@ -50,9 +62,10 @@ def polarity_sums(
             _row_sum(probs, selected),
             _row_sum(probs, mask),
             _row_sum(shaped.abs(), mask),
+            _row_sum(mismatch, selected),
         ],
         dim=1,
-    )  # (B, 7)
+    )  # (B, 8)
     polarity = torch.stack([advantages > 0, advantages < 0, advantages == 0])  # (3, B)
     # Not a matrix product: there, a NaN in one completion would spread over all polarities.
     return torch.where(polarity[:, :, None], per_completion, 0.0).sum(1)
@@ -63,7 +76,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
     The metrics that the sums give. Those that have nothing to be a mean over, or are not known, are left out.
 
     Args:
-        sums (`torch.Tensor` of shape `(3, 7)`): Added up over batches and processes.
+        sums (`torch.Tensor` of shape `(3, 8)`): Added up over batches and processes.
 
     Returns:
         `dict[str, float]`, for each polarity:
@@ -74,6 +87,8 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
         - `{polarity}/selected_fraction`: share of those tokens that the shaping selects
         - `{polarity}/selected_prob`, `{polarity}/other_prob`: mean old probability of the tokens selected, and of
           the others
+        - `{polarity}/selected_mismatch`: mean distance of the log-probability that the sampler reported from the old
+          one, over the tokens selected; 0 for those of which it reported nothing
 
         and `advantage_ratio`: the sum of |shaped advantage| over the tokens of positive completions, divided by that
         of negative ones. The paper finds that this ratio, not the size of either, rules the dynamics.
@@ -89,6 +104,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
         if polarity != "zero":  # nothing to shape
             means[f"{polarity}/selected_fraction"] = (of["selected"], of["tokens"])
             means[f"{polarity}/selected_prob"] = (of["selected_prob"], of["selected"])
+            means[f"{polarity}/selected_mismatch"] = (of["selected_mismatch"], of["selected"])
             means[f"{polarity}/other_prob"] = (of["prob"] - of["selected_prob"], of["tokens"] - of["selected"])
     means["advantage_ratio"] = (total["positive"]["advantage"], total["negative"]["advantage"])
     return {
@@ -103,6 +119,13 @@ def mean_entropy(sums: Tensor) -> float:
     known = [of for of in _by_name(sums).values() if of["tokens"] and not math.isnan(of["entropy"])]
     tokens = sum(of["tokens"] for of in known)
     return sum(of["entropy"] for of in known) / tokens if tokens else math.nan
+
+
+def selected_mismatch(sums: Tensor) -> float:
+    """Mean of `selected_mismatch` over the tokens selected in both polarities; NaN if there is none, or none known."""
+    of = [_by_name(sums)[polarity] for polarity in ("positive", "negative")]
+    selected = sum(each["selected"] for each in of)
+    return sum(each["selected_mismatch"] for each in of) / selected if selected else math.nan
 
 
 def _by_name(sums: Tensor) -> dict[str, dict[str, float]]:
