@@ -46,6 +46,17 @@ def reward_with_equal_groups(prompts, completion_ids, **kwargs):
     return [1.0 if int(prompt.split("+")[0]) % 2 else value for prompt, value in zip(prompts, parity, strict=True)]
 
 
+class Trainer(A3POTrainer):
+    """Makes sure that each row has the reward of its own completion, not of another process's."""
+
+    def _compute_loss(self, model, inputs):
+        if self.reward_funcs == [reward]:
+            sums = (inputs["completion_ids"] * inputs["completion_mask"]).sum(1)
+            known = inputs["completion_mask"].any(1)  # not masked whole
+            assert torch.equal(inputs["rewards"][known], (sums % 2)[known].float())
+        return super()._compute_loss(model, inputs)
+
+
 def train(model, output, name, *, micro_batches=2, equal_groups=False, **fields):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = tiny.config(
@@ -64,7 +75,7 @@ def train(model, output, name, *, micro_batches=2, equal_groups=False, **fields)
         **fields,
     )
     reward_func = reward_with_equal_groups if equal_groups else reward
-    trainer = A3POTrainer(model, reward_func, args, tiny.prompts(), eval_dataset=tiny.prompts(8), rollout_func=rollout)
+    trainer = Trainer(model, reward_func, args, tiny.prompts(), eval_dataset=tiny.prompts(8), rollout_func=rollout)
     assert trainer.accelerator.num_processes == processes
     passes = []
     trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))

@@ -36,7 +36,7 @@ def batch(seed, rows=6, tokens=11, per_token=False, dtype=torch.float32):
     return {
         "advantages": (advantages if per_token else advantages[:, 0]).to(dtype),
         "per_token_logps": logps,
-        "old_per_token_logps": (logps - 0.5 * rand(rows, tokens)) * mask,
+        "old_per_token_logps": (logps + rand(rows, tokens) - 0.5) * mask,
         "entropies": 3 * rand(rows, tokens),
         "mask": mask.long(),
     }
@@ -198,6 +198,9 @@ def test_steer_where_the_formula_has_no_number():
     advantages, ones = torch.ones(1), torch.ones(1, 3)
     change = peers.entropy_change(advantages, logps, torch.full((1, 3), -200.0), ones * math.inf, ones)
     assert torch.isfinite(change).all()
+    half = torch.tensor([[0.5]]).log()
+    change = peers.entropy_change(torch.ones(1), half, 100 * half, torch.zeros(1, 1), torch.ones(1, 1))
+    assert change.item() == pytest.approx(1e8 * 0.25 * math.log(2))  # no old probability is lower than 1e-8
     equal = peers.steer_linear(advantages, -ones, -ones, ones, ones)
     assert torch.equal(equal, ones)
 
@@ -331,7 +334,7 @@ def test_groups_that_are_all_wrong_teach_w_reinforce_alone(tmp_path):
 
     moved = {}
     for trainer_class in (trainer_of(reinforce), A3POTrainer):
-        trainer = make(trainer_class, tmp_path, reward=wrong, max_steps=1, skip_zero_advantage=True, trim_padding=True)
+        trainer = make(trainer_class, tmp_path, reward=wrong, max_steps=1)
         before = tiny.parameters(trainer)
         trainer.train()
         moved[trainer_class] = any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())

@@ -173,6 +173,61 @@ class Recorder(A3POTrainer):
         return shaped
 
 
+class Scored(A3POTrainer):
+    """Keeps, at each loss, the rewards and the progress that the seam is told, and the completions they belong to."""
+
+    def _compute_loss(self, model, inputs):
+        ids = [row[mask.bool()] for row, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
+        self.seen = [*getattr(self, "seen", []), {"ids": ids}]
+        return super()._compute_loss(model, inputs)
+
+    def shape_advantages(self, advantages, *, rewards, progress, **batch):
+        self.seen[-1].update(rewards=rewards, progress=progress)
+        return super().shape_advantages(advantages, rewards=rewards, progress=progress, **batch)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_iterations": 2}, {"per_device_train_batch_size": 4, "steps_per_generation": 4}],
+    ids=str,
+)
+def test_the_seam_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_path):
+    functions = [tiny.sometimes_none_reward, lambda completions, **kwargs: [None] * len(completions)]
+    trainer = make(
+        Scored,
+        model_dir,
+        tmp_path,
+        reward_funcs=functions,
+        reward_weights=[2.0, 1.0],
+        max_steps=4,
+        arguments={"eval_dataset": tiny.prompts(4)},
+        **fields,
+    )
+    trainer.evaluate()
+    before = len(trainer.seen)
+    trainer.train()
+    trained = len(trainer.seen)
+    trainer.evaluate()
+    progress = [each["progress"] for each in trainer.seen]
+    assert progress == [*[0.0] * before, 0.0, 0.25, 0.5, 0.75, *[1.0] * (len(progress) - trained)]
+    for each in trainer.seen:
+        sums = torch.stack([ids.sum() for ids in each["ids"]])
+        expected = torch.where(sums % 3 == 0, torch.nan, 2.0 * (sums % 2))
+        torch.testing.assert_close(each["rewards"], expected, equal_nan=True)
+    rewards = torch.cat([each["rewards"] for each in trainer.seen])
+    assert {*rewards.nan_to_num(-1).tolist()} == {-1.0, 0.0, 2.0}
+
+
+def test_without_rewards_of_trl_the_seam_is_told_none(model_dir, tmp_path):
+    class OwnRewards(Scored):
+        def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+            return torch.tensor(tiny.parity_reward(completion_ids_list))[:, None]
+
+    trainer = train(OwnRewards, model_dir, tmp_path, max_steps=1)
+    assert trainer.seen[0]["rewards"] is None
+    assert_trained(trainer, model_dir)
+
+
 def rollout(prompts, trainer):
     """Three completions of different lengths by a fixed rule; the middle token of each is not the model's."""
     generator = torch.Generator().manual_seed(trainer.state.global_step)

@@ -267,13 +267,17 @@ def test_all_rows_run_where_the_loss_needs_them(fields, model_dir, tmp_path):
 
 
 class EveryRow(Counting):
-    def shape_advantages(self, advantages, **tensors):
+    def shape_advantages(self, advantages, *, mask, **batch):
+        lengths = sorted(mask.sum(1).tolist())
+        self.micro_batches = [*getattr(self, "micro_batches", []), lengths]
         return advantages + 1
 
 
-def test_all_rows_run_where_zero_advantages_may_be_shaped(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, EveryRow, max_steps=1)
-    assert [rows for rows, _ in trainer.passes] == [4, 4, 4, 4]
+def test_a_shaping_of_ones_own_sees_every_row_in_the_company_it_has_without_savings(model_dir, tmp_path):
+    plain, saved = (train(model_dir, tmp_path, EveryRow, max_steps=1, **fields) for fields in (tiny.PLAIN, {}))
+    assert [rows for rows, _ in saved.passes] == [4, 4, 4, 4]
+    assert saved.micro_batches == plain.micro_batches
+    assert cells(saved) < cells(plain)
 
 
 def test_absolute_positions_keep_the_padding_of_the_prompt(tmp_path):

@@ -120,9 +120,8 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
 
 def loss_inputs(advantages: Tensor, mask: Tensor, per_token_logps: Tensor) -> dict[str, Any]:
     """
-    What a loss is computed from, made up: a rollout that is aligned with the update, of tokens that are the model's.
-
-    Its KL term, should there be one, has no gradient.
+    What a loss is computed from, made up: a rollout that is aligned with the update, of tokens that are the model's,
+    with rewards of 1 and 0. Its KL term, should there be one, has no gradient.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): One advantage per completion.
@@ -135,6 +134,7 @@ def loss_inputs(advantages: Tensor, mask: Tensor, per_token_logps: Tensor) -> di
         "completion_ids": mask,
         "completion_mask": mask,
         "advantages": advantages,
+        "rewards": (advantages > 0).float(),
         "num_items_in_batch": mask.sum(),
         "ref_per_token_logps": per_token_logps,
         "sampling_per_token_logps": per_token_logps,
