@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import inspect
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ from trl_a3po import cli, train
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
+SHAPING = (REPOSITORY / "docs" / "shaping.md").read_text(encoding="utf-8")
 
 
 def test_the_trainer_that_the_readme_writes_trains(tmp_path):
@@ -37,8 +39,8 @@ def test_the_trainer_that_the_readme_writes_trains(tmp_path):
     assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
 
 
-def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run(text, tmp_path):
+    """Runs the code of a document. What it leaves defined."""
     fields = ("use_cpu", "bf16", "report_to", "max_steps", "per_device_train_batch_size", "max_completion_length")
     namespace = {
         "model": tiny.save(tmp_path / "model"),
@@ -46,13 +48,36 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
         "dataset": tiny.prompts(),
         "options": {name: getattr(tiny.config(tmp_path), name) for name in fields},
     }
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         exec(block, namespace)
+    return namespace
+
+
+def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run(GUIDE, tmp_path)
     assert namespace["trainer"].state.global_step == 3
     assert namespace["args"].shaping_settings["positive_low_scale"] == 1
     assert namespace["psr"].shaping_settings["negative_weight"] == 0
-    assert len(blocks) == 4
+
+
+def test_the_shapings_that_the_documentation_writes_train_and_pass_their_test(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run(SHAPING, tmp_path)
+    namespace["test_gradients"]()
+    trainers = [value for value in namespace.values() if inspect.isclass(value) and "shape_advantages" in vars(value)]
+    assert len(trainers) == 1 + 8
+    for trainer_class in {*trainers} - {trl_a3po.A3POTrainer}:
+        args = trl_a3po.A3POConfig("out", **namespace["options"])
+        trainer = trainer_class(namespace["model"], namespace["reward"], args, namespace["dataset"])
+        before = tiny.parameters(trainer)
+        trainer.train()
+        assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+
+
+def test_a_method_and_its_test_are_under_thirty_lines():
+    (code,) = re.findall(r"## A method and its test.*?```python\n(.*?)```", SHAPING, flags=re.DOTALL)
+    assert len(code.splitlines()) < 30
 
 
 # On this machine, and a tiny model and dataset in place of those on the Hub. What comes last on a line counts.

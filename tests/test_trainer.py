@@ -267,6 +267,15 @@ def test_model_card_names_method_paper_and_settings(tmp_path):
     assert card.index("### Advantage shaping") < card.index("### Framework versions")
 
 
+@pytest.mark.parametrize("trainer_class", [A3POTrainer, OnlyTheFirstToken])
+def test_model_card_says_whose_the_shaping_is(trainer_class, tmp_path):
+    make(tmp_path, trainer_class).create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("In force where `OnlyTheFirstToken.shape_advantages` calls" in card) == (
+        trainer_class is OnlyTheFirstToken
+    )
+
+
 def test_every_field_of_the_shaping_is_on_the_model_card(tmp_path):
     make(tmp_path).create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -90,8 +90,8 @@ class A3POConfig(GRPOConfig):
 
         trim_padding (`bool`, *optional*, defaults to `True`):
             Whether each pass over the model sees only the columns that some row of its micro-batch uses, with the
-            rows of an optimizer step grouped by length where the loss is the same for any grouping. The update is the
-            same to rounding. Ignored for models with images.
+            rows of an optimizer step grouped by length where the loss is the same for any grouping, and the shaping
+            not your own. The update is the same to rounding. Ignored for models with images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss leaves out completions whose advantage is zero, as in groups that are all right or all
             wrong. The update is the same to rounding. Ignored where such completions matter to the loss: with a KL
@@ -209,8 +209,8 @@ class A3POConfig(GRPOConfig):
         default=True,
         metadata={
             "help": "Whether each pass over the model sees only the columns that some row of its micro-batch uses, "
-            "with the rows of an optimizer step grouped by length where the loss is the same for any grouping. The "
-            "update is the same to rounding. Ignored for models with images."
+            "with the rows of an optimizer step grouped by length where the loss is the same for any grouping, and "
+            "the shaping not your own. The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(

@@ -334,6 +334,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             "monotone_decay": self.args.monotone_decay,
         }
         section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
+        if self._shapes_its_own_way:
+            section += f"In force where `{type(self).__name__}.shape_advantages` calls that of `A3POTrainer`.\n\n"
         path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
         card = path.read_text(encoding="utf-8")
         before, heading, after = card.partition("### Framework versions")
