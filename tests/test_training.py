@@ -223,8 +223,9 @@ def test_without_rewards_of_trl_the_seam_is_told_none(model_dir, tmp_path):
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             return torch.tensor(tiny.parity_reward(completion_ids_list))[:, None]
 
-    trainer = train(OwnRewards, model_dir, tmp_path, max_steps=1)
+    trainer = train(OwnRewards, model_dir, tmp_path, max_steps=1, log_tokens=1)
     assert trainer.seen[0]["rewards"] is None
+    assert '"reward":null' in (tmp_path / "tokens.jsonl").read_text()
     assert_trained(trainer, model_dir)
 
 

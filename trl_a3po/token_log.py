@@ -48,16 +48,18 @@ class TokenLog(TrainerCallback):
         Takes note of a micro-batch.
 
         Args:
-            inputs (`dict`): What the loss is computed from, with the `rewards` of shape `(B,)`.
+            inputs (`dict`): What the loss is computed from, with the `rewards` of shape `(B,)` if they are known.
             advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping.
             shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): The advantages after shaping.
             logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
             entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
         """
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "rewards")
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        rewards = inputs.get("rewards")
         self._step.append(
             {
                 **{name: inputs[name] for name in names},
+                "rewards": torch.full_like(advantages, torch.nan) if rewards is None else rewards,
                 "advantages": advantages,
                 "mask": loss_mask(inputs),
                 "shaped": shaped,
