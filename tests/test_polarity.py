@@ -186,8 +186,8 @@ def test_methods_differ_by_what_the_loss_reads(start, monkeypatch):
 
 
 def test_presets_for_gpus_are_the_same_program(tmp_path):
-    small = {"imitation_steps": 1, "imitation_batch_size": 2, "rollouts": 1, "completions": 32, "held_out": 2}
-    preset = replace(run.PRESETS["gpu"], **small, samples=64, curve_samples=1, curve_points=1)
+    small = {"imitation_steps": 1, "imitation_batch_size": 2, "rollouts": 1, "completions": 8, "held_out": 2}
+    preset = replace(run.PRESETS["gpu"], **small, num_generations=2, samples=2, curve_samples=1, curve_points=1)
     run.make_start(preset, tmp_path, 0)
     run.run(preset, tmp_path, "a3po", 0)
     assert json.loads((tmp_path / "a3po-0.json").read_text())["curves"]["step"][-1] == preset.updates

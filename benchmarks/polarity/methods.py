@@ -14,8 +14,11 @@ from trl_a3po import A3POTrainer
 from trl_a3po.peers import advantage_reweighting, clip_cov, forking_tokens, steer_exponential, w_reinforce
 
 
-# epsilon_high: DAPO (arXiv 2503.14476). No shaping: A3POTrainer is then GRPOTrainer, to the last bit.
+# epsilon_high: DAPO (arXiv 2503.14476). No shaping, and all rows and columns: A3POTrainer is then GRPOTrainer, to the last
+# bit, and every method's entropy is over the same tokens.
 DAPO = {
+    "trim_padding": False,
+    "skip_zero_advantage": False,
     "loss_type": "dapo",
     "epsilon": 0.2,
     "epsilon_high": 0.28,
