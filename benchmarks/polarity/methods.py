@@ -14,8 +14,8 @@ from trl_a3po import A3POTrainer
 from trl_a3po.peers import advantage_reweighting, clip_cov, forking_tokens, steer_exponential, w_reinforce
 
 
-# epsilon_high: DAPO (arXiv 2503.14476). No shaping, and all rows and columns: A3POTrainer is then GRPOTrainer, to the last
-# bit, and every method's entropy is over the same tokens.
+# epsilon_high: DAPO (arXiv 2503.14476). No shaping, and all rows and columns: A3POTrainer is then GRPOTrainer, to the
+# last bit, and every method's entropy is over the same tokens.
 DAPO = {
     "trim_padding": False,
     "skip_zero_advantage": False,
@@ -80,10 +80,11 @@ class AdvantageReweighting(A3POTrainer):
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of `A3POConfig` besides the base, and the trainer that reads them."""
+    """Settings of `A3POConfig` besides the base, the trainer that reads them, and how far the sampler lags behind."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: type[A3POTrainer] = A3POTrainer
+    stale: int | None = None  # rollouts that a copy of the policy serves
 
 
 def one_end(end: str, scale: float = 2.0) -> Method:
@@ -132,6 +133,13 @@ METHODS = {
     "clip_cov": Method(trainer=ClipCov),  # arXiv 2505.22617
     "steer": Method(trainer=Steer),  # arXiv 2510.10150
     "ar": Method(trainer=AdvantageReweighting),  # arXiv 2505.12929
+    # The closed loop, ours. The bounds: nine tenths of the entropy of the start, and 0.02 in log-probability.
+    "a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant", "entropy_bound": 0.65}),
+    # With a sampler that lags behind by up to 100 optimizer steps, for which nothing corrects
+    "stale_dapo": Method(stale=25),
+    "stale_a3po": Method(A3PO, stale=25),
+    "stale_a3po_constant": Method({**A3PO, "scale_decay": "constant"}, stale=25),
+    "stale_a3po_loop": Method({**A3PO, "scale_decay": "constant", "mismatch_bound": 0.02}, stale=25),
     # P1N1 and P2N2 once more, where nothing cancels the size of the advantages
     "sgd": Method(SGD),
     "sgd_p2n2": Method({**SGD, "positive_weight": 2.0, "negative_weight": 2.0}),

@@ -40,6 +40,7 @@ import trl
 from countdown import Problem, demonstrations, is_right, problems
 from datasets import Dataset
 from methods import DAPO, METHODS
+from stale_sampler import StaleSampler
 from start_model import imitate, untrained_model, word_tokenizer
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
@@ -241,6 +242,10 @@ CURVES = {
     "completions/clipped_ratio": "truncated",
     "clip_ratio/region_mean": "clipped",
     "frac_reward_zero_std": "groups_without_spread",
+    # Where it is known
+    "a3po/positive/selected_mismatch": "mismatch_positive",
+    "a3po/negative/selected_mismatch": "mismatch_negative",
+    "a3po/scale_damping": "damping",
 }
 LOGS = 25  # of a run, about
 
@@ -255,6 +260,7 @@ def run(preset: Preset, output: Path, method_name: str, seed: int) -> None:
     steps = preset.rollouts * preset.updates
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.filterwarnings("ignore", "You are using 'rollout_func'")
         settings = {
             "learning_rate": preset.learning_rate,
             "lr_scheduler_type": "constant",
@@ -287,6 +293,7 @@ def run(preset: Preset, output: Path, method_name: str, seed: int) -> None:
             config,
             train_dataset=Dataset.from_list([row(problem) for problem in training]),
             processing_class=tokenizer,
+            rollout_func=method.stale and StaleSampler(method.stale),
         )
         trainer.remove_callback(PrinterCallback)
         score = partial(right_answers, model, tokenizer, held_out, max_completion_length=preset.max_completion_length)
@@ -306,7 +313,11 @@ def run(preset: Preset, output: Path, method_name: str, seed: int) -> None:
         "settings": settings,
         "curves": {
             "step": [log["step"] for log in logs],
-            **{name: [round(log[key], 4) for log in logs] for key, name in CURVES.items()},
+            **{
+                name: [round(log[key], 4) for log in logs if key in log]
+                for key, name in CURVES.items()
+                if any(key in log for log in logs)
+            },
         },
         "held_out_curve": {"step": list(curve.values), "pass@1": [round(value, 4) for value in curve.values.values()]},
         "held_out": {"samples": preset.samples, "right": right},
