@@ -13,7 +13,7 @@ import tiny
 import torch
 import torch.distributed
 
-from trl_a3po import A3POTrainer
+from trl_a3po import A3POTrainer, dynamic_sampling
 
 
 ROWS = 8
@@ -57,11 +57,19 @@ class Trainer(A3POTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def train(model, output, name, *, micro_batches=2, equal_groups=False, **fields):
+def pair_groups_as_two_processes(live, fresh_live, pair_groups=dynamic_sampling.pair_groups):
+    half = len(live) // 2
+    second = pair_groups(live[half:], fresh_live[half:])
+    return pair_groups(live[:half], fresh_live[:half]) + [(place + half, group + half) for place, group in second]
+
+
+def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, **fields):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        dynamic_sampling.pair_groups = pair_groups_as_two_processes
     args = tiny.config(
         output,
-        per_device_train_batch_size=ROWS // processes // micro_batches,
+        per_device_train_batch_size=rows // processes // micro_batches,
         per_device_eval_batch_size=ROWS // processes,
         gradient_accumulation_steps=micro_batches,
         num_generations=4,

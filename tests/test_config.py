@@ -40,7 +40,7 @@ def test_every_field_of_grpo_config_keeps_its_default():
 
 def test_every_field_is_explained_once_in_the_docstring_and_once_in_the_help():
     added = {field.name for field in dataclasses.fields(A3POConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
-    assert len(added) == 19
+    assert len(added) == 20
     for field in dataclasses.fields(A3POConfig):
         if field.name in added:
             assert A3POConfig.__doc__.count(f"\n        {field.name} (`") == 1
@@ -115,6 +115,12 @@ REFUSED = [
     ),
     ({"entropy_bound": "low"}, "`entropy_bound` must be a finite number above 0, or None, got 'low'."),
     ({"monotone_decay": None}, "`monotone_decay` must be True or False, got None."),
+    (
+        {"dynamic_sampling": True},
+        "`dynamic_sampling` must be a number of rounds, 0 or more, got True. Pass for example 4",
+    ),
+    ({"dynamic_sampling": -1}, "`dynamic_sampling` must be a number of rounds, 0 or more, got -1."),
+    ({"dynamic_sampling": 1.5}, "`dynamic_sampling` must be a number of rounds, 0 or more, got 1.5."),
     # What contradicts itself.
     (
         {"entropy_bound": 1.0, "positive_low_scale": 1, "negative_high_scale": 1},
@@ -160,6 +166,20 @@ REFUSED = [
 def test_refuses_bad_values_at_construction(fields, message, config):
     with pytest.raises(ValueError, match=re.escape(message)):
         config(**fields)
+
+
+def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
+    monkeypatch.setattr(A3POConfig, "world_size", 2)
+    fields = {"per_device_train_batch_size": 3, "steps_per_generation": 2, "num_generations": 4}
+    config(**fields)
+    config(dynamic_sampling=2, **{**fields, "num_generations": 2})
+    message = (
+        "`dynamic_sampling=2` needs the completions of a prompt on one process, which has "
+        "`per_device_train_batch_size` x `steps_per_generation` = 6 of a generation batch: no multiple of "
+        "`num_generations=4`. Change one of the three, or set `dynamic_sampling=0`."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config(dynamic_sampling=2, **fields)
 
 
 @pytest.mark.parametrize(

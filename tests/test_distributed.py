@@ -28,6 +28,10 @@ CASES = {
     "truncated, savings": {"mask_truncated_completions": True},
     "reused, savings": {"num_iterations": 2},
     "closed loop": {"mismatch_bound": 2.0, "scale_decay": "constant"},
+    # One of the two has only groups that teach nothing, or another number of them.
+    "sampled anew": {"equal_groups": True, "dynamic_sampling": 2, **PLAIN},
+    "sampled anew, more": {"rows": 32, "equal_groups": True, "dynamic_sampling": 2},
+    "sampled anew, reused": {"rows": 16, "equal_groups": True, "dynamic_sampling": 2, "num_iterations": 2},
 }
 # Means of the means of micro-batches in TRL, and the time that a step takes.
 NOT_OF_THE_WHOLE_BATCH = {"entropy", "eval_entropy", "eval_loss", "step_time"}
@@ -85,6 +89,16 @@ def test_every_process_takes_part_in_the_same_operations(case, ranks):
     assert first["passes"] == second["passes"]
     assert first["collectives"] == second["collectives"]
     assert "c10d::allreduce_" in first["collectives"]
+
+
+def test_rounds_are_run_for_the_process_that_needs_them(ranks):
+    *entries, _ = ranks[0]["sampled anew"]["log"]
+    rounds, discarded, unused = (
+        [entry[f"a3po/dynamic_sampling/{name}"] for entry in entries] for name in ("rounds", "discarded", "unused")
+    )
+    assert all(0 < each <= 2 for each in rounds)
+    assert all(each > 0 for each in discarded)
+    assert sum(unused) > 0  # what the other sampled meanwhile
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelerate shards models over accelerators alone")

@@ -152,7 +152,7 @@ def test_help_lists_the_options_of_the_shaping_together(capsys):
         *("positive_low_ratio", "positive_low_scale", "positive_high_ratio", "positive_high_scale"),
         *("negative_low_ratio", "negative_low_scale", "negative_high_ratio", "negative_high_scale"),
         *("token_metric", "scale_decay", "scale_decay_steps", "mismatch_bound", "entropy_bound", "monotone_decay"),
-        *("positive_weight", "negative_weight"),
+        *("positive_weight", "negative_weight", "dynamic_sampling"),
         *("trim_padding", "no_trim_padding", "skip_zero_advantage", "no_skip_zero_advantage", "log_tokens"),
     ]
 
@@ -167,6 +167,8 @@ def test_recipes_train(recipe, model_dir, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", VERL if "DAPO" in settings["dataset_name"] else GSM8K)
     here = {"model_name_or_path": model_dir, "dataset_name": dataset, "output_dir": tmp_path / "output", **SMALL}
     here |= {"use_vllm": False, "dtype": "float32", "steps_per_generation": 1, "gradient_accumulation_steps": 1}
+    here |= {"per_device_train_batch_size": settings["num_generations"]}
     train.train(["--config", str(recipe), *(f"--{name}={value}" for name, value in here.items())])
-    fields = {name: value for name, value in settings.items() if name in A3POConfig.__annotations__}
+    of_shaping = A3POConfig.__annotations__.keys() - {"dynamic_sampling"}
+    fields = {name: value for name, value in settings.items() if name in of_shaping}
     assert_trained(tmp_path / "output", **fields)

@@ -190,6 +190,26 @@ def test_log_probabilities_that_the_sampler_does_not_know_poison_nothing(fields,
     assert all(math.isfinite(value) for value in values)
 
 
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_groups_sampled_anew_bring_the_log_probabilities_that_they_were_sampled_with(mode, make):
+    trainer = make(
+        Recorder,
+        dynamic_sampling=2,
+        num_generations=2,
+        num_iterations=2,
+        vllm_importance_sampling_mode=mode,
+    )
+    trainer.train()
+    assert_trained(trainer)
+    assert max(logged(trainer, "a3po/dynamic_sampling/discarded")) > 0
+    for call in trainer.calls:
+        inputs, counts = call["inputs"], call["mask"].bool()
+        sampled, ours = inputs["sampling_per_token_logps"][counts], call["old_per_token_logps"][counts]
+        torch.testing.assert_close(sampled, ours, rtol=0, atol=1e-4)
+        ratio = inputs["importance_sampling_ratio"].expand(*counts.shape)[counts]
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_evaluation_samples_what_transformers_would(adapter, make, tmp_path):
     trainer = make(arguments=tiny.lora() if adapter else {}, use_vllm=False)
@@ -224,8 +244,10 @@ def _free_shared_memory():
         {"vllm_tensor_parallel_size": 1},
         {"vllm_tensor_parallel_size": 2},
         {"vllm_tensor_parallel_size": 2, **tiny.PLAIN},
+        {"vllm_tensor_parallel_size": 1, "num_generations": 2, "dynamic_sampling": 2},
+        {"vllm_tensor_parallel_size": 2, "num_generations": 2, "dynamic_sampling": 2},
     ],
-    ids=["two engines", "one engine", "one engine, plain"],
+    ids=["two engines", "one engine", "one engine, plain", "two engines, anew", "one engine, anew"],
 )
 def test_two_processes(fields, model_dir, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -240,5 +262,7 @@ def test_two_processes(fields, model_dir, tmp_path):
         assert 0 < entry["grad_norm"] < math.inf
         fractions = [entry.get(f"a3po/{polarity}/fraction", 0) for polarity in ("positive", "negative", "zero")]
         assert sum(fractions) == pytest.approx(1)
+    if "dynamic_sampling" in fields:
+        assert max(entry["a3po/dynamic_sampling/rounds"] for entry in first["log"][:-1]) > 0
     for name, parameter in first["parameters"].items():
         assert torch.equal(parameter, second["parameters"][name]), name

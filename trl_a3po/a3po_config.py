@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass, field, fields
+from typing import cast
 
 from trl import GRPOConfig
 
@@ -85,6 +86,14 @@ class A3POConfig(GRPOConfig):
             weight of 0, those of that polarity must be 1.
         negative_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the advantage of every token of negative completions.
+
+        > Parameters that control what is trained on
+
+        dynamic_sampling (`int`, *optional*, defaults to `0`):
+            Rounds of dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) for a generation batch, at most. While it
+            has groups that teach nothing, as those without spread in their rewards, a round samples another
+            generation batch, of prompts drawn at random from the dataset, and groups of it that teach something take
+            their places. What then is left of such groups stays. 0 samples no round.
 
         > Parameters that control what of a rollout is computed
 
@@ -204,6 +213,17 @@ class A3POConfig(GRPOConfig):
         metadata={"help": "Weight of the advantage of every token of negative completions."},
     )
 
+    # Parameters that control what is trained on
+    dynamic_sampling: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds of dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) for a generation batch, at "
+            "most. While it has groups that teach nothing, as those without spread in their rewards, a round samples "
+            "another generation batch, of prompts drawn at random from the dataset, and groups of it that teach "
+            "something take their places. What then is left of such groups stays. 0 samples no round."
+        },
+    )
+
     # Parameters that control what of a rollout is computed
     trim_padding: bool = field(
         default=True,
@@ -272,9 +292,25 @@ class A3POConfig(GRPOConfig):
                 f"`log_tokens` must be a number of prompts, 0 or more, got {self.log_tokens!r}. Pass for example 2 to "
                 "log completions of two prompts, or 0 to log none."
             )
+        self._check_dynamic_sampling()
         self._check_all_act()
         if self.max_steps > 0:
             self.check_decay_ends(self.max_steps)
+
+    def _check_dynamic_sampling(self) -> None:
+        rounds = self.dynamic_sampling
+        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
+            raise ValueError(
+                f"`dynamic_sampling` must be a number of rounds, 0 or more, got {rounds!r}. Pass for example 4 to "
+                "sample up to four generation batches more for each, or 0 to sample none."
+            )
+        rows = self.per_device_train_batch_size * cast(int, self.steps_per_generation)
+        if rounds and rows % cast(int, self.num_generations):
+            raise ValueError(
+                f"`dynamic_sampling={rounds}` needs the completions of a prompt on one process, which has "
+                f"`per_device_train_batch_size` x `steps_per_generation` = {rows} of a generation batch: no multiple "
+                f"of `num_generations={self.num_generations}`. Change one of the three, or set `dynamic_sampling=0`."
+            )
 
     def _check_all_act(self) -> None:
         if self.positive_weight == self.negative_weight == 0:

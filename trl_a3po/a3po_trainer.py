@@ -17,20 +17,21 @@ from .a3po_config import A3POConfig
 from .checkpoints import ResumableGRPOTrainer
 from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums, selected_mismatch
+from .dynamic_sampling import DynamicSamplingGRPOTrainer
 from .hub import ReportPushes
 from .rewards import check_rewards, total_rewards
 from .rollouts import check_prompts_fit, refuse_empty_completions
 from .schedules import decay_scale, next_damping, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .token_log import TokenLog
-from .trimmed_trainer import TrimmedGRPOTrainer, has_rotary_positions
+from .trimmed_trainer import has_rotary_positions
 from .update_phase import loss_mask
 
 
 _DAMPING = "a3po/scale_damping"
 
 
-class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
+class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
     """
     Trainer for A3PO, Adaptive and Asymmetric token-level Advantage shaping for Policy Optimization.
 
@@ -233,8 +234,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         advantages = weight_polarities(inputs["advantages"], self.args.positive_weight, self.args.negative_weight)
         return super()._has_gradient({**inputs, "advantages": advantages})
 
-    def _generate_and_score_completions(self, inputs):
-        return {**super()._generate_and_score_completions(inputs), "rewards": self._rewards}
+    def _generate_round(self, inputs):
+        return {**super()._generate_round(inputs), "rewards": self._rewards}
 
     def _compute_loss(self, model, inputs):
         # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a

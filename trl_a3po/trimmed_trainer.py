@@ -39,7 +39,7 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         # Images belong to columns, and are not split by rows.
         has_images = isinstance(self.processing_class, ProcessorMixin)
         self._trims = self.args.trim_padding and not has_images
-        self._trims_prompt = self._trims and _has_relative_positions(cast(PretrainedConfig, self.model.config))
+        self._trims_prompt = self._trims and has_relative_positions(cast(PretrainedConfig, self.model.config))
         # Terms of the loss for which a row, or the company of rows in a micro-batch, matters beyond its advantage.
         looks_at_all_rows = (
             self.top_entropy_quantile < 1.0
@@ -114,7 +114,7 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         return logps, *others
 
 
-def _has_relative_positions(config: PretrainedConfig) -> bool:
+def has_relative_positions(config: PretrainedConfig) -> bool:
     """
     Whether it makes no difference to a model how many columns of padding are to the left of its tokens.
 
