@@ -1,7 +1,7 @@
 """
 Time of an update: GRPOTrainer against A3POTrainer with `trim_padding` and `skip_zero_advantage`, on the same rollouts.
 
-    python benchmarks/update_throughput.py [--device cpu] [--threads 1] [--repeats 5] [--full | --whole-steps]
+    python benchmarks/update_throughput.py [--device cpu] [--threads 1] [--repeats 5] [--full | --whole-steps [--vllm]]
 
 The shaping is neutral, so that both compute the same gradients. Completion lengths are log-normal (mean `--length`), a
 share of the groups has no spread of rewards. Each configuration is measured in turns, one optimizer step of both at a
@@ -11,18 +11,36 @@ the limit). `difference` is the largest difference of the gradients, relative to
 ratio of the peaks: of all that is allocated with CUDA, of what the update allocates on a CPU.
 
 With `--whole-steps` each step also generates its completions (by transformers, from a model of random weights, which
-ends them after `--length` tokens on average), scores them and steps the optimizer: what a user waits for.
+ends them after `--length` tokens on average), scores them and steps the optimizer: what a user waits for. `--vllm`
+generates by colocated vLLM, both trainers by one engine, so that there is room for both. On a CPU that takes the
+environment of `make test-vllm`.
 
 The last line is the ratio at sigma 0.8, 30 % of groups without spread and micro-batches of 4; of whole steps, that at
 30 % and 4.
 """
 
+import contextlib
 import itertools
+import sys
 import tempfile
+from pathlib import Path
+from unittest.mock import patch
 
 from transformers.trainer_utils import set_seed
 from trl import GRPOConfig, GRPOTrainer
-from workload import GROUP, ROWS, Update, compare, given_reward, make_rollout, make_trainer, parser, peak_bytes, start
+from workload import (
+    GROUP,
+    PROMPT,
+    ROWS,
+    Update,
+    compare,
+    given_reward,
+    make_rollout,
+    make_trainer,
+    parser,
+    peak_bytes,
+    start,
+)
 
 from trl_a3po import A3POConfig, A3POTrainer
 
@@ -38,6 +56,30 @@ def reward_without_spread(share):
         return [1.0 if row // GROUP < round(share * groups) else float(row % 2) for row in range(len(completions))]
 
     return reward
+
+
+@contextlib.contextmanager
+def one_engine(args):
+    """In here, trainers with colocated vLLM share the first engine that is built."""
+    if args.device == "cpu":
+        sys.path.append(str(Path(__file__).parents[1] / "tests"))
+        import vllm_on_cpu
+
+        context = vllm_on_cpu.engines()
+    else:
+        context = contextlib.nullcontext()
+    with context:
+        from trl.generation import vllm_generation
+
+        build, built = vllm_generation.LLM, []
+
+        def build_once(**kwargs):
+            if not built:
+                built.append(build(**kwargs))
+            return built[0]
+
+        with patch.object(vllm_generation, "LLM", build_once):
+            yield
 
 
 class WholeStep:
@@ -57,10 +99,10 @@ class WholeStep:
         self.trainer.model.zero_grad(set_to_none=True)
 
 
-def make_both(*arguments):
+def make_both(*arguments, **fields):
     neutral = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
-    theirs = make_trainer(GRPOTrainer, GRPOConfig, *arguments)
-    return theirs, make_trainer(A3POTrainer, A3POConfig, *arguments, **neutral)
+    theirs = make_trainer(GRPOTrainer, GRPOConfig, *arguments, **fields)
+    return theirs, make_trainer(A3POTrainer, A3POConfig, *arguments, **neutral, **fields)
 
 
 def measure_update(sigma, dead, micro_batch, args):
@@ -83,8 +125,10 @@ def measure_update(sigma, dead, micro_batch, args):
 
 def measure_whole_step(dead, micro_batch, args):
     args.vocabulary = args.length  # of which one token ends a completion
-    with tempfile.TemporaryDirectory() as directory:
-        theirs, ours = map(WholeStep, make_both(args, micro_batch, directory, reward_without_spread(dead)))
+    fields = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": args.longest + PROMPT}
+    reward = reward_without_spread(dead)
+    with tempfile.TemporaryDirectory() as directory, one_engine(args) if args.vllm else contextlib.nullcontext():
+        theirs, ours = map(WholeStep, make_both(args, micro_batch, directory, reward, **(fields if args.vllm else {})))
         for each in (theirs, ours):  # warm up
             each.run()
         medians, (_, (low, ratio, high)) = compare([theirs.run, ours.run], args.device, args.repeats)
@@ -97,7 +141,10 @@ def main():
     what = options.add_mutually_exclusive_group()
     what.add_argument("--full", action="store_true", help="all combinations, not one line of each kind")
     what.add_argument("--whole-steps", action="store_true", help="generation, rewards and optimizer besides")
+    options.add_argument("--vllm", action="store_true", help="generate by colocated vLLM, with --whole-steps")
     args = options.parse_args()
+    if args.vllm and not args.whole_steps:
+        options.error("--vllm is about whole steps: add --whole-steps")
     start(args)
     sigmas, deads, sizes = (0.5, 0.8, 1.1), (0.0, 0.3, 0.6), (1, 2, 4, 8, 16)
     if args.whole_steps:

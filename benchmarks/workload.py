@@ -106,6 +106,11 @@ def make_trainer(
     )
     with torch.device(args.device):
         model = Qwen2ForCausalLM(config).to(torch.float32 if args.device == "cpu" else torch.bfloat16)
+    tokenizer = _tokenizer()
+    if fields.get("use_vllm"):  # whose engine reads them from where the model says that it is from
+        model.name_or_path = directory
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     trainer = trainer_class(
         model=model,
         reward_funcs=reward,
@@ -127,7 +132,7 @@ def make_trainer(
             **{"loss_type": "dapo", **fields},
         ),
         train_dataset=Dataset.from_dict({"prompt": ["-"] * ROWS}),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None,
         rollout_func=rollout and (lambda prompts, trainer: {key: list(value) for key, value in rollout.items()}),
     )
