@@ -113,6 +113,15 @@ CLAIMS = [
     ),
     Claim("The decay matters", [Comparison("a3po", ">", "a3po_constant", "pass@1")]),
     Claim(
+        "Ours: a decay that closes the loop is no worse than the schedules, with a sampler in step or behind",
+        [
+            Comparison("a3po_loop_entropy", ">=", "a3po", "pass@1", MARGIN),
+            Comparison("a3po_loop_entropy", ">=", "a3po_constant", "pass@1", MARGIN),
+            Comparison("stale_a3po_loop", ">=", "stale_a3po", "pass@1", MARGIN),
+            Comparison("stale_a3po_loop", ">=", "stale_a3po_constant", "pass@1", MARGIN),
+        ],
+    ),
+    Claim(
         "Controls do not help: the two other ends, and tokens drawn by lot",
         [
             *(Comparison(each, "<=", "dapo", "pass@1", MARGIN) for each in ("reversed", "random")),
