@@ -1,5 +1,7 @@
 """Scales that follow what was measured: the mismatch of sampler and trainer on amplified tokens, and the entropy."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -33,7 +35,7 @@ def rollout(prompts, trainer):
         logps = logits.log_softmax(-1)[range(6), completion] + 0.3
         completion_ids.append(completion)
         logprobs.append(logps.tolist())
-    logprobs[0][2] = None  # not known
+    logprobs[0][2] = math.nan  # not known
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
 

@@ -313,7 +313,8 @@ def test_a_batch_without_any_gradient_changes_nothing(model_dir, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of what it traces itself, and fails where that is an error
-def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path):
+def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")  # which transformers sets, and leaves to other tests
     fields = {"torch_compile": True, "torch_compile_backend": "eager"}
     graphs = []
     for max_steps in (4, 12):
