@@ -13,7 +13,8 @@ import torch
 
 from trl_a3po import A3POTrainer, token_log
 from trl_a3po.logged_completion import MAX_LINE_BYTES, MAX_TOKEN_CHARACTERS, TOKENS_FILE, LoggedCompletion
-from trl_a3po.token_log import TokenLog, token_texts, total_rewards
+from trl_a3po.rewards import total_rewards
+from trl_a3po.token_log import TokenLog, token_texts
 
 
 class Recorder(A3POTrainer):
@@ -21,7 +22,6 @@ class Recorder(A3POTrainer):
 
     def _compute_loss(self, model, inputs):
         self.rows = getattr(self, "rows", defaultdict(list))
-        self.rollout_names = {*inputs}
         self.now = inputs
         return super()._compute_loss(model, inputs)
 
@@ -122,9 +122,7 @@ def test_completions_without_an_advantage_are_left_out(tmp_path):
 def test_off_leaves_nothing(tmp_path):
     trainer = train(tmp_path, log_tokens=0)
     assert not (tmp_path / TOKENS_FILE).exists()
-    assert "rewards" not in trainer.rollout_names
     assert not any(isinstance(callback, TokenLog) for callback in trainer.callback_handler.callbacks)
-    assert not hasattr(trainer, "_rewards")
 
 
 def test_training_is_the_same_to_the_last_bit(tmp_path):
@@ -156,8 +154,9 @@ def test_evaluation_is_not_logged(tmp_path):
     )
     trainer.train()
     trainer.evaluate()
+    assert {completion.step for completion in logged(tmp_path)} == {1, 2}
     assert len(logged(tmp_path)) <= 2 * 2 * 4
-    assert "rewards" not in trainer.rollout_names
+    assert len(trainer.rows) > 2  # it is shaped as well
 
 
 # Bounds

@@ -171,7 +171,7 @@ def expected_metrics(calls, settings):
     """A token at a time, over all batches of one log."""
     by_polarity = {"positive": [], "negative": [], "zero": []}
     for call in calls:
-        call = {name: value.tolist() for name, value in call.items()}
+        call = {name: value.tolist() for name, value in call.items() if torch.is_tensor(value)}
         for i, advantage in enumerate(call["advantages"]):
             polarity = "positive" if advantage > 0 else "negative" if advantage < 0 else "zero"
             tokens = [t for t, counts in enumerate(call["mask"][i]) if counts]

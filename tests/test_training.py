@@ -171,7 +171,7 @@ class Recorder(A3POTrainer):
     def shape_advantages(self, advantages, **tensors):
         shaped = super().shape_advantages(advantages, **tensors)
         self.calls = [*getattr(self, "calls", []), {"advantages": advantages, "shaped": shaped, **tensors}]
-        assert not any(tensor.requires_grad for tensor in (advantages, shaped, *tensors.values()))
+        assert not any(getattr(value, "requires_grad", False) for value in (advantages, shaped, *tensors.values()))
         return shaped
 
 

@@ -18,11 +18,11 @@ from .checkpoints import ResumableGRPOTrainer
 from .contract import check_contract
 from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .hub import ReportPushes
-from .rewards import check_rewards
+from .rewards import check_rewards, total_rewards
 from .rollouts import check_prompts_fit, refuse_empty_completions
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
-from .token_log import TokenLog, total_rewards
+from .token_log import TokenLog
 from .trimmed_trainer import TrimmedGRPOTrainer, has_rotary_positions
 from .update_phase import loss_mask
 
@@ -85,6 +85,9 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             }"""),
     }
 
+    # (B,) those of the rows of this process that were scored last.
+    _rewards: Tensor | None = None
+
     def __init__(self, model, reward_funcs=None, args=None, *positional, **keywords):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -98,7 +101,9 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
-        self._skips = self._skips and not self._shapes_its_own_way  # who may give zero advantages a gradient
+        if self._shapes_its_own_way:
+            # It may give a gradient to zero advantages, and look at the company of rows in a micro-batch.
+            self._skips = self._groups = False
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_Moments(self))
@@ -145,13 +150,17 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         old_per_token_logps: Tensor,
         entropies: Tensor,
         mask: Tensor,
+        rewards: Tensor | None,
+        progress: float,
     ) -> Tensor:
         """
-        The seam: from one advantage per completion to one per token. Override it to shape advantages your own way.
+        The seam: from one advantage per completion to one per token. Override it to shape advantages your own way,
+        and take what you do not use as `**batch`: `super().shape_advantages(advantages, **batch)` is A3PO, and
+        without it the settings of the shaping in [`A3POConfig`] do nothing.
 
         It is called once for each batch that the loss is computed on, without gradients, before the loss reads the
-        advantages; the rollout keeps its own. `self.state.global_step` and `self.state.max_steps` tell the progress.
-        It should neither wait for the device (`.item()`, a Python `if` on a tensor) nor communicate.
+        advantages; the rollout keeps its own. It should neither wait for the device (`.item()`, a Python `if` on a
+        tensor) nor communicate.
 
         Args:
             advantages (`torch.Tensor` of shape `(B,)`):
@@ -166,6 +175,11 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             mask (`torch.Tensor` of shape `(B, T)`):
                 1 on the tokens that count: `completion_mask`, times `tool_mask` where tools are used. A row may be 0
                 throughout.
+            rewards (`torch.Tensor` of shape `(B,)`, or `None`):
+                Reward of each completion, summed over the reward functions with their weights; NaN where all of them
+                returned None. `None` if a method of yours, in place of TRL's, scores the completions.
+            progress (`float`):
+                Share of the optimizer steps that are done, from 0 to 1.
 
         Returns:
             `torch.Tensor` of shape `(B, T)`, or `(B,)` where all tokens of a completion share one advantage.
@@ -201,8 +215,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
-        if self._token_log is not None:
-            self._rewards = total_rewards(rewards_per_func, self.reward_weights)
+        first = self.accelerator.process_index * len(prompts)  # of the rows of this process
+        self._rewards = total_rewards(rewards_per_func, self.reward_weights)[first : first + len(prompts)]
         return rewards_per_func
 
     def _has_gradient(self, inputs):
@@ -210,10 +224,7 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         return super()._has_gradient({**inputs, "advantages": advantages})
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        if self._token_log is not None and self.model.training:
-            output["rewards"] = self._rewards[: len(inputs)]  # those of the main process are the first
-        return output
+        return {**super()._generate_and_score_completions(inputs), "rewards": self._rewards}
 
     def _compute_loss(self, model, inputs):
         # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a
@@ -243,6 +254,8 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
             old_per_token_logps=old_per_token_logps,
             entropies=entropies,
             mask=mask,
+            rewards=inputs.get("rewards"),
+            progress=self.state.global_step / max(1, self.state.max_steps),  # unknown before training
         )
         if shaped.shape not in (advantages.shape, mask.shape):
             raise ValueError(
@@ -260,7 +273,7 @@ class A3POTrainer(ResumableGRPOTrainer, TrimmedGRPOTrainer):
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if self._skips else old_per_token_logps
         sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask)
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
-        if self._token_log is not None and "rewards" in inputs:
+        if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
 
     @property

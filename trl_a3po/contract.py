@@ -10,6 +10,7 @@ configured, on a few made-up log-probabilities, and looks at the gradient of eac
 import copy
 import inspect
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,30 +49,29 @@ def _message(found: str) -> str:
     )
 
 
-class _FixedLogps(GRPOTrainer):
-    """Stands between the trainer and `GRPOTrainer`, and answers with given log-probabilities in place of a model's."""
+def loss_gradient(
+    trainer: GRPOTrainer,
+    inputs: dict[str, Any],
+    per_token_logps: Tensor,
+    entropies: Tensor,
+    shape_advantages: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """
+    Gradient of the trainer's loss with respect to log-probabilities that are given, not computed by its model.
 
-    _logps: Tensor
+    Args:
+        trainer ([`A3POTrainer`]): It is left as it is.
+        inputs (`dict`): What the loss is computed from, of B rows and T tokens.
+        per_token_logps (`torch.Tensor` of shape `(B, T)`): The log-probabilities.
+        entropies (`torch.Tensor` of shape `(B, T)`): The entropies.
+        shape_advantages (callable, *optional*): What to call in place of the trainer's `shape_advantages`.
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        # The third value, the router's loss, came with TRL 1.7.
-        parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
-        router_loss = (self._logps.new_zeros(()),) if "compute_aux_loss" in parameters else ()
-        return self._logps, torch.ones_like(self._logps), *router_loss
-
-
-def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) gradients of the log-probabilities without and with weights, and the weights, 0 where masked."""
-    device = trainer.accelerator.device
-    advantages = torch.tensor([1.0, -1.0], device=device)
-    weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.5, 0.0]], device=device)
-    logps = torch.tensor([[-0.5, -1.0, -2.0], [-1.5, -0.25, -0.75]], device=device)
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+    """
 
     class Probe(type(trainer), _FixedLogps):  # type: ignore[misc]
-        _weights: Tensor | None = None
-
-        def shape_advantages(self, advantages: Tensor, **_: Any) -> Tensor:
-            return advantages if self._weights is None else advantages[:, None] * self._weights
+        pass
 
     # A shallow copy: what the loss assigns stays on the copy. What it appends to, or reports to, is replaced.
     probe: Any = copy.copy(trainer)
@@ -80,23 +80,63 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
     probe.args.report_to = []
     probe._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     probe._polarity_sums = {}
+    probe._token_log = None
     probe.current_gradient_accumulation_steps = 1
-    mask = (weights != 0).long()
-    inputs = {
+    if shape_advantages is not None:
+        probe.shape_advantages = shape_advantages
+    probe._given = per_token_logps.clone().requires_grad_(), entropies
+    with torch.enable_grad():
+        loss = probe.compute_loss(trainer.model, inputs)
+        return torch.autograd.grad(loss, probe._given[0])[0]
+
+
+class _FixedLogps(GRPOTrainer):
+    """Stands between the trainer and `GRPOTrainer`, and answers with given log-probabilities in place of a model's."""
+
+    _given: tuple[Tensor, Tensor]
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        # The third value, the router's loss, came with TRL 1.7.
+        parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        router_loss = (self._given[0].new_zeros(()),) if "compute_aux_loss" in parameters else ()
+        return *self._given, *router_loss
+
+
+def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) gradients of the log-probabilities without and with weights, and the weights, 0 where masked."""
+    device = trainer.accelerator.device
+    advantages = torch.tensor([1.0, -1.0], device=device)
+    weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.5, 0.0]], device=device)
+    logps = torch.tensor([[-0.5, -1.0, -2.0], [-1.5, -0.25, -0.75]], device=device)
+    inputs = loss_inputs(advantages, (weights != 0).long(), logps)
+
+    def gradient(shape_advantages: Callable[..., Tensor]) -> Tensor:
+        return loss_gradient(trainer, inputs, logps, torch.ones_like(logps), shape_advantages)
+
+    plain = gradient(lambda advantages, **_: advantages)
+    weighted = gradient(lambda advantages, **_: advantages[:, None] * weights)
+    return plain, weighted, weights
+
+
+def loss_inputs(advantages: Tensor, mask: Tensor, per_token_logps: Tensor) -> dict[str, Any]:
+    """
+    What a loss is computed from, made up: a rollout that is aligned with the update, of tokens that are the model's.
+
+    Its KL term, should there be one, has no gradient.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`): One advantage per completion.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on the tokens that count, else 0.
+        per_token_logps (`torch.Tensor` of shape `(B, T)`): Those of the reference model, and of the sampler.
+    """
+    return {
         "prompt_ids": mask[:, :1],
-        "prompt_mask": mask[:, :1],
+        "prompt_mask": torch.ones_like(mask[:, :1]),
         "completion_ids": mask,
         "completion_mask": mask,
         "advantages": advantages,
         "num_items_in_batch": mask.sum(),
-        "ref_per_token_logps": logps,
-        "sampling_per_token_logps": logps,
-        "importance_sampling_ratio": torch.ones_like(logps),
+        "ref_per_token_logps": per_token_logps,
+        "sampling_per_token_logps": per_token_logps,
+        "importance_sampling_ratio": torch.ones_like(per_token_logps),
     }
-    gradients = []
-    for probe._weights in (None, weights):
-        probe._logps = logps.clone().requires_grad_()
-        with torch.enable_grad():
-            loss = probe.compute_loss(trainer.model, inputs)
-            gradients.append(torch.autograd.grad(loss, probe._logps)[0])
-    return gradients[0], gradients[1], weights

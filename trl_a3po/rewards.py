@@ -1,10 +1,11 @@
 """
-A check that rewards are numbers to learn from.
+What the reward functions gave to a completion in all, and a check that it is a number to learn from.
 
 One infinite reward, or one so large that it overflows, either turns every parameter into NaN or takes the advantage
 away from its whole group, as the release of TRL has it: without an error in both cases.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,3 +44,15 @@ def check_rewards(rewards_per_func: Tensor, weights: Tensor, names: Sequence[str
         f"than {LARGEST_REWARD:g}: let the function clip them, or return None for completions that it does not apply "
         "to."
     )
+
+
+def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
+    """
+    (B,) weighted sums over the reward functions that scored a completion; NaN if none did.
+
+    Args:
+        rewards_per_func (`torch.Tensor` of shape `(B, F)`): NaN where a function did not score a completion.
+        reward_weights (`torch.Tensor` of shape `(F,)`): The weights.
+    """
+    totals = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(1)
+    return totals.masked_fill(rewards_per_func.isnan().all(1), math.nan)

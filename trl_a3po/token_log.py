@@ -112,18 +112,6 @@ class TokenLog(TrainerCallback):
         )
 
 
-def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
-    """
-    (B,) weighted sums over the reward functions that scored a completion; NaN if none did.
-
-    Args:
-        rewards_per_func (`torch.Tensor` of shape `(B, F)`): NaN where a function did not score a completion.
-        reward_weights (`torch.Tensor` of shape `(F,)`): The weights.
-    """
-    totals = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(1)
-    return totals.masked_fill(rewards_per_func.isnan().all(1), math.nan)
-
-
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """
     What each token adds to the text of those before it.
