@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .a3po_config import A3POConfig as A3POConfig
     from .a3po_trainer import A3POTrainer as A3POTrainer
     from .shaping import shape_advantages as shape_advantages
+    from .shaping import weight_polarities as weight_polarities
 
 __version__ = "0.1.0"
 
@@ -16,9 +17,10 @@ _HOME = {
     "A3POConfig": "a3po_config",
     "A3POTrainer": "a3po_trainer",
     "shape_advantages": "shaping",
+    "weight_polarities": "shaping",
 }
 
-__all__ = ["A3POConfig", "A3POTrainer", "__version__", "shape_advantages"]
+__all__ = ["A3POConfig", "A3POTrainer", "__version__", "shape_advantages", "weight_polarities"]
 
 
 def __getattr__(name: str) -> Any:

@@ -112,7 +112,7 @@ def shape_advantages(
         lengths = mask.sum(-1, dtype=torch.int32)
         counts = torch.where(positive, _token_counts(lengths, positive_ratio), _token_counts(lengths, negative_ratio))
         most = max(1, math.floor(max(positive_ratio, negative_ratio) * mask.shape[1]))
-        selected = _select_lowest(-signed_metric if flip else signed_metric, counts, most)
+        selected = select_lowest(-signed_metric if flip else signed_metric, counts, most)
         scale = _per_polarity(positive, positive_end[1], negative_end[1], shaped.dtype)[:, None]
         shaped *= (selected * scale).add_(~selected)  # torch.where(selected, scale, 1) takes three times as long
     return shaped.to(advantages.dtype)
@@ -194,7 +194,7 @@ def _token_counts(lengths: Tensor, ratio: float) -> Tensor:
     return (lengths.double() * ratio).floor().clamp(min=1).int() if ratio > 0 else torch.zeros_like(lengths)
 
 
-def _select_lowest(metric: Tensor, counts: Tensor, most: int) -> Tensor:
+def select_lowest(metric: Tensor, counts: Tensor, most: int) -> Tensor:
     """
     (B, T) boolean tensor: in each row of `metric` (B, T), the `counts` (B,) lowest, none of which is NaN.
 

@@ -1,0 +1,84 @@
+"""The check that users' tests run finds what it is for."""
+
+import pytest
+import tiny
+import torch
+
+from trl_a3po import A3POTrainer
+from trl_a3po.testing import assert_gradients_follow
+
+
+class Twice(A3POTrainer):
+    """Twice the advantage of likely tokens, and against the others; also where the group teaches nothing."""
+
+    def shape_advantages(self, advantages, *, old_per_token_logps, rewards, mask, progress, **batch):
+        assert progress == 0.0
+        likely = old_per_token_logps > -1
+        shaped = torch.where(likely, 2.0, -0.5) * (advantages[:, None] + 0.25 * (rewards == 0)[:, None])
+        self._metrics["train"]["a metric of its own"].append(1.0)
+        return shaped * mask
+
+
+def as_meant(advantages, *, old_per_token_logps, rewards, **batch):
+    rows = []
+    for advantage, reward, logps in zip(
+        advantages.tolist(), rewards.tolist(), old_per_token_logps.tolist(), strict=True
+    ):
+        advantage += 0.25 if reward == 0 else 0.0
+        rows.append([2.0 * advantage if logp > -1 else -0.5 * advantage for logp in logps])
+    return torch.tensor(rows)
+
+
+def make(tmp_path, trainer_class=Twice, **fields):
+    return trainer_class(
+        tiny.model(),
+        tiny.parity_reward,
+        tiny.config(tmp_path, **fields),
+        tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", tiny.LOSS_TYPES)
+def test_accepts_what_is_meant_and_touches_nothing(loss_type, level, tmp_path):
+    trainer = make(tmp_path, loss_type=loss_type, importance_sampling_level=level)
+    before = tiny.parameters(trainer)
+    assert_gradients_follow(trainer, as_meant)
+    assert all(torch.equal(before[name], value) for name, value in tiny.parameters(trainer).items())
+    assert type(trainer) is Twice
+    assert not trainer._metrics["train"]
+    assert not trainer._polarity_sums
+    assert trainer.importance_sampling_level == level
+
+
+@pytest.mark.parametrize(
+    "fields", [{"beta": 0.1}, {"top_entropy_quantile": 0.5}, {"delta": 1.5}, {"log_tokens": 1}], ids=str
+)
+def test_accepts_it_with_options_that_change_the_loss(fields, model_dir, tmp_path):
+    trainer = Twice(model_dir, tiny.parity_reward, tiny.config(tmp_path, **fields), tiny.prompts())
+    for seed in range(3):
+        assert_gradients_follow(trainer, as_meant, seed=seed)
+
+
+def test_takes_one_advantage_per_completion(tmp_path):
+    settings = {"positive_low_scale": 1.0, "negative_high_scale": 1.0, "positive_weight": 2.0}
+    trainer = make(tmp_path, A3POTrainer, **settings)
+    assert_gradients_follow(trainer, lambda advantages, **_: advantages * torch.where(advantages > 0, 2.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda advantages, **given: as_meant(advantages, **given) * 1.01,
+        lambda advantages, **given: -as_meant(advantages, **given),
+        lambda advantages, **given: as_meant(advantages, **{**given, "old_per_token_logps": given["per_token_logps"]}),
+        lambda advantages, **given: as_meant(advantages, **given) * (advantages != 0)[:, None],
+        lambda advantages, **given: as_meant(advantages, **given) * (torch.arange(8) != 3),
+    ],
+    ids=["size", "sign", "policy", "zero advantages", "one token"],
+)
+def test_finds_what_is_not(wrong, tmp_path):
+    match = r"Token \d of completion \d \(advantage .*, reward .*\) has the gradient .* the loss gives"
+    with pytest.raises(AssertionError, match=match):
+        assert_gradients_follow(make(tmp_path), wrong)
