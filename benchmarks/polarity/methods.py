@@ -1,0 +1,133 @@
+"""
+The methods, each as what it changes of the base settings, and whose setting that is.
+
+The base is DAPO as far as TRL has it: its loss and its asymmetric clipping, without dynamic sampling and overlong
+penalty. All others but GRPO stand on it, so that a difference is that of the shaping alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trl_a3po import A3POTrainer
+from trl_a3po.peers import advantage_reweighting, clip_cov, forking_tokens, steer_exponential, w_reinforce
+
+
+# epsilon_high: DAPO (arXiv 2503.14476). No shaping: A3POTrainer is then GRPOTrainer, to the last bit.
+DAPO = {
+    "loss_type": "dapo",
+    "epsilon": 0.2,
+    "epsilon_high": 0.28,
+    "positive_low_scale": 1.0,
+    "negative_high_scale": 1.0,
+}
+# The defaults of the package, spelled out. Ratio and scale: example scripts of A3PO's authors. Decay: the package's.
+A3PO = {
+    "positive_low_ratio": 0.2,
+    "positive_low_scale": 2.0,
+    "negative_high_ratio": 0.2,
+    "negative_high_scale": 2.0,
+    "scale_decay": "linear",
+    "scale_decay_steps": 0.5,
+}
+
+
+class RandomTokens(A3POTrainer):
+    """A3PO that ranks the tokens of a completion by lot: as many are amplified, as much, for as long."""
+
+    def shape_advantages(self, advantages, **batch):
+        lots = torch.rand_like(batch["per_token_logps"])
+        return super().shape_advantages(advantages, **{**batch, "old_per_token_logps": lots})
+
+
+class OfficialForkTokens(A3POTrainer):
+    def shape_advantages(self, advantages, *, entropies, mask, **batch):
+        return forking_tokens(advantages, entropies, mask)
+
+
+class WReinforce(A3POTrainer):
+    def shape_advantages(self, advantages, *, rewards, **batch):
+        return w_reinforce(rewards)
+
+
+class ClipCov(A3POTrainer):
+    def shape_advantages(self, advantages, *, per_token_logps, old_per_token_logps, mask, **batch):
+        return clip_cov(
+            advantages,
+            per_token_logps,
+            old_per_token_logps,
+            mask,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+        )
+
+
+class Steer(A3POTrainer):
+    def shape_advantages(self, advantages, *, per_token_logps, old_per_token_logps, entropies, mask, **batch):
+        return steer_exponential(advantages, per_token_logps, old_per_token_logps, entropies, mask)
+
+
+class AdvantageReweighting(A3POTrainer):
+    def shape_advantages(self, advantages, *, old_per_token_logps, mask, **batch):
+        return advantage_reweighting(advantages, old_per_token_logps, mask)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of `A3POConfig` besides the base, and the trainer that reads them."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    trainer: type[A3POTrainer] = A3POTrainer
+
+
+def one_end(end: str, scale: float = 2.0) -> Method:
+    """A single token end, without decay. Ratio: the authors' example scripts. Scale: the package's default."""
+    return Method({f"{end}_ratio": 0.2, f"{end}_scale": scale, "scale_decay": "constant"})
+
+
+METHODS = {
+    # Baselines
+    "grpo": Method({"loss_type": "grpo", "epsilon_high": 0.2}),  # TRL's GRPO with the paper's symmetric clipping
+    "dapo": Method(),
+    "dapo_fork_trl": Method({"top_entropy_quantile": 0.2}),  # share: arXiv 2506.01939; divides by all tokens: TRL
+    "dapo_fork": Method(
+        trainer=OfficialForkTokens
+    ),  # the same, divided by the tokens that are kept: the authors' code
+    # Weights of the polarities: arXiv 2512.21625. W-REINFORCE's lambda 0.1: arXiv 2506.01347
+    "psr": Method({"negative_weight": 0.0}),
+    "nsr": Method({"positive_weight": 0.0}),
+    "w_reinforce": Method(trainer=WReinforce),
+    "p2n1": Method({"positive_weight": 2.0}),
+    "p1n2": Method({"negative_weight": 2.0}),
+    "p2n2": Method({"positive_weight": 2.0, "negative_weight": 2.0}),
+    "p1n0.5": Method({"negative_weight": 0.5}),
+    # With plain gradient descent, which does not cancel the size of the advantages as Adam does. Its rate is ours.
+    "sgd": Method({"optim": "sgd"}),
+    "sgd_p2n2": Method({"optim": "sgd", "positive_weight": 2.0, "negative_weight": 2.0}),
+    # A3PO and parts of it
+    "a3po": Method(A3PO),
+    "a3po_constant": Method({**A3PO, "scale_decay": "constant"}),
+    "a3po_positive": Method({**A3PO, "negative_high_scale": 1.0}),
+    "a3po_negative": Method({**A3PO, "positive_low_scale": 1.0}),
+    "a3po_entropy": Method({**A3PO, "token_metric": "entropy"}),
+    # The four token ends
+    "positive_low": one_end("positive_low"),
+    "positive_high": one_end("positive_high"),
+    "negative_low": one_end("negative_low"),
+    "negative_high": one_end("negative_high"),
+    # Controls that should not help: the two ends that A3PO leaves alone, and tokens drawn by lot
+    "reversed": Method(
+        {
+            "positive_high_ratio": 0.2,
+            "positive_high_scale": 2.0,
+            "negative_low_ratio": 0.2,
+            "negative_low_scale": 2.0,
+        }
+    ),
+    "random": Method(A3PO, RandomTokens),
+    # Peers, each with the values of its authors' scripts, on the base clipping
+    "clip_cov": Method(trainer=ClipCov),  # arXiv 2505.22617
+    "steer": Method(trainer=Steer),  # arXiv 2510.10150
+    "ar": Method(trainer=AdvantageReweighting),  # arXiv 2505.12929
+}
