@@ -140,7 +140,6 @@ PRESETS = {
         rollouts=1,
         completions=8,
         num_generations=4,
-        samples=4,
         curve_samples=2,
         curve_points=1,
     ),
@@ -209,7 +208,7 @@ def reward(completions, numbers, target, **kwargs) -> list[float]:
 
 
 def right_answers(model, tokenizer, held_out: list[Problem], samples: int, max_completion_length: int) -> list[int]:
-    """For each problem, how many of the samples, drawn at temperature 1, are right. Every model gets the same noise."""
+    """For each problem, how many of the samples, drawn at temperature 1, are right. The noise is always the same."""
     training, counts = model.training, []
     with torch.random.fork_rng():
         torch.manual_seed(0)
