@@ -103,8 +103,8 @@ METHODS = {
     "p2n2": Method({"positive_weight": 2.0, "negative_weight": 2.0}),
     "p1n0.5": Method({"negative_weight": 0.5}),
     # With plain gradient descent, which does not cancel the size of the advantages as Adam does. Its rate is ours.
-    "sgd": Method({"optim": "sgd"}),
-    "sgd_p2n2": Method({"optim": "sgd", "positive_weight": 2.0, "negative_weight": 2.0}),
+    "sgd": Method({"optim": "sgd", "max_grad_norm": 0.0}),
+    "sgd_p2n2": Method({"optim": "sgd", "max_grad_norm": 0.0, "positive_weight": 2.0, "negative_weight": 2.0}),
     # A3PO and parts of it
     "a3po": Method(A3PO),
     "a3po_constant": Method({**A3PO, "scale_decay": "constant"}),

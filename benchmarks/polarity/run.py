@@ -89,18 +89,18 @@ CPU = Preset(
     max_completion_length=32,
     held_out=128,
     aimed=0.3,
-    give_up=0.4,
+    give_up=0.5,
     miscalculated=0.02,
     hidden_size=96,
     layers=3,
     heads=4,
-    imitation_steps=1500,
+    imitation_steps=1200,
     imitation_batch_size=128,
     imitation_learning_rate=3e-3,
-    rollouts=150,
+    rollouts=200,
     completions=128,
-    num_generations=16,
-    updates=2,
+    num_generations=8,
+    updates=4,
     learning_rate=1e-4,
     sgd_learning_rate=0.1,
     samples=64,
@@ -113,7 +113,7 @@ PRESETS = {
     "gpu": replace(
         CPU,
         numbers=4,
-        largest=20,
+        largest=12,
         max_completion_length=48,
         held_out=512,
         hidden_size=512,
@@ -138,7 +138,7 @@ PRESETS = {
         imitation_steps=3,
         imitation_batch_size=8,
         rollouts=1,
-        completions=8,
+        completions=16,
         num_generations=4,
         curve_samples=2,
         curve_points=1,
@@ -244,7 +244,7 @@ CURVES = {
     "clip_ratio/region_mean": "clipped",
     "frac_reward_zero_std": "groups_without_spread",
 }
-LOGS = 25  # of a run
+LOGS = 25  # of a run, about
 
 
 def run(preset: Preset, output: Path, method_name: str, seed: int) -> None:
@@ -279,7 +279,7 @@ def run(preset: Preset, output: Path, method_name: str, seed: int) -> None:
             use_cpu=not torch.cuda.is_available(),
             bf16=preset.bf16,
             gradient_checkpointing=False,
-            logging_steps=max(1, steps // LOGS),
+            logging_steps=preset.updates * max(1, preset.rollouts // LOGS),  # TRL logs rewards once a rollout
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
