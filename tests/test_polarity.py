@@ -132,7 +132,7 @@ def test_every_method_trains(start, name):
     assert result["curves"]["step"] == [4]  # of one rollout
     assert all(len(values) == 1 for values in result["curves"].values())
     assert len(result["held_out"]["right"]) == 4
-    assert result["settings"]["learning_rate"] == (0.1 if "sgd" in name else 1e-4)
+    assert result["settings"]["learning_rate"] == (0.02 if "sgd" in name else 1e-4)
     json.dumps(result, allow_nan=False)
 
 

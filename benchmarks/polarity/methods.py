@@ -31,6 +31,8 @@ A3PO = {
     "scale_decay": "linear",
     "scale_decay_steps": 0.5,
 }
+# Plain gradient descent, the norm of the gradient not clipped. Rate: ours, for the CPU preset.
+SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
 
 
 class RandomTokens(A3POTrainer):
@@ -102,9 +104,6 @@ METHODS = {
     "p1n2": Method({"negative_weight": 2.0}),
     "p2n2": Method({"positive_weight": 2.0, "negative_weight": 2.0}),
     "p1n0.5": Method({"negative_weight": 0.5}),
-    # With plain gradient descent, which does not cancel the size of the advantages as Adam does. Its rate is ours.
-    "sgd": Method({"optim": "sgd", "max_grad_norm": 0.0}),
-    "sgd_p2n2": Method({"optim": "sgd", "max_grad_norm": 0.0, "positive_weight": 2.0, "negative_weight": 2.0}),
     # A3PO and parts of it
     "a3po": Method(A3PO),
     "a3po_constant": Method({**A3PO, "scale_decay": "constant"}),
@@ -130,4 +129,7 @@ METHODS = {
     "clip_cov": Method(trainer=ClipCov),  # arXiv 2505.22617
     "steer": Method(trainer=Steer),  # arXiv 2510.10150
     "ar": Method(trainer=AdvantageReweighting),  # arXiv 2505.12929
+    # P1N1 and P2N2 once more, where nothing cancels the size of the advantages
+    "sgd": Method(SGD),
+    "sgd_p2n2": Method({**SGD, "positive_weight": 2.0, "negative_weight": 2.0}),
 }

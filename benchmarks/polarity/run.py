@@ -74,7 +74,6 @@ class Preset:
     num_generations: int
     updates: int  # optimizer steps on each rollout: with more than one, the clipping acts
     learning_rate: float
-    sgd_learning_rate: float
     # Evaluation on the held-out problems
     samples: int  # of each problem, at the end
     curve_samples: int  # of each problem, at `curve_points` moments of the training
@@ -97,12 +96,11 @@ CPU = Preset(
     imitation_steps=1200,
     imitation_batch_size=128,
     imitation_learning_rate=3e-3,
-    rollouts=200,
+    rollouts=150,
     completions=128,
     num_generations=8,
     updates=4,
     learning_rate=1e-4,
-    sgd_learning_rate=0.1,
     samples=64,
     curve_samples=8,
     curve_points=6,
@@ -258,9 +256,7 @@ def run(preset: Preset, output: Path, method_name: str, seed: int) -> None:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         settings = {
-            "learning_rate": preset.sgd_learning_rate
-            if method.settings.get("optim") == "sgd"
-            else preset.learning_rate,
+            "learning_rate": preset.learning_rate,
             "lr_scheduler_type": "constant",
             "max_steps": steps,
             "per_device_train_batch_size": preset.completions // preset.updates,
