@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import PretrainedConfig, ProcessorMixin
 
 from .trimmed_trainer import TrimmedGRPOTrainer, has_relative_positions
-from .update_phase import loss_mask
+from .update_phase import loss_mask, merge_rows, take_rows
 
 
 class DynamicSamplingGRPOTrainer(TrimmedGRPOTrainer):
@@ -180,11 +180,10 @@ def swap_groups(
     padding = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
     swapped: dict[str, Any] = {}
     for key, value in rollout.items():
+        both = [value, fresh[key]]
         if isinstance(value, Tensor) and value.dim():
-            both = _same_width(value, fresh[key], on_the_left=key.startswith("prompt"), value=padding.get(key, 0))
-            swapped[key] = torch.cat(both)[rows]
-        else:
-            swapped[key] = [(value + fresh[key])[row] for row in rows] if isinstance(value, list) else value
+            both = _same_width(*both, on_the_left=key.startswith("prompt"), value=padding.get(key, 0))
+        swapped[key] = take_rows(merge_rows(both), rows)
     return swapped
 
 

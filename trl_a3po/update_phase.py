@@ -82,7 +82,7 @@ def plan_micro_batches(
         As many micro-batches of as many rows, and what of each is to be computed.
     """
     order = _longest_first(lengths, live)
-    merged = {key: _merge([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+    merged = {key: merge_rows([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
     size = len(micro_batches[0]["prompt_ids"])
     alive = [row for row in order if live[row]]
     others = order[len(alive) :]
@@ -91,7 +91,7 @@ def plan_micro_batches(
         rows, alive = alive[:count], alive[count:]
         extents.append(extent_of([lengths[row] for row in rows], multiple))
         rows, others = rows + others[: size - count], others[size - count :]
-        planned.append({key: _take(value, rows) for key, value in merged.items()})
+        planned.append({key: take_rows(value, rows) for key, value in merged.items()})
     return planned, extents
 
 
@@ -111,10 +111,12 @@ def share_out(lengths: Sequence[tuple[int, int]], batches: int, size: int, multi
     rows = len(lengths)
     # cells[i, s]: positions of a micro-batch of s rows, the first of which is row i.
     cells = torch.full((rows + 1, size + 1), torch.inf, dtype=torch.float64)
-    for row in range(rows + 1):
-        for count in range(min(size, rows - row) + 1):
-            extent = extent_of(lengths[row : row + count], multiple)
-            cells[row, count] = count * (extent.prompt + extent.completion)
+    cells[:, 0] = 0.0
+    widest = torch.ones(rows, 2, dtype=torch.float64)  # of as many rows as counted so far, columns of both kinds
+    for count in range(1, min(size, rows) + 1):
+        lasts = torch.tensor(lengths[count - 1 :], dtype=torch.float64)
+        widest = widest[: len(lasts)].maximum(lasts)
+        cells[: len(lasts), count] = count * multiple * (widest / multiple).ceil().sum(1)
     # Dynamic programming, from the last micro-batch to the first. fewest[i]: positions for row i and all after it.
     nexts = (torch.arange(rows + 1)[:, None] + torch.arange(size + 1)).clamp(max=rows)
     fewest = torch.full((rows + 1,), torch.inf, dtype=torch.float64)
@@ -200,8 +202,8 @@ def _copy(part: Tensor) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _merge(values: list[Any]) -> Any:
-    """What several micro-batches have under one key, row by row; what they share stays as it is."""
+def merge_rows(values: list[Any]) -> Any:
+    """What several batches have under one key, row by row; what they share stays as it is."""
     if isinstance(values[0], Tensor) and values[0].dim():
         return torch.cat(values)
     if isinstance(values[0], list):
@@ -209,7 +211,8 @@ def _merge(values: list[Any]) -> Any:
     return values[0]
 
 
-def _take(value: Any, rows: list[int]) -> Any:
+def take_rows(value: Any, rows: list[int]) -> Any:
+    """Those rows of what a batch has under one key; what its rows share stays as it is."""
     if isinstance(value, Tensor) and value.dim():
         return value[rows]
     return [value[row] for row in rows] if isinstance(value, list) else value
