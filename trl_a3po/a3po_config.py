@@ -1,14 +1,13 @@
 """The configuration of [`A3POTrainer`]: every field of `trl.GRPOConfig`, and those of the shaping."""
 
 import inspect
-import math
 from dataclasses import dataclass, field, fields
 from typing import cast
 
 from trl import GRPOConfig
 
 from .schedules import SCALE_DECAYS, check_decay_ends
-from .shaping import TOKEN_ENDS, check_settings, selects_tokens, shape_advantages
+from .shaping import TOKEN_ENDS, check_settings, is_finite_number, selects_tokens, shape_advantages
 
 
 TOKEN_METRICS = ("prob", "entropy")
@@ -268,8 +267,7 @@ class A3POConfig(GRPOConfig):
                 "'constant' to keep the scales as they are."
             )
         steps = self.scale_decay_steps
-        is_number = isinstance(steps, int | float) and not isinstance(steps, bool)
-        if not is_number or not math.isfinite(steps) or steps <= 0 or (steps > 1 and steps != int(steps)):
+        if not is_finite_number(steps) or steps <= 0 or (steps > 1 and steps != int(steps)):
             raise ValueError(
                 "`scale_decay_steps` must be a whole number of steps, or a fraction of all steps between 0 and 1, got "
                 f"{steps!r}. Pass for example 500 for 500 optimizer steps or 0.5 for half of the training; to switch "
@@ -277,8 +275,7 @@ class A3POConfig(GRPOConfig):
             )
         for name in ("mismatch_bound", "entropy_bound"):
             bound = getattr(self, name)
-            is_number = isinstance(bound, int | float) and not isinstance(bound, bool)
-            if bound is not None and not (is_number and 0 < bound < math.inf):
+            if bound is not None and not (is_finite_number(bound) and bound > 0):
                 raise ValueError(
                     f"`{name}` must be a finite number above 0, or None, got {bound!r}. Pass for example "
                     f"{0.05 if name == 'mismatch_bound' else 0.5} to damp the scales beyond it, or None to follow the "
@@ -287,7 +284,7 @@ class A3POConfig(GRPOConfig):
         for name in ("monotone_decay", "trim_padding", "skip_zero_advantage"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if not isinstance(self.log_tokens, int) or isinstance(self.log_tokens, bool) or self.log_tokens < 0:
+        if not _is_count(self.log_tokens):
             raise ValueError(
                 f"`log_tokens` must be a number of prompts, 0 or more, got {self.log_tokens!r}. Pass for example 2 to "
                 "log completions of two prompts, or 0 to log none."
@@ -299,7 +296,7 @@ class A3POConfig(GRPOConfig):
 
     def _check_dynamic_sampling(self) -> None:
         rounds = self.dynamic_sampling
-        if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
+        if not _is_count(rounds):
             raise ValueError(
                 f"`dynamic_sampling` must be a number of rounds, 0 or more, got {rounds!r}. Pass for example 4 to "
                 "sample up to four generation batches more for each, or 0 to sample none."
@@ -367,3 +364,7 @@ class A3POConfig(GRPOConfig):
     def shaping_settings(self) -> dict[str, float]:
         """The ratios, initial scales and weights, as arguments of [`~trl_a3po.shape_advantages`]."""
         return {name: getattr(self, name) for name in _SHAPING_SETTINGS}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

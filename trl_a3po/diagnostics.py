@@ -123,9 +123,10 @@ def mean_entropy(sums: Tensor) -> float:
 
 def selected_mismatch(sums: Tensor) -> float:
     """Mean of `selected_mismatch` over the tokens selected in both polarities; NaN if there is none, or none known."""
-    of = [_by_name(sums)[polarity] for polarity in ("positive", "negative")]
-    selected = sum(each["selected"] for each in of)
-    return sum(each["selected_mismatch"] for each in of) / selected if selected else math.nan
+    total = _by_name(sums)
+    selected = total["positive"]["selected"] + total["negative"]["selected"]
+    mismatch = total["positive"]["selected_mismatch"] + total["negative"]["selected_mismatch"]
+    return mismatch / selected if selected else math.nan
 
 
 def _by_name(sums: Tensor) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ and every other token that counts is ranked (the released code leaves out metric
 
 import math
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -160,6 +161,11 @@ def selects_tokens(settings: Mapping[str, float]) -> bool:
     return any(settings[f"{end}_ratio"] > 0 and settings[f"{end}_scale"] != 1 for end in TOKEN_ENDS)
 
 
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a number, finite, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_settings(**settings: float) -> None:
     """
     Refuses a ratio, scale or weight that has no meaning, by the name it is passed under.
@@ -169,8 +175,7 @@ def check_settings(**settings: float) -> None:
     """
     for name, value in settings.items():
         is_ratio = name.endswith("_ratio")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and value >= 0 and not (is_ratio and value > 1):
+        if is_finite_number(value) and value >= 0 and not (is_ratio and value > 1):
             continue
         if is_ratio:
             raise ValueError(
