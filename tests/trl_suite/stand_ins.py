@@ -240,36 +240,30 @@ QWEN3_5_SHAPE = {
 }
 
 
-def _qwen2_vl(text_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Vision:
-    vision_config = {**QWEN_VISION_SHAPE, "embed_dim": 8, "hidden_size": 16}
-    processor = transformers.Qwen2VLProcessor(
+def _qwen_vl_processor(processor_class: Any, video_processor_class: Any, tokenizer: PreTrainedTokenizerFast) -> Any:
+    return processor_class(
         transformers.Qwen2VLImageProcessor(patch_size=PATCH_SIZE, size=QWEN_PIXELS),
         tokenizer,
-        transformers.Qwen2VLVideoProcessor(),
+        video_processor_class(),
         chat_template=tokenizer.chat_template,
     )
+
+
+def _qwen2_vl(text_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Vision:
+    vision_config = {**QWEN_VISION_SHAPE, "embed_dim": 8, "hidden_size": 16}
+    processor = _qwen_vl_processor(transformers.Qwen2VLProcessor, transformers.Qwen2VLVideoProcessor, tokenizer)
     return _qwen_vl_config({**text_config, **QWEN2_VL_SHAPE}, vision_config, tokenizer), processor
 
 
 def _qwen2_5_vl(text_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Vision:
     vision_config = {**QWEN_VISION_SHAPE, "intermediate_size": 32, "out_hidden_size": 16, "fullatt_block_indexes": [1]}
-    processor = transformers.Qwen2_5_VLProcessor(
-        transformers.Qwen2VLImageProcessor(patch_size=PATCH_SIZE, size=QWEN_PIXELS),
-        tokenizer,
-        transformers.Qwen2VLVideoProcessor(),
-        chat_template=tokenizer.chat_template,
-    )
+    processor = _qwen_vl_processor(transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor, tokenizer)
     return _qwen_vl_config({**text_config, **QWEN2_VL_SHAPE}, vision_config, tokenizer), processor
 
 
 def _qwen3_5(text_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Vision:
     vision_config = {**QWEN_VISION_SHAPE, "intermediate_size": 32, "out_hidden_size": 8, "num_position_embeddings": 16}
-    processor = transformers.Qwen3VLProcessor(
-        transformers.Qwen2VLImageProcessor(patch_size=PATCH_SIZE, size=QWEN_PIXELS),
-        tokenizer,
-        transformers.Qwen3VLVideoProcessor(),
-        chat_template=tokenizer.chat_template,
-    )
+    processor = _qwen_vl_processor(transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor, tokenizer)
     return _qwen_vl_config({**text_config, **QWEN3_5_SHAPE}, vision_config, tokenizer), processor
 
 
