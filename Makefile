@@ -28,7 +28,7 @@ test-slow: $(VENV)/ready  ## those that take minutes
 test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest TRL and transformers that are supported
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm"
 
-test-vllm: $(VENV_VLLM)/ready  ## those of colocated vLLM, on the CPU
+test-vllm: $(VENV_VLLM)/ready  ## those of vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
 
 test-versions: $(VENV_VERSIONS)/ready  ## those of what is relied on in TRL, with each of TRL_VERSIONS

@@ -1,4 +1,4 @@
-"""Colocated vLLM, the real engine: run by `make test-vllm`, in an environment of its own."""
+"""vLLM, the real engine, colocated and as a server: run by `make test-vllm`, in an environment of its own."""
 
 import json
 import math
@@ -60,6 +60,13 @@ def make(model_dir, tmp_path):
 
     with vllm_on_cpu.engines():
         yield make
+
+
+@pytest.fixture(scope="module")
+def server(model_dir, tmp_path_factory):
+    """The settings with which a trainer samples from a server."""
+    with vllm_on_cpu.server(model_dir, tmp_path_factory.mktemp("server") / "log") as address:
+        yield {"vllm_mode": "server", "vllm_server_base_url": address}
 
 
 @pytest.fixture
@@ -210,6 +217,28 @@ def test_groups_sampled_anew_bring_the_log_probabilities_that_they_were_sampled_
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("arguments", [dict, tiny.lora], ids=["full", "lora"])
+def test_a_server_samples_with_the_weights_as_trained_and_groups_anew(arguments, server, make, model_dir, tmp_path):
+    with vllm_on_cpu.weights_by_file(model_dir, tmp_path / "weights"):
+        trainer = make(**server, dynamic_sampling=2, num_generations=2, arguments=arguments())
+        trainer.train()
+    assert_trained(trainer)
+    assert len(logged(trainer, DIFFERENCE)) == 4
+    assert max(logged(trainer, DIFFERENCE)) < 1e-4
+    assert max(logged(trainer, "a3po/dynamic_sampling/discarded")) > 0
+
+
+def test_weights_that_a_server_does_not_get_are_noticed(server, make, model_dir, tmp_path):
+    """The control of the test above."""
+    with vllm_on_cpu.weights_by_file(model_dir, tmp_path / "weights"):
+        trainer = make(**server)
+        trainer.vllm_generation.sync_weights()
+        trainer.vllm_generation.sync_weights = lambda: None
+        trainer.train()
+    assert logged(trainer, DIFFERENCE)[0] < 1e-4
+    assert min(logged(trainer, DIFFERENCE)[1:]) > 1e-2
+
+
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_evaluation_samples_what_transformers_would(adapter, make, tmp_path):
     trainer = make(arguments=tiny.lora() if adapter else {}, use_vllm=False)
@@ -246,10 +275,13 @@ def _free_shared_memory():
         {"vllm_tensor_parallel_size": 2, **tiny.PLAIN},
         {"vllm_tensor_parallel_size": 1, "num_generations": 2, "dynamic_sampling": 2},
         {"vllm_tensor_parallel_size": 2, "num_generations": 2, "dynamic_sampling": 2},
+        {"vllm_mode": "server", "num_generations": 2, "dynamic_sampling": 2},
     ],
-    ids=["two engines", "one engine", "one engine, plain", "two engines, anew", "one engine, anew"],
+    ids=["two engines", "one engine", "one engine, plain", "two engines, anew", "one engine, anew", "server, anew"],
 )
-def test_two_processes(fields, model_dir, tmp_path):
+def test_two_processes(fields, model_dir, tmp_path, request):
+    if "vllm_mode" in fields:
+        fields = {**fields, **request.getfixturevalue("server")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*torchrun, WORKER, model_dir, tmp_path, json.dumps(fields)], capture_output=True, text=True, timeout=300

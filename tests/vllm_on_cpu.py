@@ -2,6 +2,12 @@
 
 import contextlib
 import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 
@@ -16,6 +22,8 @@ os.environ.update(
 import torch
 import trl.generation.vllm_generation
 import vllm
+from safetensors.torch import save_file
+from trl.generation.vllm_client import VLLMClient
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.layers import utils
 
@@ -60,3 +68,43 @@ def engines():
 def _keep_weights_in_place(layer, remove_weight):
     # vLLM's own packs the weights of a linear layer as they are loaded, and has none left to be replaced.
     layer.cpu_linear = torch.nn.functional.linear
+
+
+@contextlib.contextmanager
+def server(model_dir, log):
+    """The address at which vLLM's own server serves a model, in processes of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # `vllm serve` does not start: it asks for the version of a package called vllm, and that for CPUs has its own.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir, "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64", "--enforce-eager"]
+    command += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield f"http://127.0.0.1:{port}"  # TRL's client waits until it answers
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def weights_by_file(model_dir, directory):
+    """TRL's client hands the server its weights in a file: what it does itself, over NCCL, takes a GPU."""
+
+    def update_named_params(client, metadata, named_params):  # on the main process
+        shutil.copytree(model_dir, directory, dirs_exist_ok=True)
+        weights = {name: weight.clone().contiguous() for name, weight in named_params}
+        assert list(weights) == [name for name, _, _ in metadata]
+        save_file(weights, Path(directory, "model.safetensors"), {"format": "pt"})
+        order = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        client.session.post(f"{client.base_url}/collective_rpc", json=order).raise_for_status()
+
+    with patch.multiple(
+        VLLMClient,
+        init_communicator=lambda client, device: None,
+        weight_update=lambda client: contextlib.nullcontext(),
+        update_named_params=update_named_params,
+    ):
+        yield

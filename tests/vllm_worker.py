@@ -1,5 +1,6 @@
 """
-Trains two processes, with an engine in each or one over both, and writes what each of them logged and ended with.
+Trains two processes, with an engine in each, one over both or a server, and writes what each of them logged and ended
+with.
 
 Run by test_vllm.py under torchrun: `vllm_worker.py MODEL OUTPUT FIELDS`.
 """
@@ -18,13 +19,14 @@ from trl_a3po import A3POTrainer
 
 
 def main(model, output, fields):
-    args = tiny.config(output, **vllm_on_cpu.CONFIG, **json.loads(fields))
-    with vllm_on_cpu.engines():
+    args = tiny.config(output, **{**vllm_on_cpu.CONFIG, **json.loads(fields)})
+    colocated = args.vllm_mode == "colocate"
+    with vllm_on_cpu.engines() if colocated else vllm_on_cpu.weights_by_file(model, Path(output, "weights")):
         trainer = A3POTrainer(model, tiny.parity_reward, args, tiny.prompts())
         assert trainer.accelerator.num_processes == 2
-        assert trainer.vllm_generation.llm.llm_engine.vllm_config.parallel_config.world_size == (
-            args.vllm_tensor_parallel_size
-        )
+        if colocated:
+            parallel = trainer.vllm_generation.llm.llm_engine.vllm_config.parallel_config
+            assert parallel.world_size == args.vllm_tensor_parallel_size
         trainer.train()
         results = {"log": trainer.state.log_history, "parameters": tiny.parameters(trainer)}
         torch.save(results, Path(output, f"{trainer.accelerator.process_index}.pt"))
