@@ -114,6 +114,14 @@ METHODS = {
     "a3po_positive": Method({**A3PO, "negative_high_scale": 1.0}),
     "a3po_negative": Method({**A3PO, "positive_low_scale": 1.0}),
     "a3po_entropy": Method({**A3PO, "token_metric": "entropy"}),
+    # Other values of A3PO's settings, around the defaults
+    "a3po_ratio_0.1": Method({**A3PO, "positive_low_ratio": 0.1, "negative_high_ratio": 0.1}),
+    "a3po_ratio_0.4": Method({**A3PO, "positive_low_ratio": 0.4, "negative_high_ratio": 0.4}),
+    "a3po_scale_1.5": Method({**A3PO, "positive_low_scale": 1.5, "negative_high_scale": 1.5}),
+    "a3po_scale_3": Method({**A3PO, "positive_low_scale": 3.0, "negative_high_scale": 3.0}),
+    "a3po_cosine": Method({**A3PO, "scale_decay": "cosine"}),
+    "a3po_decay_0.25": Method({**A3PO, "scale_decay_steps": 0.25}),
+    "a3po_decay_0.75": Method({**A3PO, "scale_decay_steps": 0.75}),
     # The four token ends
     "positive_low": one_end("positive_low"),
     "positive_high": one_end("positive_high"),
