@@ -1,16 +1,63 @@
-"""Scales that follow what was measured: the mismatch of sampler and trainer on amplified tokens, and the entropy."""
+"""The closed loop of the benchmark: scales that follow the entropy, or the mismatch on amplified tokens."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trl_a3po import A3POTrainer
-from trl_a3po.schedules import decay_scale, next_damping
+
+
+# As Python does for the program.
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "polarity"))
+
+from closed_loop import LEAST_DAMPING, EntropyLoop, MismatchLoop, next_damping
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
+
+
+@pytest.mark.parametrize(
+    ("damping", "value", "bound", "expected"),
+    [
+        (1.0, 0.15, 0.1, 1 / 1.5),
+        (0.25, 0.08, 0.1, 0.25 / 0.8),
+        (0.25, 0.01, 0.1, 0.5),
+        (0.5, 9.0, 0.1, 0.25),
+        (1.0, 0.0, 0.1, 1.0),
+        (LEAST_DAMPING, 9.0, 0.1, LEAST_DAMPING),
+        (0.3, math.nan, 0.1, 0.3),
+        (0.3, math.inf, 0.1, 0.15),
+    ],
+)
+def test_damping_follows_the_excess(damping, value, bound, expected):
+    assert next_damping(damping, value, bound) == pytest.approx(expected)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e30), st.floats(1e-6, 1e6)), max_size=20))
+def test_damping_is_bounded(measurements):
+    damping = 1.0
+    for value, bound in measurements:
+        before, damping = damping, next_damping(damping, value, bound)
+        assert LEAST_DAMPING <= damping <= 1
+        assert before / 2 <= damping <= 2 * before
+
+
+def test_the_loop_settles_at_its_bound():
+    """On a system in which what is measured grows with the scales in force."""
+    damping = 1.0
+    for _ in range(30):
+        value = 0.2 * damping + 0.02
+        damping = next_damping(damping, value, 0.1)
+    assert 0.2 * damping + 0.02 == pytest.approx(0.1, rel=1e-3)
+
+
+# In training
 
 
 class Recorder(A3POTrainer):
@@ -39,14 +86,18 @@ def rollout(prompts, trainer):
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
 
-def make(output_dir, trainer_class=Recorder, rollout_func=rollout, **fields):
-    return trainer_class(
+def make(output_dir, loop, bound, **fields):
+    class Recorded(Recorder, loop):
+        pass
+
+    Recorded.bound = bound
+    return Recorded(
         tiny.model(),
         tiny.signed_parity_reward,
         tiny.config(output_dir, **{"max_steps": 4, "scale_decay": "constant", **fields}),
         tiny.prompts(),
         processing_class=tiny.tokenizer(),
-        rollout_func=rollout_func,
+        rollout_func=rollout,
     )
 
 
@@ -68,73 +119,40 @@ def mismatch(call):
     return float(distance[amplified].mean())
 
 
-@pytest.mark.parametrize("bound", [0.2, 0.4])
-def test_scales_follow_the_mismatch_of_the_amplified_tokens(bound, tmp_path):
-    trainer = train(tmp_path, mismatch_bound=bound)
-    damping, expected, scales = 1.0, [], []
+def entropy(call):
+    mask = call[-1]["mask"].bool()
+    return float(call[-1]["entropies"][mask].mean())
+
+
+@pytest.mark.parametrize(
+    ("loop", "measure", "bound", "acts"),
+    [(MismatchLoop, mismatch, 0.2, True), (MismatchLoop, mismatch, 0.4, False), (EntropyLoop, entropy, 1.0, True)],
+)
+def test_scales_follow_what_is_measured(loop, measure, bound, acts, tmp_path):
+    trainer = train(tmp_path, loop, bound)
+    damping, scales = 1.0, []
     for call in trainer.calls:
-        scales.append(decay_scale(2.0, 0, 1, "constant", damping))
-        damping = next_damping(damping, [(mismatch(call), bound)])
-        expected.append(damping)
-    assert logged(trainer, "a3po/scale_damping") == pytest.approx(expected, rel=1e-4)
+        scales.append(1 + damping)
+        damping = next_damping(damping, measure(call), bound)
     assert logged(trainer, "a3po/scale/positive_low") == pytest.approx(scales, rel=1e-4)
     assert logged(trainer, "a3po/scale/negative_high") == pytest.approx(scales, rel=1e-4)
-    assert (expected[-1] < 1) == (bound < 0.3)
+    assert (scales[-1] < 2) == acts
     for _, advantages, shaped, batch in trainer.calls[-1:]:
         weights = (shaped / advantages[:, None])[batch["mask"].bool() & (advantages != 0)[:, None]]
         assert weights.unique().tolist() == pytest.approx([1.0, scales[-1]], rel=1e-5)
 
 
-def test_the_mismatch_is_logged_by_polarity_without_a_bound(tmp_path):
-    trainer = train(tmp_path, max_steps=1)
-    for polarity in ("positive", "negative"):
-        assert 0.2 < logged(trainer, f"a3po/{polarity}/selected_mismatch")[0] <= 0.3001
-    assert not logged(trainer, "a3po/scale_damping")
-
-
-def test_scales_follow_the_entropy(tmp_path):
-    entropy = logged(train(tmp_path, max_steps=1), "entropy")[0]
-    damped, not_damped = (train(tmp_path, entropy_bound=bound * entropy) for bound in (0.5, 2.0))
-    assert logged(damped, "a3po/scale_damping")[0] == pytest.approx(0.5, rel=1e-3)
-    assert logged(damped, "a3po/scale/positive_low")[:2] == [2.0, pytest.approx(1.5, rel=1e-3)]
-    assert logged(not_damped, "a3po/scale_damping") == [1.0] * 4
-
-
-@pytest.mark.parametrize("monotone", [False, True])
-def test_scales_recover_unless_asked_not_to(monotone, tmp_path):
-    class Switched(Recorder):
-        def _damp_scales(self, sums):
-            self.args.mismatch_bound = 0.1 if self.state.global_step <= 2 else 10.0
-            super()._damp_scales(sums)
-
-    damping = logged(train(tmp_path, Switched, mismatch_bound=0.1, monotone_decay=monotone), "a3po/scale_damping")
-    assert damping == ([0.5, 0.25, 0.25, 0.25] if monotone else [0.5, 0.25, 0.5, 1.0])
-
-
 def test_a_resumed_run_goes_on_with_the_damping_it_had(tmp_path):
-    fields = {"mismatch_bound": 0.2, "save_strategy": "steps", "save_steps": 2}
-    whole = train(tmp_path / "whole", **fields)
-    resumed = make(tmp_path / "resumed", **fields)
+    fields = {"save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path / "whole", MismatchLoop, 0.2, **fields)
+    resumed = make(tmp_path / "resumed", MismatchLoop, 0.2, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert logged(resumed, "a3po/scale_damping") == logged(whole, "a3po/scale_damping")
+    assert resumed.damping == whole.damping < 1
     assert all(torch.equal(value, tiny.parameters(whole)[name]) for name, value in tiny.parameters(resumed).items())
 
 
 def test_an_evaluation_damps_nothing(tmp_path):
-    trainer = train(tmp_path, mismatch_bound=0.2, max_steps=1)
-    damping = trainer._damping
+    trainer = train(tmp_path, MismatchLoop, 0.2, max_steps=1)
+    damping = trainer.damping
     trainer.evaluate(tiny.prompts(8))
-    assert trainer._damping == damping < 1
-
-
-def test_refuses_a_bound_on_what_no_sampler_reports(tmp_path):
-    with pytest.raises(ValueError, match=r"`mismatch_bound=0.1` needs a sampler that reports.*Set `use_vllm=True`"):
-        make(tmp_path, rollout_func=None, mismatch_bound=0.1)
-
-
-def test_refuses_a_rollout_function_that_keeps_the_log_probabilities_to_itself(tmp_path):
-    def silent(prompts, trainer):
-        return {**rollout(prompts, trainer), "logprobs": None}
-
-    with pytest.raises(ValueError, match=r"`mismatch_bound=0.1` needs the log-probabilities of what was sampled"):
-        train(tmp_path, rollout_func=silent, mismatch_bound=0.1)
+    assert trainer.damping == damping < 1

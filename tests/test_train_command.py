@@ -151,7 +151,7 @@ def test_help_lists_the_options_of_the_shaping_together(capsys):
     assert re.findall(r"\n  --(\w+)", "\n" + shaping) == [
         *("positive_low_ratio", "positive_low_scale", "positive_high_ratio", "positive_high_scale"),
         *("negative_low_ratio", "negative_low_scale", "negative_high_ratio", "negative_high_scale"),
-        *("token_metric", "scale_decay", "scale_decay_steps", "mismatch_bound", "entropy_bound", "monotone_decay"),
+        *("token_metric", "scale_decay", "scale_decay_steps"),
         *("positive_weight", "negative_weight", "dynamic_sampling"),
         *("trim_padding", "no_trim_padding", "skip_zero_advantage", "no_skip_zero_advantage", "log_tokens"),
     ]

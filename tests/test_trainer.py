@@ -16,13 +16,14 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_a3po import A3POConfig, A3POTrainer, contract
 
 
-def make(output_dir, trainer_class=A3POTrainer, **fields):
+def make(output_dir, trainer_class=A3POTrainer, rollout_func=None, **fields):
     return trainer_class(
         tiny.model(),
         tiny.parity_reward,
         tiny.config(output_dir, **fields),
         tiny.prompts(),
         processing_class=tiny.tokenizer(),
+        rollout_func=rollout_func,
     )
 
 
@@ -240,6 +241,34 @@ def test_metrics_of_the_selected_tokens_say_what_was_selected(tmp_path):
     metrics = trainer.state.log_history[0]
     assert metrics["a3po/positive/selected_prob"] < metrics["a3po/positive/other_prob"]
     assert metrics["a3po/negative/selected_prob"] > metrics["a3po/negative/other_prob"]
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
+def test_the_mismatch_is_that_of_the_selected_tokens(tmp_path):
+    """Of what the sampler says nothing it counts as 0."""
+
+    def rollout(prompts, trainer):
+        generator = torch.Generator().manual_seed(0)
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        completion_ids = torch.randint(3, 40, (len(prompts), 6), generator=generator).tolist()
+        logprobs = (-4 * torch.rand(len(prompts), 6, generator=generator)).tolist()
+        for row in logprobs:
+            row[2] = math.nan
+        return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
+
+    class Sampled(Recorder):
+        def shape_advantages(self, advantages, **batch):
+            self.sampled = self._loss_inputs["sampling_per_token_logps"]
+            return super().shape_advantages(advantages, **batch)
+
+    trainer = make(tmp_path, Sampled, rollout_func=rollout, max_steps=1)
+    trainer.train()
+    [call] = trainer.calls
+    distance = (call["old_per_token_logps"] - trainer.sampled).abs().nan_to_num(0.0)
+    selected = call["shaped"] != call["advantages"][:, None]
+    for polarity, of in (("positive", call["advantages"] > 0), ("negative", call["advantages"] < 0)):
+        mean = float(distance[selected & of[:, None]].mean())
+        assert trainer.state.log_history[0][f"a3po/{polarity}/selected_mismatch"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_a_user_who_logs_on_one_process_alone_causes_no_communication(tmp_path, monkeypatch):

@@ -66,16 +66,6 @@ class A3POConfig(GRPOConfig):
             When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of optimizer
             steps, below 1 a fraction of all steps. Not more than there are. Unused with `scale_decay="constant"`.
 
-        mismatch_bound (`float`, *optional*):
-            Closes the loop over the schedule: at every log, the scales are damped while the log-probabilities that the
-            sampler reported of the amplified tokens are further than this from the trained policy's, in the mean of
-            the distances, and recover while they are nearer (see [`~trl_a3po.schedules.next_damping`]). Needs a
-            sampler that reports them: vLLM, or a `rollout_func`. Logged as `a3po/scale_damping`.
-        entropy_bound (`float`, *optional*):
-            The same for the mean entropy of the policy, in nats: above it, there is exploration enough.
-        monotone_decay (`bool`, *optional*, defaults to `False`):
-            Whether scales that were damped never recover.
-
         > Parameters that control the weight of the two polarities
 
         positive_weight (`float`, *optional*, defaults to `1.0`):
@@ -177,26 +167,6 @@ class A3POConfig(GRPOConfig):
         },
     )
 
-    mismatch_bound: float | None = field(
-        default=None,
-        metadata={
-            "help": "Closes the loop over the schedule: at every log, the scales are damped while the "
-            "log-probabilities that the sampler reported of the amplified tokens are further than this from the "
-            "trained policy's, in the mean of the distances, and recover while they are nearer. Needs a sampler that "
-            "reports them: vLLM, or a `rollout_func`. Logged as `a3po/scale_damping`."
-        },
-    )
-    entropy_bound: float | None = field(
-        default=None,
-        metadata={
-            "help": "The same for the mean entropy of the policy, in nats: above it, there is exploration enough."
-        },
-    )
-    monotone_decay: bool = field(
-        default=False,
-        metadata={"help": "Whether scales that were damped never recover."},
-    )
-
     # Parameters that control the weight of the two polarities
     positive_weight: float = field(
         default=1.0,
@@ -273,15 +243,7 @@ class A3POConfig(GRPOConfig):
                 f"{steps!r}. Pass for example 500 for 500 optimizer steps or 0.5 for half of the training; to switch "
                 "the shaping off, set the scales to 1."
             )
-        for name in ("mismatch_bound", "entropy_bound"):
-            bound = getattr(self, name)
-            if bound is not None and not (is_finite_number(bound) and bound > 0):
-                raise ValueError(
-                    f"`{name}` must be a finite number above 0, or None, got {bound!r}. Pass for example "
-                    f"{0.05 if name == 'mismatch_bound' else 0.5} to damp the scales beyond it, or None to follow the "
-                    "schedule alone."
-                )
-        for name in ("monotone_decay", "trim_padding", "skip_zero_advantage"):
+        for name in ("trim_padding", "skip_zero_advantage"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not _is_count(self.log_tokens):
@@ -315,21 +277,6 @@ class A3POConfig(GRPOConfig):
                 "`positive_weight` and `negative_weight` are both 0, which leaves nothing to train on. Pass (1, 0) "
                 "for positive samples alone, (0, 1) for negative ones alone."
             )
-        if self.closes_the_loop and not selects_tokens(self.shaping_settings):
-            raise ValueError(
-                "`mismatch_bound` and `entropy_bound` can never act, since no token is amplified. Set a ratio and a "
-                "scale, or both bounds to None."
-            )
-        if self.closes_the_loop and self.logging_strategy == "no":
-            raise ValueError(
-                "`mismatch_bound` and `entropy_bound` can never act with `logging_strategy='no'`, since what they "
-                "bound is measured once a log. Set `logging_strategy='steps'`, or both bounds to None."
-            )
-        if self.monotone_decay and not self.closes_the_loop:
-            raise ValueError(
-                "`monotone_decay=True` can never act, since a schedule alone never recovers. Set `mismatch_bound` or "
-                "`entropy_bound`, or `monotone_decay=False`."
-            )
         defaults = {each.name: each.default for each in fields(self)}
         for end in TOKEN_ENDS:
             ratio, scale = getattr(self, f"{end}_ratio"), getattr(self, f"{end}_scale")
@@ -354,11 +301,6 @@ class A3POConfig(GRPOConfig):
         """
         if self.scale_decay != "constant" and selects_tokens(self.shaping_settings):
             check_decay_ends(self.scale_decay_steps, max_steps)
-
-    @property
-    def closes_the_loop(self) -> bool:
-        """Whether the scales depend on what is measured, besides the schedule."""
-        return self.mismatch_bound is not None or self.entropy_bound is not None
 
     @property
     def shaping_settings(self) -> dict[str, float]:

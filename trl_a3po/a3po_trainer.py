@@ -16,19 +16,16 @@ from trl import GRPOTrainer
 from .a3po_config import A3POConfig
 from .checkpoints import ResumableGRPOTrainer
 from .contract import check_contract
-from .diagnostics import mean_entropy, polarity_metrics, polarity_sums, selected_mismatch
+from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
 from .dynamic_sampling import DynamicSamplingGRPOTrainer
 from .hub import ReportPushes
 from .rewards import check_rewards, total_rewards
 from .rollouts import check_prompts_fit, refuse_empty_completions
-from .schedules import decay_scale, next_damping, resolve_decay_steps
+from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .token_log import TokenLog
 from .trimmed_trainer import has_rotary_positions
 from .update_phase import loss_mask
-
-
-_DAMPING = "a3po/scale_damping"
 
 
 class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
@@ -108,13 +105,6 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         if self._shapes_its_own_way:
             # It may give a gradient to zero advantages, and look at the company of rows in a micro-batch.
             self._skips = self._groups = False
-        if args.mismatch_bound is not None and not self.use_vllm and self.rollout_func is None:
-            raise ValueError(
-                f"`mismatch_bound={args.mismatch_bound}` needs a sampler that reports the log-probabilities of what "
-                "it samples. Set `use_vllm=True`, pass a `rollout_func`, or set `mismatch_bound=None`."
-            )
-        # Of the scales, what the closed loop leaves of the schedule. The same on all processes.
-        self._damping = 1.0
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_Moments(self))
@@ -210,9 +200,7 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         decay_steps = resolve_decay_steps(self.args.scale_decay_steps, self.state.max_steps)
         settings = self.args.shaping_settings
         for name in [name for name in settings if name.endswith("_scale")]:
-            settings[name] = decay_scale(
-                settings[name], self.state.global_step, decay_steps, self.args.scale_decay, self._damping
-            )
+            settings[name] = decay_scale(settings[name], self.state.global_step, decay_steps, self.args.scale_decay)
         return settings
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -283,11 +271,6 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         # Of rows that are left out neither is known; their entropies are NaN.
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if self._skips else old_per_token_logps
         sampled = inputs.get("sampling_per_token_logps")
-        if sampled is None and self.args.mismatch_bound is not None:
-            raise ValueError(
-                f"`mismatch_bound={self.args.mismatch_bound}` needs the log-probabilities of what was sampled, and "
-                "the `rollout_func` returned `logprobs` of None. Return them, or set `mismatch_bound=None`."
-            )
         sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask, sampled)
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self._token_log is not None and self.model.training:
@@ -307,14 +290,6 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         if self._skips and mode == "train":
             # TRL's own mean is NaN for every micro-batch in which a row is left out.
             self._metrics[mode]["entropy"] = [mean_entropy(sums)]
-        if self.args.closes_the_loop and mode == "train":
-            self._damp_scales(sums)
-
-    def _damp_scales(self, sums: Tensor) -> None:
-        bounds = (self.args.mismatch_bound, selected_mismatch(sums)), (self.args.entropy_bound, mean_entropy(sums))
-        measured = [(value, bound) for bound, value in bounds if bound is not None]
-        self._damping = next_damping(self._damping, measured, self.args.monotone_decay)
-        self._metrics["train"][_DAMPING].append(self._damping)
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
@@ -330,9 +305,6 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
             "token_metric": self.args.token_metric,
             "scale_decay": self.args.scale_decay,
             "scale_decay_steps": self.args.scale_decay_steps,
-            "mismatch_bound": self.args.mismatch_bound,
-            "entropy_bound": self.args.entropy_bound,
-            "monotone_decay": self.args.monotone_decay,
         }
         section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
         if self._shapes_its_own_way:
@@ -351,8 +323,6 @@ class _Moments(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         args.check_decay_ends(state.max_steps)  # known from here on, where training is counted in epochs
-        # What was logged last is all that there is to resume.
-        self._trainer._damping = next((log[_DAMPING] for log in reversed(state.log_history) if _DAMPING in log), 1.0)
 
     def on_step_end(self, args, state, control, **kwargs):
         # Once a log, in the step that ends in it. Not in `Trainer.log`: users call that on one process alone, where a

@@ -121,14 +121,6 @@ def mean_entropy(sums: Tensor) -> float:
     return sum(of["entropy"] for of in known) / tokens if tokens else math.nan
 
 
-def selected_mismatch(sums: Tensor) -> float:
-    """Mean of `selected_mismatch` over the tokens selected in both polarities; NaN if there is none, or none known."""
-    total = _by_name(sums)
-    selected = total["positive"]["selected"] + total["negative"]["selected"]
-    mismatch = total["positive"]["selected_mismatch"] + total["negative"]["selected_mismatch"]
-    return mismatch / selected if selected else math.nan
-
-
 def _by_name(sums: Tensor) -> dict[str, dict[str, float]]:
     return {
         polarity: dict(zip(_SUMS, row, strict=True)) for polarity, row in zip(_POLARITIES, sums.tolist(), strict=True)

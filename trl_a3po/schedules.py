@@ -1,13 +1,9 @@
-"""How the scales decay to 1, as pure functions of progress and of what was measured."""
+"""How the scales decay to 1, as pure functions of progress."""
 
 import math
-from collections.abc import Iterable
 
 
 SCALE_DECAYS = ("linear", "cosine", "constant")
-
-# Not 0: where nothing is amplified, nothing can be measured on amplified tokens.
-LEAST_DAMPING = 1 / 64
 
 
 def resolve_decay_steps(scale_decay_steps: float, max_steps: int) -> int:
@@ -39,7 +35,7 @@ def check_decay_ends(scale_decay_steps: float, max_steps: int) -> None:
         )
 
 
-def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "linear", damping: float = 1.0) -> float:
+def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "linear") -> float:
     """
     The scale in force at a step: from `scale` at step 0 to 1 at `decay_steps`, and 1 from then on.
 
@@ -53,38 +49,10 @@ def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "l
         step (`int`): Optimizer steps done.
         decay_steps (`int`): Steps until the scale is 1, at least 1.
         scale_decay (`str`, *optional*, defaults to `"linear"`): One of `SCALE_DECAYS`.
-        damping (`float`, *optional*, defaults to `1.0`): What [`next_damping`] leaves of the distance from 1.
 
     Returns:
-        `float`: Undamped, exactly `scale` at step 0; and, unless constant, exactly 1.0 from `decay_steps` on.
+        `float`: Exactly `scale` at step 0; and, unless constant, exactly 1.0 from `decay_steps` on.
     """
     progress = 0.0 if scale_decay == "constant" else min(1.0, max(0, step) / decay_steps)
     remaining = 1.0 - progress if scale_decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    remaining *= damping
     return scale if remaining == 1.0 else 1.0 + (scale - 1.0) * remaining
-
-
-def next_damping(damping: float, measured: Iterable[tuple[float, float]], monotone: bool = False) -> float:
-    """
-    Closes the loop: how much of what the schedule leaves of the scales is kept, from what they were seen to do.
-
-    A scale of s in the schedule is 1 + (s - 1) * damping in force. Each measurement has a bound; the one that is
-    furthest beyond its own divides the damping by the excess, and while all are within theirs it recovers likewise,
-    by a factor of two at most either way. It starts at 1 and stays from `LEAST_DAMPING` to 1.
-
-    Ours: the paper (arXiv 2512.21625) decays the scales so that training and sampling do not drift apart, by a
-    schedule alone.
-
-    Args:
-        damping (`float`): The damping so far.
-        measured (iterable of `tuple[float, float]`): Values, NaN where not known, with their bounds, above 0.
-        monotone (`bool`, *optional*, defaults to `False`): Whether the damping never recovers.
-
-    Returns:
-        `float`: The damping from now on; the same as before if no value is known.
-    """
-    excesses = [value / bound for value, bound in measured if not math.isnan(value)]
-    if not excesses:
-        return damping
-    factor = 1.0 / min(2.0, max(0.5, *excesses))
-    return min(damping if monotone else 1.0, max(LEAST_DAMPING, damping * factor))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from closed_loop import EntropyLoop, MismatchLoop
 
 from trl_a3po import A3POTrainer
 from trl_a3po.peers import advantage_reweighting, clip_cov, forking_tokens, steer_exponential, w_reinforce
@@ -141,14 +142,14 @@ METHODS = {
     "clip_cov": Method(trainer=ClipCov),  # arXiv 2505.22617
     "steer": Method(trainer=Steer),  # arXiv 2510.10150
     "ar": Method(trainer=AdvantageReweighting),  # arXiv 2505.12929
-    # The closed loop, ours. The bounds: nine tenths of the entropy of the start, and 0.05 in log-probability.
-    "a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant", "entropy_bound": 0.65}),
+    # The closed loop, ours
+    "a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant"}, EntropyLoop),
     # With a sampler that lags behind by up to 40 optimizer steps, for which nothing corrects
     "stale_dapo": Method(stale=10),
     "stale_a3po": Method(A3PO, stale=10),
     "stale_a3po_constant": Method({**A3PO, "scale_decay": "constant"}, stale=10),
-    "stale_a3po_loop": Method({**A3PO, "scale_decay": "constant", "mismatch_bound": 0.05}, stale=10),
-    "stale_a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant", "entropy_bound": 0.65}, stale=10),
+    "stale_a3po_loop": Method({**A3PO, "scale_decay": "constant"}, MismatchLoop, stale=10),
+    "stale_a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant"}, EntropyLoop, stale=10),
     # P1N1 and P2N2 once more, where nothing cancels the size of the advantages
     "sgd": Method(SGD),
     "sgd_p2n2": Method({**SGD, "positive_weight": 2.0, "negative_weight": 2.0}),

@@ -245,7 +245,7 @@ CURVES = {
     # Where it is known
     "a3po/positive/selected_mismatch": "mismatch_positive",
     "a3po/negative/selected_mismatch": "mismatch_negative",
-    "a3po/scale_damping": "damping",
+    "a3po/scale/positive_low": "scale",
 }
 LOGS = 25  # of a run, about
 
