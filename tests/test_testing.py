@@ -9,24 +9,23 @@ from trl_a3po.testing import assert_gradients_follow
 
 
 class Twice(A3POTrainer):
-    """Twice the advantage of likely tokens, and against the others; also where the group teaches nothing."""
+    """At first twice the advantage of likely tokens, and against the others; also where the group teaches nothing."""
 
     def shape_advantages(self, advantages, *, old_per_token_logps, rewards, mask, progress, **batch):
-        assert progress == 0.0
         likely = old_per_token_logps > -1
-        shaped = torch.where(likely, 2.0, -0.5) * (advantages[:, None] + 0.25 * (rewards == 0)[:, None])
+        shaped = torch.where(likely, 2.0 - progress, -0.5) * (advantages[:, None] + 0.25 * (rewards == 0)[:, None])
         self._metrics["train"]["a metric of its own"].append(1.0)
-        return shaped * mask
+        return shaped / mask  # infinite, or not a number, where masked
 
 
-def as_meant(advantages, *, old_per_token_logps, rewards, **batch):
+def as_meant(advantages, *, old_per_token_logps, rewards, progress, **batch):
     rows = []
     for advantage, reward, logps in zip(
         advantages.tolist(), rewards.tolist(), old_per_token_logps.tolist(), strict=True
     ):
         advantage += 0.25 if reward == 0 else 0.0
-        rows.append([2.0 * advantage if logp > -1 else -0.5 * advantage for logp in logps])
-    return torch.tensor(rows)
+        rows.append([(2.0 - progress) * advantage if logp > -1 else -0.5 * advantage for logp in logps])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def make(tmp_path, trainer_class=Twice, **fields):
@@ -75,10 +74,50 @@ def test_takes_one_advantage_per_completion(tmp_path):
         lambda advantages, **given: as_meant(advantages, **{**given, "old_per_token_logps": given["per_token_logps"]}),
         lambda advantages, **given: as_meant(advantages, **given) * (advantages != 0)[:, None],
         lambda advantages, **given: as_meant(advantages, **given) * (torch.arange(8) != 3),
+        lambda advantages, **given: as_meant(advantages, **{**given, "progress": 0.0}),
     ],
-    ids=["size", "sign", "policy", "zero advantages", "one token"],
+    ids=["size", "sign", "policy", "zero advantages", "one token", "progress"],
 )
 def test_finds_what_is_not(wrong, tmp_path):
     match = r"Token \d of completion \d \(advantage .*, reward .*\) has the gradient .* the loss gives"
     with pytest.raises(AssertionError, match=match):
         assert_gradients_follow(make(tmp_path), wrong)
+
+
+class InPlace(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return advantages.mul_(2)
+
+
+def test_finds_a_change_in_place(tmp_path):
+    with pytest.raises(ValueError, match="`shape_advantages` changed `advantages` in place"):
+        assert_gradients_follow(make(tmp_path, InPlace), lambda advantages, **batch: advantages * 2)
+
+
+class LastTokens(A3POTrainer):
+    """Less advantage for each token that follows: of those that count, or of all."""
+
+    holes = False
+
+    def shape_advantages(self, advantages, *, mask, **batch):
+        counted = torch.ones_like(mask) if self.holes else mask
+        counted = counted * (mask.flip(1).cumsum(1).flip(1) > 0)
+        return advantages[:, None] * 0.5 ** (counted.flip(1).cumsum(1).flip(1) - 1)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_finds_what_is_wrong_after_tokens_of_a_tool(holes, tmp_path):
+    def reference(advantages, *, mask, **batch):
+        shaped = torch.zeros(mask.shape)
+        for row, counts in enumerate(mask.bool()):
+            for distance, token in enumerate(reversed(counts.nonzero().flatten().tolist())):
+                shaped[row, token] = advantages[row] * 0.5**distance
+        return shaped
+
+    trainer = make(tmp_path, LastTokens)
+    trainer.holes = holes
+    if holes:
+        with pytest.raises(AssertionError, match="Token"):
+            assert_gradients_follow(trainer, reference)
+    else:
+        assert_gradients_follow(trainer, reference)

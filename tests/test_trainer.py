@@ -78,14 +78,67 @@ def test_a_subclass_shapes_its_own_way(tmp_path):
     assert metrics["a3po/positive/selected_fraction"] == pytest.approx(1 - 1 / metrics["a3po/positive/mean_length"])
 
 
-class WrongShape(A3POTrainer):
-    def shape_advantages(self, advantages, **tensors):
-        return advantages[:, None]
+MISTAKES = {
+    "a shape that the loss would broadcast": (
+        lambda advantages, **_: advantages[:, None],
+        r"must return a tensor of shape \(B, T\) = \(8, 8\) or \(B,\) = \(8,\), got \(8, 1\)",
+    ),
+    "no return": (lambda advantages, **_: None, "must return a tensor of floating-point numbers, got NoneType"),
+    "integers": (lambda advantages, **_: advantages.int(), "floating-point numbers, got torch.int32"),
+    "advantages": (lambda advantages, **_: advantages.mul_(2), "changed `advantages` in place"),
+    "mask": (lambda advantages, *, mask, **_: advantages[:, None] * mask.zero_(), "changed `mask` in place"),
+    "rewards": (lambda advantages, *, rewards, **_: rewards.sub_(0.5), "changed `rewards` in place"),
+    "log-probabilities": (
+        lambda advantages, *, per_token_logps, **_: advantages[:, None] * per_token_logps.exp_(),
+        "changed `per_token_logps`, `old_per_token_logps` in place",  # here they are one
+    ),
+}
 
 
-def test_a_shape_that_the_loss_would_broadcast_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`shape_advantages` must return a tensor of shape \(B, T\) = \(8, 8\) or"):
-        make(tmp_path, WrongShape).train()
+@pytest.mark.parametrize(("shape", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_that_would_train_something_else_are_refused(shape, message, tmp_path):
+    class Mistaken(A3POTrainer):
+        def shape_advantages(self, advantages, **batch):
+            return shape(advantages, **batch)
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        make(tmp_path, Mistaken).train()
+
+
+def test_what_a_subclass_returns_where_masked_makes_no_difference(tmp_path):
+    class Infinite(A3POTrainer):
+        def shape_advantages(self, advantages, *, mask, **batch):
+            return advantages[:, None] / mask
+
+    class Finite(A3POTrainer):
+        def shape_advantages(self, advantages, *, mask, **batch):
+            return advantages[:, None] * mask
+
+    losses, parameters = [], []
+    for trainer_class in (Infinite, Finite):
+        trainer = make(tmp_path, trainer_class, max_steps=3, mask_truncated_completions=True)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history[:-1]])
+        parameters.append(tiny.parameters(trainer))
+    assert losses[0] == losses[1]
+    assert any(loss != 0 for loss in losses[0])
+    assert all(torch.equal(value, parameters[1][name]) for name, value in parameters[0].items())
+
+
+def test_a_subclass_can_go_on_from_a3po_after_the_scales_have_decayed(tmp_path):
+    """Also where there are as many completions as tokens, and a wrong shape would be broadcast."""
+    shapes = []
+
+    class Faded(A3POTrainer):
+        def shape_advantages(self, advantages, *, mask, **batch):
+            shaped = super().shape_advantages(advantages, mask=mask, **batch)
+            shapes.append(tuple(shaped.shape))
+            return shaped * 0.9 ** mask.cumsum(1)
+
+    trainer = make(tmp_path, Faded, max_steps=4, scale_decay_steps=2)
+    trainer.train()
+    assert trainer.current_shaping_settings()["positive_low_scale"] == 1
+    assert shapes == [(8, 8)] * 4
 
 
 # The contract with TRL: releases that would train something else under the name of A3PO

@@ -160,14 +160,15 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         without it the settings of the shaping in [`A3POConfig`] do nothing.
 
         It is called once for each batch that the loss is computed on, without gradients, before the loss reads the
-        advantages; the rollout keeps its own. It should neither wait for the device (`.item()`, a Python `if` on a
-        tensor) nor communicate.
+        advantages. It must change no argument in place: they are the rollout's own. It should neither wait for the
+        device (`.item()`, a Python `if` on a tensor) nor communicate.
 
         Args:
             advantages (`torch.Tensor` of shape `(B,)`):
                 Advantage of each completion, as GRPO computes it.
             per_token_logps (`torch.Tensor` of shape `(B, T)`):
-                Log-probabilities of the sampled tokens under the policy being trained, 0 where masked.
+                Log-probabilities of the sampled tokens under the policy being trained; where masked, of whatever
+                stands there.
             old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
                 The same under the policy that the rollout's importance ratios refer to. While rollout and update are
                 aligned it is `per_token_logps`. Never the log-probabilities that a vLLM sampler reports.
@@ -183,14 +184,15 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
                 Share of the optimizer steps that are done, from 0 to 1.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`, or `(B,)` where all tokens of a completion share one advantage.
+            `torch.Tensor` of shape `(B, T)`, or `(B,)` where all tokens of a completion share one advantage; called
+            by a method of yours, always `(B, T)`, 0 where `mask` is 0.
         """
         settings = self.current_shaping_settings()
         for end in TOKEN_ENDS:
             if settings[f"{end}_ratio"] > 0:
                 self._metrics[self._mode][f"a3po/scale/{end}"].append(settings[f"{end}_scale"])
-        if not selects_tokens(settings):
-            # In TRL's own shape the loss is GRPO's to the last bit.
+        if not selects_tokens(settings) and not self._shapes_its_own_way:
+            # In TRL's own shape the loss is GRPO's to the last bit. Who goes on from here gets one shape throughout.
             return weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
         token_metric = old_per_token_logps if self.args.token_metric == "prob" else entropies
         return shape_advantages(advantages, token_metric, mask, **settings)
@@ -247,7 +249,8 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         # Absent while rollout and update are aligned: the two policies are one.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps)
 
-        shaped = self.shape_advantages(
+        shape = self._shape_in_its_own_way if self._shapes_its_own_way else self.shape_advantages
+        inputs["advantages"] = shaped = shape(
             advantages,
             per_token_logps=per_token_logps,
             old_per_token_logps=old_per_token_logps,
@@ -256,12 +259,6 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
             rewards=inputs.get("rewards"),
             progress=self.state.global_step / max(1, self.state.max_steps),  # unknown before training
         )
-        if shaped.shape not in (advantages.shape, mask.shape):
-            raise ValueError(
-                f"`shape_advantages` must return a tensor of shape (B, T) = {tuple(mask.shape)} or (B,) = "
-                f"{tuple(advantages.shape)}, got {tuple(shaped.shape)}."
-            )
-        inputs["advantages"] = shaped
 
         if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
@@ -275,6 +272,28 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
+
+    def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
+        """What can be told of a method that a user wrote without waiting for the device."""
+        given = {"advantages": advantages, "mask": mask, **batch}
+        versions = {name: tensor._version for name, tensor in given.items() if isinstance(tensor, Tensor)}
+        shaped = self.shape_advantages(advantages, mask=mask, **batch)
+        if not isinstance(shaped, Tensor) or not shaped.is_floating_point():
+            found = shaped.dtype if isinstance(shaped, Tensor) else type(shaped).__name__
+            raise TypeError(f"`shape_advantages` must return a tensor of floating-point numbers, got {found}.")
+        if shaped.shape not in (advantages.shape, mask.shape):
+            raise ValueError(
+                f"`shape_advantages` must return a tensor of shape (B, T) = {tuple(mask.shape)} or (B,) = "
+                f"{tuple(advantages.shape)}, got {tuple(shaped.shape)}."
+            )
+        changed = [f"`{name}`" for name, version in versions.items() if given[name]._version != version]
+        if changed:
+            raise ValueError(
+                f"`shape_advantages` changed {', '.join(changed)} in place. What it is given is the rollout's own and "
+                "comes back for every iteration: make a new tensor, for example `advantages * 2`."
+            )
+        # TRL multiplies by the mask, and 0 times NaN is NaN.
+        return shaped if shaped.dim() == 1 else shaped.where(mask.bool(), 0.0)
 
     @property
     def _mode(self) -> str:
@@ -339,7 +358,8 @@ class _Moments(TrainerCallback):
                 f"The gradient of step {state.global_step} is NaN, and so are all parameters from then on. Go back to "
                 "the last checkpoint with a finite `grad_norm`, and keep the policy closer to what it learns from: "
                 "lower `learning_rate`, `num_iterations` or `steps_per_generation`; in what a `rollout_func` returns, "
-                "look for tokens to which the policy gives no probability."
+                "look for tokens to which the policy gives no probability; in what a `shape_advantages` of yours "
+                "returns, for NaN."
             )
 
 

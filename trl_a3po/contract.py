@@ -9,6 +9,7 @@ configured, on a few made-up log-probabilities, and looks at the gradient of eac
 
 import copy
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ def loss_gradient(
     per_token_logps: Tensor,
     entropies: Tensor,
     shape_advantages: Callable[..., Tensor] | None = None,
+    progress: float = 0.0,
 ) -> Tensor:
     """
     Gradient of the trainer's loss with respect to log-probabilities that are given, not computed by its model.
@@ -65,6 +67,7 @@ def loss_gradient(
         per_token_logps (`torch.Tensor` of shape `(B, T)`): The log-probabilities.
         entropies (`torch.Tensor` of shape `(B, T)`): The entropies.
         shape_advantages (callable, *optional*): What to call in place of the trainer's `shape_advantages`.
+        progress (`float`, *optional*, defaults to `0.0`): Share of the optimizer steps that are done.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`.
@@ -81,6 +84,9 @@ def loss_gradient(
     probe._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     probe._polarity_sums = {}
     probe._token_log = None
+    probe.state = copy.copy(trainer.state)
+    probe.state.max_steps = max(4, trainer.args.max_steps)
+    probe.state.global_step = math.ceil(progress * probe.state.max_steps)
     probe.current_gradient_accumulation_steps = 1
     if shape_advantages is not None:
         probe.shape_advantages = shape_advantages
