@@ -274,9 +274,13 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
 
     def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
-        """What can be told of a method that a user wrote without waiting for the device."""
+        """A subclass's `shape_advantages`, with what can be told of it without waiting for the device."""
         given = {"advantages": advantages, "mask": mask, **batch}
-        versions = {name: tensor._version for name, tensor in given.items() if isinstance(tensor, Tensor)}
+        versions = {
+            name: tensor._version
+            for name, tensor in given.items()
+            if isinstance(tensor, Tensor) and not tensor.is_inference()  # those count no versions
+        }
         shaped = self.shape_advantages(advantages, mask=mask, **batch)
         if not isinstance(shaped, Tensor) or not shaped.is_floating_point():
             found = shaped.dtype if isinstance(shaped, Tensor) else type(shaped).__name__
