@@ -12,6 +12,9 @@ from pathlib import Path
 import tiny
 import torch
 import torch.distributed
+import transformers
+from packaging.version import Version
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_a3po import A3POTrainer, dynamic_sampling
 
@@ -63,10 +66,25 @@ def pair_groups_as_two_processes(live, fresh_live, pair_groups=dynamic_sampling.
     return pair_groups(live[:half], fresh_live[:half]) + [(place + half, group + half) for place, group in second]
 
 
-def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, **fields):
+def mixture_of_experts():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    special = {"eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.3, "router_aux_loss_coef": 0.0}
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=len(tiny.tokenizer()), num_key_value_heads=1, head_dim=16, **size, **experts, **special
+        )
+    )
+
+
+def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, experts=False, **fields):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         dynamic_sampling.pair_groups = pair_groups_as_two_processes
+    experts_are_modules = experts and Version(transformers.__version__) < Version("5")
+    if experts_are_modules and processes == 1:
+        fields |= tiny.PLAIN  # as two have by themselves
     args = tiny.config(
         output,
         per_device_train_batch_size=rows // processes // micro_batches,
@@ -83,8 +101,17 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
         **fields,
     )
     reward_func = reward_with_equal_groups if equal_groups else reward
-    trainer = Trainer(model, reward_func, args, tiny.prompts(), eval_dataset=tiny.prompts(8), rollout_func=rollout)
+    trainer = Trainer(
+        mixture_of_experts() if experts else model,
+        reward_func,
+        args,
+        tiny.prompts(),
+        eval_dataset=tiny.prompts(8),
+        processing_class=tiny.tokenizer(),
+        rollout_func=rollout,
+    )
     assert trainer.accelerator.num_processes == processes
+    assert not (experts_are_modules and (trainer._trims or trainer._skips))
     passes = []
     trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

@@ -27,6 +27,7 @@ CASES = {
     "truncated": {"mask_truncated_completions": True, **PLAIN},
     "truncated, savings": {"mask_truncated_completions": True},
     "reused, savings": {"num_iterations": 2},
+    "experts, savings": {"experts": True, "equal_groups": True},
     # One of the two has only groups that teach nothing, or another number of them.
     "sampled anew": {"equal_groups": True, "dynamic_sampling": 2, **PLAIN},
     "sampled anew, more": {"rows": 32, "equal_groups": True, "dynamic_sampling": 2},

@@ -9,6 +9,7 @@ import torch
 import trl
 from datasets import IterableDataset
 from packaging.version import Version
+from peft import PromptTuningConfig
 from test_drop_in import ENVIRONMENTS, ROLLOUT_FUNCTION, TOOLS, images
 from test_drop_in import make as make_run
 from test_training import StopAfter
@@ -78,7 +79,8 @@ def rollout_of(rows, pad_token_id):
         "completion_mask": padded("completion_mask", 0, torch.long),
         "tool_mask": padded("tool_mask", 1, torch.long),
         "old_per_token_logps": padded("logps", 0.0),
-        "importance_sampling_ratio": torch.tensor([[row["ratio"]] for row in rows]),  # of sequences
+        "importance_sampling_ratio": padded("ratios", 1.0),  # of tokens; those of sequences are
+        "sequence_ratio": torch.tensor([[row["ratios"][0]] for row in rows]),
         "advantages": torch.tensor([row["advantage"] for row in rows]),
         "text": [row["text"] for row in rows],
         "num_items_in_batch": torch.tensor(7),
@@ -97,7 +99,7 @@ def random_rows(count, longest, generator):
                 "completion_ids": torch.randint(10, 99, (length,), generator=generator).tolist(),
                 "tool_mask": [int(number > 0) for number in numbers],
                 "logps": numbers,
-                "ratio": numbers[0],
+                "ratios": numbers,
                 "advantage": numbers[-1],
                 "text": str(numbers),
             }
@@ -455,6 +457,9 @@ def refusal(model_dir, output_dir, run):
         return make(output_dir, arguments={"model": model_dir, "train_dataset": stream})
     if run == "positions":
         return make(output_dir, arguments={"model": gpt2()})
+    if run == "virtual tokens":
+        adapter = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        return make(output_dir, arguments={"model": model_dir, "peft_config": adapter})
     return make_run(images, output_dir, dynamic_sampling=3)
 
 
@@ -462,7 +467,8 @@ def refusal(model_dir, output_dir, run):
     ("run", "message"),
     [
         ("stream", "a dataset without an index, `IterableDataset`. Pass a `Dataset`, or set `dynamic_sampling=0`."),
-        ("positions", "a model that looks its positions up, or rotates them by the length. Take another model, or"),
+        ("positions", "a model, or an adapter, that sees the padding of prompts. Take another, or"),
+        ("virtual tokens", "a model, or an adapter, that sees the padding of prompts. Take another, or"),
         ("images", "a processor of images. To train on text alone, pass the tokenizer as `processing_class`, or"),
     ],
 )

@@ -5,12 +5,25 @@ import itertools
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.version import Version
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from torch._dynamo.utils import counters
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po.trimmed_trainer import has_experts_as_modules, sees_padding
 from trl_a3po.update_phase import (
     Extent,
     extent_of,
@@ -280,12 +293,73 @@ def test_a_shaping_of_ones_own_sees_every_row_in_the_company_it_has_without_savi
     assert cells(saved) < cells(plain)
 
 
-def test_absolute_positions_keep_the_padding_of_the_prompt(tmp_path):
-    plain, saved = (train(gpt2, tmp_path, **fields) for fields in (tiny.PLAIN, {}))
+def recurrent():
+    """A model whose recurrent layers take padding for tokens."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    special = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
+    return RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(
+            vocab_size=len(tiny.tokenizer()), head_dim=16, lru_width=32, attention_window_size=64, **size, **special
+        )
+    )
+
+
+VIRTUAL_TOKENS = {
+    "prompt tuning": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix tuning": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("case", ["absolute positions", "recurrent", *VIRTUAL_TOKENS])
+def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir, tmp_path):
+    if case == "recurrent" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("there it keeps its state from one pass to the next, and does not train")
+    model = {"absolute positions": gpt2, "recurrent": recurrent}.get(case, model_dir)
+    arguments = {"peft_config": VIRTUAL_TOKENS[case]} if case in VIRTUAL_TOKENS else {}
+    plain, saved = (
+        train(model, tmp_path, arguments={**arguments}, learning_rate=0.3, **fields) for fields in (tiny.PLAIN, {})
+    )
     for name, value in tiny.parameters(plain).items():
         torch.testing.assert_close(tiny.parameters(saved)[name], value, rtol=1e-4, atol=1e-5)
     assert cells(saved) < cells(plain)
     assert not saved._trims_prompt
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ({}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+        ({"layer_types": ["full_attention", "linear_attention"]}, False),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, True),
+        ({"attn_temperature_tuning": True}, True),
+        ({"log_scaling_n_floor": 128_000}, True),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, True),
+        ({"rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, True),
+        ({"rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 0}}, False),
+        ({"rope_scaling": {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {}}}, True),
+    ],
+    ids=str,
+)
+def test_padding_is_seen_by_what_goes_by_columns(settings, seen):
+    model = tiny.model()
+    for name, value in settings.items():
+        setattr(
+            model.config,
+            "rope_parameters" if hasattr(model.config, "rope_parameters") and name == "rope_scaling" else name,
+            value,
+        )
+    assert sees_padding(model) == seen
+
+
+def test_experts_are_modules_before_transformers_5():
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    mixture = Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=8, num_key_value_heads=2, **size, **experts))
+    assert has_experts_as_modules(mixture) == (Version(transformers.__version__) < Version("5"))
+    assert not has_experts_as_modules(Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **size)))
 
 
 def test_columns_stay_multiples(model_dir, tmp_path):

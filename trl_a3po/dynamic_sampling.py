@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PretrainedConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
-from .trimmed_trainer import TrimmedGRPOTrainer, has_relative_positions
+from .trimmed_trainer import TrimmedGRPOTrainer, sees_padding
 from .update_phase import loss_mask, merge_rows, take_rows
 
 
@@ -49,9 +49,9 @@ class DynamicSamplingGRPOTrainer(TrimmedGRPOTrainer):
             refused = f"a dataset without an index, `{type(self.train_dataset).__name__}`. Pass a `Dataset`"
         elif isinstance(self.processing_class, ProcessorMixin):
             refused = "a processor of images. To train on text alone, pass the tokenizer as `processing_class`"
-        elif not has_relative_positions(cast(PretrainedConfig, self.model.config)):
+        elif sees_padding(self.model):
             # A group's log-probabilities would be others among longer prompts than it was sampled with.
-            refused = "a model that looks its positions up, or rotates them by the length. Take another model"
+            refused = "a model, or an adapter, that sees the padding of prompts. Take another"
         else:
             return
         raise ValueError(
@@ -178,6 +178,7 @@ def swap_groups(
         first, first_fresh = place * num_generations, len(rows) + group * num_generations
         rows[first : first + num_generations] = range(first_fresh, first_fresh + num_generations)
     padding = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
+    padding["importance_sampling_ratio"] = 1  # which VESPO reads there
     swapped: dict[str, Any] = {}
     for key, value in rollout.items():
         both = [value, fresh[key]]

@@ -16,6 +16,9 @@ from .update_phase import loss_mask, plan_micro_batches, row_lengths, run_extent
 # is the number of tokens in the micro-batch.
 _SAME_LOSS_IN_ANY_GROUPING = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo")
 
+# Kinds of layers, as configurations name them, to which padding on the left is as if it were not there.
+_BY_DISTANCE = {"full_attention", "sliding_attention", "linear_attention"}
+
 
 class TrimmedGRPOTrainer(GRPOTrainer):
     """
@@ -36,17 +39,22 @@ class TrimmedGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._multiple = int(self.pad_to_multiple_of or 1)
-        # Images belong to columns, and are not split by rows.
-        has_images = isinstance(self.processing_class, ProcessorMixin)
-        self._trims = self.args.trim_padding and not has_images
-        self._trims_prompt = self._trims and has_relative_positions(cast(PretrainedConfig, self.model.config))
+        unsuited = (
+            # Images belong to columns, and are not split by rows.
+            isinstance(self.processing_class, ProcessorMixin)
+            # Where a process has fewer tokens than the others, more of its experts go without a gradient, which DDP
+            # waits for.
+            or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
+        )
+        self._trims = self.args.trim_padding and not unsuited
+        self._trims_prompt = self._trims and not sees_padding(self.model)
         # Terms of the loss for which a row, or the company of rows in a micro-batch, matters beyond its advantage.
         looks_at_all_rows = (
             self.top_entropy_quantile < 1.0
             or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.9
             or getattr(self, "aux_loss_enabled", False)
         )
-        self._skips = self.args.skip_zero_advantage and not (has_images or looks_at_all_rows or self.beta != 0.0)
+        self._skips = self.args.skip_zero_advantage and not (unsuited or looks_at_all_rows or self.beta != 0.0)
         self._groups = self.loss_type in _SAME_LOSS_IN_ANY_GROUPING and not looks_at_all_rows
 
     def _has_gradient(self, inputs: dict[str, Any]) -> Tensor:
@@ -114,17 +122,35 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         return logps, *others
 
 
-def has_relative_positions(config: PretrainedConfig) -> bool:
+def sees_padding(model: torch.nn.Module) -> bool:
     """
-    Whether it makes no difference to a model how many columns of padding are to the left of its tokens.
+    Whether it makes a difference to a model how many columns of padding are to the left of its tokens.
 
-    That holds for rotary positions, unless the rotation depends on the length. Positions that are looked up by column
-    (GPT-2) make a difference; what is not known is taken to.
+    It makes none to rotary positions and attention that goes by distance. It does to positions that are looked up by
+    column (GPT-2), to a rotation that depends on the length, to attention that is scaled or cut into blocks by column
+    (Llama 4, Ministral 3), and where adapters put virtual tokens before the padding. What is not known is taken to see
+    it.
     """
+    adapters = getattr(model, "peft_config", {}).values()
+    config = cast(PretrainedConfig, model.config).get_text_config()
     rope = _rope(config)
     nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    kinds = {each.get("rope_type", "default") for each in nested}
-    return has_rotary_positions(config) and not kinds & {"dynamic", "longrope"}
+    return (
+        any(adapter.is_prompt_learning for adapter in adapters)
+        or not has_rotary_positions(config)
+        or not {each.get("rope_type", "default") for each in nested}.isdisjoint({"dynamic", "longrope"})
+        or any(each.get("llama_4_scaling_beta") for each in nested)
+        or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
+        or not _BY_DISTANCE.issuperset(getattr(config, "layer_types", None) or ())
+        or config.model_type == "recurrent_gemma"  # whose recurrent layers do not mask it
+    )
+
+
+def has_experts_as_modules(model: torch.nn.Module) -> bool:
+    """Whether experts are modules of their own, as before transformers 5: those without a token have no gradient."""
+    return any(
+        name.endswith("experts") and isinstance(module, torch.nn.ModuleList) for name, module in model.named_modules()
+    )
 
 
 def has_rotary_positions(config: PretrainedConfig) -> bool:
