@@ -9,7 +9,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import PromptEncoderConfig, PromptTuningConfig
 from torch._dynamo.utils import counters
 from transformers import (
     GPT2Config,
@@ -307,7 +307,6 @@ def recurrent():
 
 VIRTUAL_TOKENS = {
     "prompt tuning": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    "prefix tuning": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, task_type="CAUSAL_LM"),
 }
 
