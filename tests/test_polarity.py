@@ -144,7 +144,7 @@ def test_methods_differ_by_what_the_loss_reads(start, monkeypatch):
     def spy(self, inputs, **others):
         before = inputs["advantages"].clone()
         original(self, inputs, **others)
-        if self.state.max_steps and name not in seen:  # not the check of the contract, before training
+        if self.is_in_train and name not in seen:  # not the check of the contract, before training
             mask, shaped = inputs["completion_mask"].bool(), inputs["advantages"]
             seen[name] = torch.where(mask, shaped if shaped.dim() == 2 else shaped[:, None], 0.0), before
 

@@ -330,9 +330,18 @@ def test_the_scales_decay_over_a_fraction_of_the_steps(model_dir, tmp_path):
 
 def test_a_scale_of_1_at_the_end_is_grpo(model_dir, tmp_path):
     """Once the scales have arrived at 1, the advantages are handed to TRL as it made them."""
-    trainer = train(Recorder, model_dir, tmp_path, max_steps=3, scale_decay_steps=2)
-    assert [call["shaped"].dim() for call in trainer.calls] == [2, 2, 1]
-    assert torch.equal(trainer.calls[2]["shaped"], trainer.calls[2]["advantages"])
+    calls = []
+
+    class Watched(A3POTrainer):  # a subclass with a `shape_advantages` of its own has one shape throughout
+        def _shape_loss_inputs(self, inputs, **others):
+            before = inputs["advantages"]
+            super()._shape_loss_inputs(inputs, **others)
+            if self.is_in_train:
+                calls.append((before, inputs["advantages"]))
+
+    train(Watched, model_dir, tmp_path, max_steps=3, scale_decay_steps=2)
+    assert [shaped.dim() for _, shaped in calls] == [2, 2, 1]
+    assert torch.equal(*calls[2])
 
 
 def test_a_decay_longer_than_the_epochs_is_refused_before_anything_is_generated(model_dir, tmp_path):
