@@ -72,8 +72,9 @@ def test_an_error_in_one_process_ends_all(failure, error, launch):
 def test_a_checkpoint_that_misses_the_part_of_a_process_is_not_whole(launch):
     died = launch("saving")
     assert died.exit_code == 1
-    assert max(seconds for _, seconds in died.errors().values()) < MOST_SECONDS
     checkpoint = died.output / "saving" / "checkpoint-2"
+    # It dies once this is there. The others are ended by an error, or by torchrun before they can note one.
+    assert died.end - (checkpoint / "trainer_state.json").stat().st_mtime < MOST_SECONDS
     assert get_last_checkpoint(checkpoint.parent) == str(checkpoint)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
     assert not (checkpoint / "rng_state_1.pth").exists()

@@ -177,8 +177,13 @@ def swap_groups(
     for place, group in swaps:
         first, first_fresh = place * num_generations, len(rows) + group * num_generations
         rows[first : first + num_generations] = range(first_fresh, first_fresh + num_generations)
-    padding = {"prompt_ids": pad_token_id, "completion_ids": pad_token_id, "tool_mask": 1}
-    padding["importance_sampling_ratio"] = 1  # which VESPO reads there
+    # As TRL pads. VESPO reads the ratio of padding, too.
+    padding = {
+        "prompt_ids": pad_token_id,
+        "completion_ids": pad_token_id,
+        "tool_mask": 1,
+        "importance_sampling_ratio": 1,
+    }
     swapped: dict[str, Any] = {}
     for key, value in rollout.items():
         both = [value, fresh[key]]

@@ -88,7 +88,7 @@ CLAIMS = [
         ],
     ),
     Claim(
-        "The same with plain gradient descent, which cancels nothing",
+        "The same with plain gradient descent at one learning rate: twice the size is there twice the step",
         [
             Comparison("sgd_p2n2", "=", "sgd", "entropy", MARGIN),
             Comparison("sgd_p2n2", "=", "sgd", "pass@1", MARGIN),
