@@ -70,13 +70,7 @@ class EntropyLoop(ClosedLoop):
     bound = 0.65  # nats: nine tenths of what the start model has
 
     def measured(self, log):
-        tokens = {
-            polarity: log[f"a3po/{polarity}/fraction"] * log[f"a3po/{polarity}/mean_length"]
-            for polarity in ("positive", "negative", "zero")
-            if f"a3po/{polarity}/entropy" in log
-        }
-        entropy = sum(count * log[f"a3po/{polarity}/entropy"] for polarity, count in tokens.items())
-        return entropy / sum(tokens.values()) if tokens else math.nan
+        return _mean_over_polarities(log, "entropy", ("fraction", "mean_length"))
 
 
 class MismatchLoop(ClosedLoop):
@@ -85,12 +79,15 @@ class MismatchLoop(ClosedLoop):
     bound = 0.05  # in log-probability: about what a sampler ten rollouts behind is off by, amplified or not
 
     def measured(self, log):
-        selected = {
-            polarity: log[f"a3po/{polarity}/fraction"]
-            * log[f"a3po/{polarity}/mean_length"]
-            * log[f"a3po/{polarity}/selected_fraction"]
-            for polarity in ("positive", "negative")
-            if f"a3po/{polarity}/selected_mismatch" in log
-        }
-        mismatch = sum(count * log[f"a3po/{polarity}/selected_mismatch"] for polarity, count in selected.items())
-        return mismatch / sum(selected.values()) if selected else math.nan
+        return _mean_over_polarities(log, "selected_mismatch", ("fraction", "mean_length", "selected_fraction"))
+
+
+def _mean_over_polarities(log: dict[str, float], metric: str, shares: tuple[str, ...]) -> float:
+    """Mean of a metric that is logged by polarity, each weighted by the product of its shares; NaN if none has it."""
+    total = weights = 0.0
+    for polarity in ("positive", "negative", "zero"):
+        if f"a3po/{polarity}/{metric}" in log:
+            weight = math.prod(log[f"a3po/{polarity}/{share}"] for share in shares)
+            total += weight * log[f"a3po/{polarity}/{metric}"]
+            weights += weight
+    return total / weights if weights else math.nan
