@@ -108,6 +108,8 @@ CPU = Preset(
 )
 PRESETS = {
     "cpu": CPU,
+    # Whether what is explored pays later.
+    "cpu-long": replace(CPU, rollouts=600, curve_points=12),
     # Never run in full by us.
     "gpu": replace(
         CPU,
