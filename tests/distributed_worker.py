@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import sharded_on_cpu
 import tiny
 import torch
 import torch.distributed
@@ -118,6 +119,7 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
         trainer.train()
     trainer.save_model(Path(output, name))
     return {
+        "distributed_type": trainer.accelerator.distributed_type.value,
         "log": trainer.state.log_history,
         "parameters": tiny.parameters(trainer),
         "passes": passes,
@@ -126,6 +128,7 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
 
 
 def main(model, output, cases):
+    sharded_on_cpu.shard()
     results = {name: train(model, output, name, **fields) for name, fields in json.loads(cases).items()}
     torch.save(results, Path(output, f"{os.environ.get('RANK', '0')}.pt"))
     if torch.distributed.is_initialized():
