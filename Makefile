@@ -71,7 +71,7 @@ format: $(VENV)/ready  ## mend what can be mended
 
 $(VENV)/ready: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev]" trackio
+	$(VENV)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev,deepspeed]" trackio
 	touch $@
 
 $(VENV_LOWEST)/ready: pyproject.toml requirements/constraints-lowest.txt

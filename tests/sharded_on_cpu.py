@@ -1,4 +1,4 @@
-"""FSDP and DeepSpeed without an accelerator: asked to shard on a CPU, Accelerate goes on with DDP, and does not say so."""
+"""FSDP and DeepSpeed without an accelerator. Told to shard on a CPU, Accelerate trains by DDP, and does not say so."""
 
 import os
 

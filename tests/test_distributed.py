@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import trl
+from packaging.version import Version
 from safetensors.torch import load_file
 
 
@@ -33,8 +35,10 @@ CASES = {
     "sampled anew, more": {"rows": 32, "equal_groups": True, "dynamic_sampling": 2},
     "sampled anew, reused": {"rows": 16, "equal_groups": True, "dynamic_sampling": 2, "num_iterations": 2},
 }
-# Where each pass is a collective operation, and one too few would hang.
-SHARDED_CASES = {name: fields for name, fields in CASES.items() if name == "plain" or "trim_padding" not in fields}
+# Those with something to leave out: where each pass is a collective operation, one too few would hang.
+SHARDED_CASES = {name: fields for name, fields in CASES.items() if "trim_padding" not in fields}
+if Version(transformers.__version__) < Version("5"):
+    del SHARDED_CASES["experts, savings"]  # FSDP cannot have experts that are modules, and no tokens on one process
 # Means of the means of micro-batches in TRL, and the time that a step takes.
 NOT_OF_THE_WHOLE_BATCH = {"entropy", "eval_entropy", "eval_loss", "step_time"}
 
@@ -111,9 +115,7 @@ def test_rounds_are_run_for_the_process_that_needs_them(ranks):
 @pytest.mark.parametrize(
     ("config", "distributed_type"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
 )
-def test_sharded_models_end_as_one_on_the_whole_batch(
-    config, distributed_type, alone, alone_dir, model_dir, tmp_path
-):
+def test_sharded_models_end_as_one_on_the_whole_batch(config, distributed_type, alone, alone_dir, model_dir, tmp_path):
     if distributed_type == "DEEPSPEED":
         pytest.importorskip("deepspeed")
     config_file = f"{trl.__path__[0]}/accelerate_configs/{config}.yaml"
