@@ -1,17 +1,19 @@
-"""
+r"""
 What the shaping costs: an update of A3POTrainer against one of GRPOTrainer, in turns, on the same rollouts.
 
     python benchmarks/step_overhead.py [--device cpu] [--threads 1] [--repeats 30] [--longest 512]
-    python benchmarks/step_overhead.py --device cuda --size 7b --lora --length 4096 --longest 16384 --vocabulary 152064
+    python benchmarks/step_overhead.py --device cuda --size 7b --lora --length 4096 --longest 16384 \
+        --vocabulary 152064 --rows 8 --micro-batch 1 --repeats 3
 
-An update is the forward and backward passes of one optimizer step, of 64 completions in micro-batches of
+An update is the forward and backward passes of one optimizer step, of `--rows` completions in micro-batches of
 `--micro-batch`, and for A3PO the sums that are logged, as if every step were. A3POTrainer computes it in GRPO's own
 way (`trim_padding` and `skip_zero_advantage` off), so that the shaping alone is measured; `+ savings` is what a user
 gets by default. Beside them, what a user would pick instead: the 20 % of tokens with the highest entropy, and TRL's
 own GMPO where it has it.
 
-`time` and `memory` are over GRPO's: the median of the ratios, with quartiles, and the ratio of the peaks. `syncs` and
-`collectives` are counted by the profiler in one update. The last line is the time of A3PO over GRPO's.
+`time` and `memory` are over GRPO's: the median of the ratios, with quartiles, and the ratio of the peaks of what an
+update allocates. `syncs` and `collectives` are counted by the profiler in one update. The last line is the time of
+A3PO over GRPO's.
 """
 
 import tempfile
@@ -23,8 +25,11 @@ from workload import Update, compare, given_reward, make_rollout, make_trainer, 
 from trl_a3po import A3POConfig, A3POTrainer
 
 
-# What makes the host wait for the device.
-SYNCS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "cudaStreamSynchronize"}
+# What makes the host wait for the device; on a CPU, what would.
+SYNCS = {
+    "cuda": {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"},
+    "cpu": {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"},
+}
 
 
 class LoggedUpdate(Update):
@@ -49,11 +54,11 @@ def peers():
     yield "GMPO", GMPOTrainer, GMPOConfig, {"loss_type": "grpo"}, Update
 
 
-def count_waits(run):
+def count_waits(run, device):
     with torch.profiler.profile() as profiler:
         run()
-    names = [event.name for event in profiler.events()]
-    return sum(name in SYNCS for name in names), sum(name.startswith(("c10d::", "nccl:")) for name in names)
+    names = [event.name() for event in profiler.profiler.kineto_results.events()]
+    return sum(name in SYNCS[device] for name in names), sum(name.startswith(("c10d::", "nccl:")) for name in names)
 
 
 def main():
@@ -72,7 +77,7 @@ def main():
         }
         runs = [update.run for update in updates.values()]
         peaks = [peak_bytes(run, args.device) for run in runs]  # warms up, too
-        waits = [count_waits(run) for run in runs]
+        waits = [count_waits(run, args.device) for run in runs]
         medians, ratios = compare(runs, args.device, args.repeats)
     print(f"{'':>20} {'seconds':>9}   {'time':<19} {'memory':>7} {'syncs':>6} {'collectives':>12}")
     for name, median, (low, ratio, high), peak, (syncs, collectives) in zip(

@@ -1,14 +1,17 @@
-"""
+r"""
 Time of an update: GRPOTrainer against A3POTrainer with `trim_padding` and `skip_zero_advantage`, on the same rollouts.
 
-    python benchmarks/update_throughput.py [--device cpu] [--threads 1] [--repeats 5] [--full | --whole-steps [--vllm]]
+    python benchmarks/update_throughput.py [--device cpu] [--threads 1] [--repeats 5] [--full | --headline]
+    python benchmarks/update_throughput.py --whole-steps [--vllm]
+    python benchmarks/update_throughput.py --device cuda --size 1.5b --length 1500 --longest 8192 \
+        --vocabulary 151936 --headline --repeats 3
 
 The shaping is neutral, so that both compute the same gradients. Completion lengths are log-normal (mean `--length`), a
 share of the groups has no spread of rewards. Each configuration is measured in turns, one optimizer step of both at a
 time; the ratio is the median over the pairs, with quartiles. `cells` are the positions that the model computes in the
 passes of the loss, over those that count: tokens, of prompts and completions, of completions with an advantage (1.0 is
 the limit). `difference` is the largest difference of the gradients, relative to the largest gradient. `memory` is the
-ratio of the peaks: of all that is allocated with CUDA, of what the update allocates on a CPU.
+ratio of the peaks of what the update allocates.
 
 With `--whole-steps` each step also generates its completions (by transformers, from a model of random weights, which
 ends them after `--length` tokens on average), scores them and steps the optimizer: what a user waits for. `--vllm`
@@ -31,7 +34,6 @@ from trl import GRPOConfig, GRPOTrainer
 from workload import (
     GROUP,
     PROMPT,
-    ROWS,
     Update,
     compare,
     given_reward,
@@ -94,7 +96,7 @@ class WholeStep:
         self.trainer._metrics["train"].clear()
         self.trainer._step = 0
         for _ in range(self.trainer.args.gradient_accumulation_steps):
-            self.trainer.training_step(self.trainer.model, [{"prompt": "-"} for _ in range(ROWS)], None)
+            self.trainer.training_step(self.trainer.model, [{"prompt": "-"} for _ in self.trainer.train_dataset], None)
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad(set_to_none=True)
 
@@ -140,6 +142,7 @@ def main():
     options = parser(__doc__)
     what = options.add_mutually_exclusive_group()
     what.add_argument("--full", action="store_true", help="all combinations, not one line of each kind")
+    what.add_argument("--headline", action="store_true", help="that of the last line, and one with nothing to save")
     what.add_argument("--whole-steps", action="store_true", help="generation, rewards and optimizer besides")
     options.add_argument("--vllm", action="store_true", help="generate by colocated vLLM, with --whole-steps")
     args = options.parse_args()
@@ -153,7 +156,9 @@ def main():
         print(f"speedup: {ratios[HEADLINE[1]]:.2f}")
         return
     grid = set(itertools.product(sigmas, deads, sizes))
-    if not args.full:
+    if args.headline:
+        grid = {HEADLINE}
+    elif not args.full:
         grid = {case for case in grid if sum(a != b for a, b in zip(case, HEADLINE, strict=True)) <= 1}
     print(
         f"{'sigma':>6} {'dead':>6} {'micro':>6} {'GRPO s':>9} {'A3PO s':>9} {'cells':>7} {'A3PO':>6} "

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.trainer_utils import set_seed
 
 
-ROWS, GROUP, PROMPT = 64, 8, 32
+GROUP, PROMPT = 8, 32
 SIZES = {
     "tiny": {
         "hidden_size": 128,
@@ -48,6 +48,7 @@ def parser(description):
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--size", default="tiny", choices=SIZES)
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16, not all parameters")
+    parser.add_argument("--rows", type=int, default=64, help=f"completions an update, in groups of {GROUP}")
     parser.add_argument("--length", type=int, default=100, help="mean of the completion lengths")
     parser.add_argument("--longest", type=int, default=512, help="where completions are cut off")
     parser.add_argument("--vocabulary", type=int, default=512)
@@ -63,7 +64,7 @@ def start(args):
     warnings.filterwarnings("ignore")
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
     print(
-        f"torch {torch.__version__}, TRL {trl.__version__}, {args.device} ({name}), {args.size} model, {ROWS} "
+        f"torch {torch.__version__}, TRL {trl.__version__}, {args.device} ({name}), {args.size} model, {args.rows} "
         "completions an update"
     )
 
@@ -74,16 +75,16 @@ def make_rollout(sigma, dead, args):
     advantage, and of their prompts. Lengths are log-normal; `dead` is the share of the groups without spread.
     """
     generator = torch.Generator().manual_seed(args.seed)
-    lengths = (sigma * torch.randn(ROWS, generator=generator) - sigma**2 / 2).exp() * args.length
+    rows, groups = args.rows, args.rows // GROUP
+    lengths = (sigma * torch.randn(rows, generator=generator) - sigma**2 / 2).exp() * args.length
     lengths = lengths.round().long().clamp(2, args.longest).tolist()
-    prompts = torch.randint(PROMPT // 2, PROMPT + 1, (ROWS // GROUP,), generator=generator).tolist()
-    groups = torch.randperm(ROWS // GROUP, generator=generator)
-    without_spread = set(groups[: round(dead * ROWS / GROUP)].tolist())
+    prompts = torch.randint(PROMPT // 2, PROMPT + 1, (groups,), generator=generator).tolist()
+    without_spread = set(torch.randperm(groups, generator=generator)[: round(dead * groups)].tolist())
     draw = lambda n: torch.randint(3, args.vocabulary, (n,), generator=generator).tolist()  # noqa: E731
     prompt_ids = [ids for n in prompts for ids in [draw(n)] * GROUP]
     completion_ids = [[*draw(n - 1), 1] for n in lengths]
-    rewards = [1.0 if i // GROUP in without_spread else float(i % 2) for i in range(ROWS)]
-    live = sum(len(prompt_ids[i]) + len(completion_ids[i]) for i in range(ROWS) if i // GROUP not in without_spread)
+    rewards = [1.0 if i // GROUP in without_spread else float(i % 2) for i in range(rows)]
+    live = sum(len(prompt_ids[i]) + len(completion_ids[i]) for i in range(rows) if i // GROUP not in without_spread)
     logprobs = [[0.0] * len(ids) for ids in completion_ids]
     rollout = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs, "given": rewards}
     return rollout, live
@@ -117,7 +118,7 @@ def make_trainer(
         args=config_class(
             directory,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=ROWS // micro_batch,
+            gradient_accumulation_steps=args.rows // micro_batch,
             num_generations=GROUP,
             max_completion_length=args.longest,
             max_steps=1000,
@@ -131,13 +132,13 @@ def make_trainer(
             disable_tqdm=True,
             **{"loss_type": "dapo", **fields},
         ),
-        train_dataset=Dataset.from_dict({"prompt": ["-"] * ROWS}),
+        train_dataset=Dataset.from_dict({"prompt": ["-"] * args.rows}),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if args.lora else None,
         rollout_func=rollout and (lambda prompts, trainer: {key: list(value) for key, value in rollout.items()}),
     )
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = ROWS // micro_batch
+    trainer.current_gradient_accumulation_steps = args.rows // micro_batch
     return trainer
 
 
@@ -153,7 +154,7 @@ class Update:
     def __init__(self, trainer):
         self.trainer = trainer
         self.cells = 0  # positions that the model computed in the last run
-        trainer._prepare_inputs([{"prompt": "-"} for _ in range(ROWS)])
+        trainer._prepare_inputs([{"prompt": "-"} for _ in trainer.train_dataset])
         self.micro_batches = trainer._buffered_inputs
         trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
@@ -183,11 +184,12 @@ def seconds(run, device):
 
 
 def peak_bytes(run, device):
-    """Of all that is allocated with CUDA; on a CPU, of what the run allocates."""
+    """Of what the run allocates, on top of what is there."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
