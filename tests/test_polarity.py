@@ -312,6 +312,9 @@ def test_missing_methods_are_not_run():
     finding = analyse.compare(made, analyse.Comparison("a3po", ">", "dapo", "pass@1"))
     assert (finding.verdict, finding.seeds) == ("not run", 0)
     assert "not run" in verdicts(made)
+    table = "\n".join(analyse.claim_table(made))
+    assert "not run" in table  # of a claim of which a part was run
+    assert "The decay matters" not in table
 
 
 def test_interval_is_students():
