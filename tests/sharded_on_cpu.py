@@ -2,8 +2,16 @@
 
 import os
 
+import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+
+
+def launcher(config):
+    """What starts two processes after `python`, by one of TRL's configurations of Accelerate."""
+    config_file = f"{trl.__path__[0]}/accelerate_configs/{config}.yaml"
+    options = ["--config_file", config_file, "--num_processes", "2", "--mixed_precision", "no"]
+    return ["-m", "accelerate.commands.launch", *options]
 
 
 def shard():

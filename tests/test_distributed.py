@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import sharded_on_cpu
 import torch
 import transformers
-import trl
 from packaging.version import Version
 from safetensors.torch import load_file
 
@@ -118,9 +118,7 @@ def test_rounds_are_run_for_the_process_that_needs_them(ranks):
 def test_sharded_models_end_as_one_on_the_whole_batch(config, distributed_type, alone, alone_dir, model_dir, tmp_path):
     if distributed_type == "DEEPSPEED":
         pytest.importorskip("deepspeed")
-    config_file = f"{trl.__path__[0]}/accelerate_configs/{config}.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", config_file, "--num_processes", "2"]
-    first, second = run([*launcher, "--mixed_precision", "no"], 2, model_dir, tmp_path, SHARDED_CASES)
+    first, second = run(sharded_on_cpu.launcher(config), 2, model_dir, tmp_path, SHARDED_CASES)
     for case in SHARDED_CASES:
         assert first[case]["distributed_type"] == distributed_type
         assert "c10d::_allgather_base_" in first[case]["collectives"]

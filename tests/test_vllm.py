@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import reference
+import sharded_on_cpu
 import tiny
 import torch
 import vllm_on_cpu
@@ -28,6 +29,11 @@ pytestmark = [
 ]
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
+LAUNCHERS = {
+    "MULTI_CPU": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "FSDP": sharded_on_cpu.launcher("fsdp2"),
+}
+ANEW = {"num_generations": 2, "dynamic_sampling": 2}
 DIFFERENCE = "sampling/sampling_logp_difference/max"
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -268,27 +274,36 @@ def _free_shared_memory():
 
 @pytest.mark.usefixtures("_own_memory")
 @pytest.mark.parametrize(
-    "fields",
+    ("distributed_type", "fields"),
     [
-        {"vllm_tensor_parallel_size": 1},
-        {"vllm_tensor_parallel_size": 2},
-        {"vllm_tensor_parallel_size": 2, **tiny.PLAIN},
-        {"vllm_tensor_parallel_size": 1, "num_generations": 2, "dynamic_sampling": 2},
-        {"vllm_tensor_parallel_size": 2, "num_generations": 2, "dynamic_sampling": 2},
-        {"vllm_mode": "server", "num_generations": 2, "dynamic_sampling": 2},
+        ("MULTI_CPU", {"vllm_tensor_parallel_size": 1}),
+        ("MULTI_CPU", {"vllm_tensor_parallel_size": 2}),
+        ("MULTI_CPU", {"vllm_tensor_parallel_size": 2, **tiny.PLAIN}),
+        ("MULTI_CPU", {"vllm_tensor_parallel_size": 1, **ANEW}),
+        ("MULTI_CPU", {"vllm_tensor_parallel_size": 2, **ANEW}),
+        ("MULTI_CPU", {"vllm_mode": "server", **ANEW}),
+        ("FSDP", {"vllm_tensor_parallel_size": 2, **ANEW}),
+        ("FSDP", {"vllm_mode": "server", **ANEW}),
     ],
-    ids=["two engines", "one engine", "one engine, plain", "two engines, anew", "one engine, anew", "server, anew"],
+    ids=[
+        *("two engines", "one engine", "one engine, plain", "two engines, anew", "one engine, anew", "server, anew"),
+        *("sharded, one engine, anew", "sharded, server, anew"),
+    ],
 )
-def test_two_processes(fields, model_dir, tmp_path, request):
+def test_two_processes(distributed_type, fields, model_dir, tmp_path, request):
     if "vllm_mode" in fields:
         fields = {**fields, **request.getfixturevalue("server")}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = LAUNCHERS[distributed_type]
     result = subprocess.run(
-        [*torchrun, WORKER, model_dir, tmp_path, json.dumps(fields)], capture_output=True, text=True, timeout=300
+        [sys.executable, *launcher, WORKER, model_dir, tmp_path, json.dumps(fields)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     outputs = [tmp_path / "0.pt", tmp_path / "1.pt"]
     assert all(output.exists() for output in outputs), result.stderr[-3000:]
     first, second = (torch.load(output, weights_only=True) for output in outputs)
+    assert first["distributed_type"] == distributed_type
     for entry in first["log"][:-1]:
         assert entry[DIFFERENCE] < 1e-4
         assert 0 < entry["grad_norm"] < math.inf

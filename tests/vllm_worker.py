@@ -2,7 +2,7 @@
 Trains two processes, with an engine in each, one over both or a server, and writes what each of them logged and ended
 with.
 
-Run by test_vllm.py under torchrun: `vllm_worker.py MODEL OUTPUT FIELDS`.
+Run by test_vllm.py under torchrun or `accelerate launch`: `vllm_worker.py MODEL OUTPUT FIELDS`.
 """
 
 import json
@@ -12,13 +12,21 @@ from pathlib import Path
 
 
 import vllm_on_cpu  # isort: skip  # first: it sets the environment that torch and vLLM read
+import sharded_on_cpu
 import tiny
 import torch
+from torch.distributed.tensor import DTensor
 
 from trl_a3po import A3POTrainer
 
 
+def whole_parameters(trainer):
+    parameters = tiny.parameters(trainer).items()
+    return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in parameters}
+
+
 def main(model, output, fields):
+    sharded_on_cpu.shard()
     args = tiny.config(output, **{**vllm_on_cpu.CONFIG, **json.loads(fields)})
     colocated = args.vllm_mode == "colocate"
     with vllm_on_cpu.engines() if colocated else vllm_on_cpu.weights_by_file(model, Path(output, "weights")):
@@ -28,7 +36,11 @@ def main(model, output, fields):
             parallel = trainer.vllm_generation.llm.llm_engine.vllm_config.parallel_config
             assert parallel.world_size == args.vllm_tensor_parallel_size
         trainer.train()
-        results = {"log": trainer.state.log_history, "parameters": tiny.parameters(trainer)}
+        results = {
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "log": trainer.state.log_history,
+            "parameters": whole_parameters(trainer),
+        }
         torch.save(results, Path(output, f"{trainer.accelerator.process_index}.pt"))
         trainer.accelerator.wait_for_everyone()
     sys.stdout.flush()
