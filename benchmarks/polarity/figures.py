@@ -22,15 +22,21 @@ FIGURES = {
 
 
 def draw(results: Results, directory: Path) -> list[str]:
-    """One row of panels a figure: entropy, held-out pass@1 and pass@k. Returns the names of the files."""
+    """
+    One row of panels a figure: entropy, held-out pass@1 and pass@k. None where fewer than two of its methods were run.
+
+    Returns:
+        The names of the files.
+    """
     pyplot.rcParams.update({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "trl-a3po"})
     names = []
     for name, methods in FIGURES.items():
+        run_methods = [method for method in methods if method in results]
+        if len(run_methods) < 2:
+            continue
         figure, (entropy, accuracy, reach) = pyplot.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-        for method in methods:
-            runs = list(results.get(method, {}).values())
-            if not runs:
-                continue
+        for method in run_methods:
+            runs = list(results[method].values())
             band(entropy, method, [(run["curves"]["step"], run["curves"]["entropy"]) for run in runs])
             band(accuracy, method, [(run["held_out_curve"]["step"], run["held_out_curve"]["pass@1"]) for run in runs])
             band(reach, method, [pass_curve(run) for run in runs])
