@@ -23,7 +23,7 @@ def output(request, model_dir, tmp_path_factory):
     result = subprocess.run(
         [sys.executable, *launcher, WORKER, model_dir, output], capture_output=True, text=True, timeout=600
     )
-    assert (output / "resumed" / "end" / "trainer_state.json").exists(), result.stdout + result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     distributed_type = "FSDP" if request.param == "fsdp2" else "DEEPSPEED"
     assert all(path.read_text() == distributed_type for path in output.glob("*/distributed_type"))
     return output
