@@ -89,6 +89,7 @@ class WholeStep:
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.batch = list(trainer.train_dataset)  # read here, not in what is timed
         trainer.create_optimizer()
 
     def run(self):
@@ -96,7 +97,7 @@ class WholeStep:
         self.trainer._metrics["train"].clear()
         self.trainer._step = 0
         for _ in range(self.trainer.args.gradient_accumulation_steps):
-            self.trainer.training_step(self.trainer.model, [{"prompt": "-"} for _ in self.trainer.train_dataset], None)
+            self.trainer.training_step(self.trainer.model, self.batch, None)
         self.trainer.optimizer.step()
         self.trainer.model.zero_grad(set_to_none=True)
 

@@ -98,6 +98,9 @@ def make_trainer(
     trainer_class, config_class, args, micro_batch, directory, reward=given_reward, rollout=None, **fields
 ):
     set_seed(0)
+    accumulation, rest = divmod(args.rows, micro_batch)
+    if rest or not accumulation:
+        raise ValueError(f"{args.rows} rows are no whole micro-batches of {micro_batch}. Pass a multiple to `--rows`.")
     config = Qwen2Config(
         **SIZES[args.size],
         vocab_size=args.vocabulary,
@@ -118,7 +121,7 @@ def make_trainer(
         args=config_class(
             directory,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=args.rows // micro_batch,
+            gradient_accumulation_steps=accumulation,
             num_generations=GROUP,
             max_completion_length=args.longest,
             max_steps=1000,
@@ -138,7 +141,7 @@ def make_trainer(
         rollout_func=rollout and (lambda prompts, trainer: {key: list(value) for key, value in rollout.items()}),
     )
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = args.rows // micro_batch
+    trainer.current_gradient_accumulation_steps = accumulation
     return trainer
 
 
@@ -154,7 +157,7 @@ class Update:
     def __init__(self, trainer):
         self.trainer = trainer
         self.cells = 0  # positions that the model computed in the last run
-        trainer._prepare_inputs([{"prompt": "-"} for _ in trainer.train_dataset])
+        trainer._prepare_inputs(list(trainer.train_dataset))
         self.micro_batches = trainer._buffered_inputs
         trainer.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
