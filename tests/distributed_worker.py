@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-import sharded_on_cpu
+import processes
 import tiny
 import torch
 import torch.distributed
@@ -80,16 +80,16 @@ def mixture_of_experts():
 
 
 def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, experts=False, **fields):
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
         dynamic_sampling.pair_groups = pair_groups_as_two_processes
     experts_are_modules = experts and Version(transformers.__version__) < Version("5")
-    if experts_are_modules and processes == 1:
+    if experts_are_modules and world_size == 1:
         fields |= tiny.PLAIN  # as two have by themselves
     args = tiny.config(
         output,
-        per_device_train_batch_size=rows // processes // micro_batches,
-        per_device_eval_batch_size=ROWS // processes,
+        per_device_train_batch_size=rows // world_size // micro_batches,
+        per_device_eval_batch_size=ROWS // world_size,
         gradient_accumulation_steps=micro_batches,
         num_generations=4,
         max_steps=4,
@@ -111,7 +111,7 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
         processing_class=tiny.tokenizer(),
         rollout_func=rollout,
     )
-    assert trainer.accelerator.num_processes == processes
+    assert trainer.accelerator.num_processes == world_size
     assert not (experts_are_modules and (trainer._trims or trainer._skips))
     passes = []
     trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
@@ -130,13 +130,12 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
 
 
 def main(model, output, cases):
-    sharded_on_cpu.shard()
+    processes.shard()
     results = {name: train(model, output, name, **fields) for name, fields in json.loads(cases).items()}
     torch.save(results, Path(output, f"{os.environ.get('RANK', '0')}.pt"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        sys.stdout.flush()
-        os._exit(0)  # gloo threads of torch 2.13 sometimes abort the interpreter's own exit, with all work done
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,30 @@
-"""FSDP and DeepSpeed without an accelerator. Told to shard on a CPU, Accelerate trains by DDP, and does not say so."""
+"""Several processes on a CPU: what starts them, how they share a model, and how they end."""
 
 import os
+import sys
 
 import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 
-def launcher(config):
-    """What starts two processes after `python`, by one of TRL's configurations of Accelerate."""
+def torchrun(processes=2):
+    """What starts that many after `python`."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def accelerate_launch(config):
+    """What starts two after `python`, by one of TRL's configurations of Accelerate."""
     config_file = f"{trl.__path__[0]}/accelerate_configs/{config}.yaml"
     options = ["--config_file", config_file, "--num_processes", "2", "--mixed_precision", "no"]
     return ["-m", "accelerate.commands.launch", *options]
 
 
 def shard():
-    """From here on, Accelerate does on a CPU what `accelerate launch` was told."""
+    """
+    From here on, Accelerate shards models on a CPU as `accelerate launch` was told: FSDP or DeepSpeed. By itself it
+    trains by DDP there, and does not say so.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     make = AcceleratorState.__init__
 
@@ -30,9 +39,8 @@ def shard():
             init_deepspeed()
             self.distributed_type = DistributedType.DEEPSPEED
             self.deepspeed_plugins = deepspeed_plugin
-            (plugin,) = deepspeed_plugin.values() if isinstance(deepspeed_plugin, dict) else [deepspeed_plugin]
-            plugin.set_mixed_precision("no")
-            plugin.select(_from_accelerator_state=True)
+            deepspeed_plugin.set_mixed_precision("no")
+            deepspeed_plugin.select(_from_accelerator_state=True)
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = make_sharded
@@ -43,3 +51,9 @@ def init_deepspeed():
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled here and now
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
+def leave():
+    """Ends this process, all work done. Threads of gloo sometimes abort the interpreter's own exit (torch 2.13)."""
+    sys.stdout.flush()
+    os._exit(0)

@@ -4,11 +4,10 @@ Trains a model that two processes share, and generate from: with and without the
 Run by test_sharded.py under `accelerate launch`: `python sharded_worker.py MODEL OUTPUT`.
 """
 
-import os
 import sys
 from pathlib import Path
 
-import sharded_on_cpu
+import processes
 import tiny
 import torch.distributed
 from trl import GRPOConfig, GRPOTrainer
@@ -41,15 +40,14 @@ def train(model, output, trainer_class=A3POTrainer, config_class=A3POConfig, res
 
 
 def main(model, output):
-    sharded_on_cpu.shard()
+    processes.shard()
     train(model, output / "grpo", GRPOTrainer, GRPOConfig)
     train(model, output / "neutral", **tiny.NEUTRAL)
     train(model, output / "whole", **ANEW)
     train(model, output / "resumed", save_strategy="steps", save_steps=2, **ANEW)
     train(model, output / "resumed", resume=str(output / "resumed" / "checkpoint-2"), **ANEW)
     torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo threads of torch 2.13 sometimes abort the interpreter's own exit, with all work done
+    processes.leave()
 
 
 if __name__ == "__main__":

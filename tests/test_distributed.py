@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
-import sharded_on_cpu
 import torch
 import transformers
 from packaging.version import Version
@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 PLAIN = {"trim_padding": False, "skip_zero_advantage": False}
 CASES = {
@@ -43,7 +42,7 @@ if Version(transformers.__version__) < Version("5"):
 NOT_OF_THE_WHOLE_BATCH = {"entropy", "eval_entropy", "eval_loss", "step_time"}
 
 
-def run(launcher, processes, model_dir, output, cases=CASES):
+def run(launcher, world_size, model_dir, output, cases=CASES):
     output.mkdir(exist_ok=True)
     result = subprocess.run(
         [sys.executable, *launcher, WORKER, model_dir, output, json.dumps(cases)],
@@ -51,7 +50,7 @@ def run(launcher, processes, model_dir, output, cases=CASES):
         text=True,
         timeout=600,
     )
-    outputs = [output / f"{rank}.pt" for rank in range(processes)]
+    outputs = [output / f"{rank}.pt" for rank in range(world_size)]
     assert all(path.exists() for path in outputs), result.stdout + result.stderr
     return [torch.load(path, weights_only=True) for path in outputs]
 
@@ -76,7 +75,7 @@ def alone(model_dir, alone_dir):
 
 @pytest.fixture(scope="module")
 def ranks(model_dir, tmp_path_factory):
-    return run(TORCHRUN, 2, model_dir, tmp_path_factory.mktemp("two"))
+    return run(processes.torchrun(), 2, model_dir, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(params=CASES)
@@ -118,7 +117,7 @@ def test_rounds_are_run_for_the_process_that_needs_them(ranks):
 def test_sharded_models_end_as_one_on_the_whole_batch(config, distributed_type, alone, alone_dir, model_dir, tmp_path):
     if distributed_type == "DEEPSPEED":
         pytest.importorskip("deepspeed")
-    first, second = run(sharded_on_cpu.launcher(config), 2, model_dir, tmp_path, SHARDED_CASES)
+    first, second = run(processes.accelerate_launch(config), 2, model_dir, tmp_path, SHARDED_CASES)
     for case in SHARDED_CASES:
         assert first[case]["distributed_type"] == distributed_type
         assert "c10d::_allgather_base_" in first[case]["collectives"]

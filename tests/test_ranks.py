@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
@@ -16,7 +17,6 @@ from trl_a3po.checkpoints import last_whole_checkpoint
 pytest.importorskip("math_verify")
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
 MOST_SECONDS = 30  # from the error of one process to the end of all; it takes about 5
 
 
@@ -26,7 +26,7 @@ class Launch:
     def __init__(self, failure, model_dir, output):
         self.failure = failure
         self.output = output
-        command = [*TORCHRUN, WORKER, model_dir, output, failure]
+        command = [sys.executable, *processes.torchrun(3), WORKER, model_dir, output, failure]
         with (output / "log").open("w") as log:
             self.exit_code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=300).returncode
         self.end = time.time()

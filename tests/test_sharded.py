@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
-import sharded_on_cpu
 import torch
 from safetensors.torch import load_file
 
@@ -19,7 +19,7 @@ def output(request, model_dir, tmp_path_factory):
     if request.param == "zero3":
         pytest.importorskip("deepspeed")
     output = tmp_path_factory.mktemp(request.param)
-    launcher = sharded_on_cpu.launcher(request.param)
+    launcher = processes.accelerate_launch(request.param)
     result = subprocess.run(
         [sys.executable, *launcher, WORKER, model_dir, output], capture_output=True, text=True, timeout=600
     )

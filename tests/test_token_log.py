@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
@@ -255,7 +256,7 @@ def test_a_new_run_in_the_directory_starts_anew(tmp_path):
 
 def test_of_two_processes_the_main_one_writes(model_dir, tmp_path):
     worker = Path(__file__).with_name("distributed_worker.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, *processes.torchrun()]
     cases = json.dumps({"logged": {"log_tokens": 8}})
     subprocess.run([*launcher, worker, model_dir, tmp_path, cases], capture_output=True, timeout=300)
     assert (tmp_path / "1.pt").exists()

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import processes
 import reference
-import sharded_on_cpu
 import tiny
 import torch
 import vllm_on_cpu
@@ -30,8 +30,8 @@ pytestmark = [
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 LAUNCHERS = {
-    "MULTI_CPU": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "FSDP": sharded_on_cpu.launcher("fsdp2"),
+    "MULTI_CPU": processes.torchrun(),
+    "FSDP": processes.accelerate_launch("fsdp2"),
 }
 ANEW = {"num_generations": 2, "dynamic_sampling": 2}
 DIFFERENCE = "sampling/sampling_logp_difference/max"

@@ -125,4 +125,8 @@ def config(output_dir, config_class=A3POConfig, **fields):
 
 
 def parameters(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    """Copies. Of a model that processes share by FSDP2, each puts the whole together: all must call it."""
+    parameters = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    return {
+        name: each.full_tensor() if hasattr(each, "full_tensor") else each.clone() for name, each in parameters.items()
+    }

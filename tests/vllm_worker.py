@@ -6,27 +6,20 @@ Run by test_vllm.py under torchrun or `accelerate launch`: `vllm_worker.py MODEL
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 
 import vllm_on_cpu  # isort: skip  # first: it sets the environment that torch and vLLM read
-import sharded_on_cpu
+import processes
 import tiny
 import torch
-from torch.distributed.tensor import DTensor
 
 from trl_a3po import A3POTrainer
 
 
-def whole_parameters(trainer):
-    parameters = tiny.parameters(trainer).items()
-    return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in parameters}
-
-
 def main(model, output, fields):
-    sharded_on_cpu.shard()
+    processes.shard()
     args = tiny.config(output, **{**vllm_on_cpu.CONFIG, **json.loads(fields)})
     colocated = args.vllm_mode == "colocate"
     with vllm_on_cpu.engines() if colocated else vllm_on_cpu.weights_by_file(model, Path(output, "weights")):
@@ -39,12 +32,11 @@ def main(model, output, fields):
         results = {
             "distributed_type": trainer.accelerator.distributed_type.value,
             "log": trainer.state.log_history,
-            "parameters": whole_parameters(trainer),
+            "parameters": tiny.parameters(trainer),
         }
         torch.save(results, Path(output, f"{trainer.accelerator.process_index}.pt"))
         trainer.accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    os._exit(0)  # gloo threads of torch 2.13 sometimes abort the interpreter's own exit, with all work done
+    processes.leave()
 
 
 if __name__ == "__main__":
