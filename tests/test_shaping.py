@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import reference
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from trl_a3po import shape_advantages
+from trl_a3po import shape_advantages, shaping
 from trl_a3po.shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, weight_polarities
 
 
@@ -69,27 +70,44 @@ def shapings(draw):
     }
 
 
-@settings(max_examples=2000, deadline=None)
-@given(batch=batches(), shaping=shapings(), dtype=st.sampled_from(DTYPES))
-def test_agrees_with_the_definition(batch, shaping, dtype):
+# All at once, by rows alone, by a few of like length: how a CPU takes small batches and large ones.
+CACHED_TOKENS = st.sampled_from([shaping.CACHED_TOKENS, 1, 16])
+
+
+@settings(max_examples=3000, deadline=None)
+@given(batch=batches(), options=shapings(), dtype=st.sampled_from(DTYPES), cached_tokens=CACHED_TOKENS)
+def test_agrees_with_the_definition(batch, options, dtype, cached_tokens):
     advantages, metric, mask = batch
     metric = metric.to(dtype)
-    shaped = shape_advantages(advantages, metric, mask, **shaping)
-    expected = reference.shape_advantages(advantages.tolist(), metric.tolist(), mask.tolist(), **shaping)
+    with mock.patch.object(shaping, "CACHED_TOKENS", cached_tokens):
+        shaped = shape_advantages(advantages, metric, mask, **options)
+    expected = reference.shape_advantages(advantages.tolist(), metric.tolist(), mask.tolist(), **options)
     torch.testing.assert_close(shaped, torch.tensor(expected).reshape(shaped.shape), rtol=1e-5, atol=1e-6)
     assert shaped.dtype == advantages.dtype
 
 
 @settings(max_examples=200, deadline=None)
-@given(batch=batches(), shaping=shapings())
-def test_a_completion_is_shaped_alike_in_any_batch_and_padding(batch, shaping):
+@given(batch=batches(), options=shapings())
+def test_a_completion_is_shaped_alike_in_any_batch_and_padding(batch, options):
     advantages, metric, mask = batch
-    together = shape_advantages(advantages, metric, mask, **shaping)
+    together = shape_advantages(advantages, metric, mask, **options)
     padded = torch.nn.functional.pad(metric, (2, 3), value=-3.0), torch.nn.functional.pad(mask, (2, 3))
-    assert torch.equal(shape_advantages(advantages, *padded, **shaping)[:, 2 : together.shape[1] + 2], together)
+    assert torch.equal(shape_advantages(advantages, *padded, **options)[:, 2 : together.shape[1] + 2], together)
     for i in range(len(advantages)):
         row = slice(i, i + 1)
-        assert torch.equal(shape_advantages(advantages[row], metric[row], mask[row], **shaping), together[row])
+        assert torch.equal(shape_advantages(advantages[row], metric[row], mask[row], **options), together[row])
+
+
+def test_a_large_batch_is_shaped_as_each_of_its_completions():
+    generator = torch.Generator().manual_seed(0)
+    advantages, metric = torch.randn(40, generator=generator), torch.randn(40, 5000, generator=generator)
+    assert metric.numel() >= shaping.CACHED_TOKENS
+    length = torch.randint(0, 5001, (40, 1), generator=generator)
+    mask = (torch.arange(5000) < length) & (torch.rand(40, 5000, generator=generator) < 0.9)
+    together = shape_advantages(advantages, metric, mask, **A3PO)
+    for i in range(40):
+        row = slice(i, i + 1)
+        assert torch.equal(shape_advantages(advantages[row], metric[row], mask[row], **A3PO), together[row])
 
 
 @settings(max_examples=200, deadline=None)

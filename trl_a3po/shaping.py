@@ -27,6 +27,9 @@ from torch import Tensor
 # Each has a ratio and a scale: `positive_low_ratio`, `positive_low_scale`, ...
 TOKEN_ENDS = ("positive_low", "positive_high", "negative_low", "negative_high")
 
+# How many tokens a thread of a CPU shapes at a time, for them and what is computed between to stay in its caches.
+CACHED_TOKENS = 2**16
+
 
 def shape_advantages(
     advantages: Tensor,
@@ -81,32 +84,47 @@ def shape_advantages(
             "Expected `advantages` of shape (B,), and `token_metric` and `mask` both of shape (B, T). Got "
             f"{tuple(advantages.shape)}, {tuple(token_metric.shape)} and {tuple(mask.shape)}."
         )
-    check_settings(
-        positive_low_ratio=positive_low_ratio,
-        positive_low_scale=positive_low_scale,
-        positive_high_ratio=positive_high_ratio,
-        positive_high_scale=positive_high_scale,
-        negative_low_ratio=negative_low_ratio,
-        negative_low_scale=negative_low_scale,
-        negative_high_ratio=negative_high_ratio,
-        negative_high_scale=negative_high_scale,
-        positive_weight=positive_weight,
-        negative_weight=negative_weight,
-    )
+    settings = {
+        "positive_low_ratio": positive_low_ratio,
+        "positive_low_scale": positive_low_scale,
+        "positive_high_ratio": positive_high_ratio,
+        "positive_high_scale": positive_high_scale,
+        "negative_low_ratio": negative_low_ratio,
+        "negative_low_scale": negative_low_scale,
+        "negative_high_ratio": negative_high_ratio,
+        "negative_high_scale": negative_high_scale,
+        "positive_weight": positive_weight,
+        "negative_weight": negative_weight,
+    }
+    check_settings(**settings)
     mask = mask.bool()
+    if mask.device.type != "cpu" or mask.numel() < CACHED_TOKENS:
+        return _shape_rows(advantages, token_metric, mask, settings)
+    # A CPU is held up by its memory, and can read how long the completions are without waiting for anything: those of
+    # like length go together, without their padding, as many at a time as the caches hold.
+    shaped = torch.zeros_like(mask, dtype=advantages.dtype)
+    positions = torch.arange(1, mask.shape[1] + 1, dtype=torch.int32)
+    by_length = mask.sum(-1, dtype=torch.int32).argsort()
+    for rows in by_length.split(max(1, CACHED_TOKENS * torch.get_num_threads() // mask.shape[1])):
+        width = int((mask[rows] * positions).amax())
+        shaped[rows, :width] = _shape_rows(advantages[rows], token_metric[rows, :width], mask[rows, :width], settings)
+    return shaped
+
+
+def _shape_rows(advantages: Tensor, token_metric: Tensor, mask: Tensor, settings: Mapping[str, float]) -> Tensor:
+    """What [`shape_advantages`] returns, by arguments that it has checked."""
     positive = advantages > 0
     # Negating the metric of the negative completions turns their high end into a low one. A completion has one
     # polarity only, so one selection serves `positive_low` and `negative_high`, a second one the other two ends.
     sign = torch.ones_like(token_metric[:, :1]).masked_fill(~positive[:, None], -1.0)  # (B, 1)
     signed_metric = (token_metric * sign).masked_fill_(~mask, math.nan)
 
-    shaped = torch.where(mask, weight_polarities(advantages, positive_weight, negative_weight)[:, None], 0.0)
-    for flip, positive_end, negative_end in (
-        (False, (positive_low_ratio, positive_low_scale), (negative_high_ratio, negative_high_scale)),
-        (True, (positive_high_ratio, positive_high_scale), (negative_low_ratio, negative_low_scale)),
-    ):
+    weighted = weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
+    shaped = torch.where(mask, weighted[:, None], 0.0)
+    for flip, ends in (False, ("positive_low", "negative_high")), (True, ("positive_high", "negative_low")):
+        positive_scale, negative_scale = (settings[f"{end}_scale"] for end in ends)
         positive_ratio, negative_ratio = (
-            ratio if scale != 1 else 0.0 for ratio, scale in (positive_end, negative_end)
+            settings[f"{end}_ratio"] if settings[f"{end}_scale"] != 1 else 0.0 for end in ends
         )
         if positive_ratio == 0 and negative_ratio == 0:
             continue
@@ -114,8 +132,9 @@ def shape_advantages(
         counts = torch.where(positive, _token_counts(lengths, positive_ratio), _token_counts(lengths, negative_ratio))
         most = max(1, math.floor(max(positive_ratio, negative_ratio) * mask.shape[1]))
         selected = select_lowest(-signed_metric if flip else signed_metric, counts, most)
-        scale = _per_polarity(positive, positive_end[1], negative_end[1], shaped.dtype)[:, None]
-        shaped *= (selected * scale).add_(~selected)  # torch.where(selected, scale, 1) takes three times as long
+        scale = _per_polarity(positive, positive_scale, negative_scale, shaped.dtype)
+        # Looked up, as torch.where of a tensor and a number takes several times as long.
+        shaped *= torch.stack([torch.ones_like(scale), scale], dim=-1).gather(1, selected.long())
     return shaped.to(advantages.dtype)
 
 
