@@ -25,7 +25,11 @@ def shard():
     From here on, Accelerate shards models on a CPU as `accelerate launch` was told: FSDP or DeepSpeed. By itself it
     trains by DDP there, and does not say so.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled here and now
     make = AcceleratorState.__init__
 
     def make_sharded(self, *args, fsdp_plugin=None, deepspeed_plugin=None, **kwargs):
@@ -36,7 +40,7 @@ def shard():
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
         if deepspeed_plugin is not None:
-            init_deepspeed()
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
             self.distributed_type = DistributedType.DEEPSPEED
             self.deepspeed_plugins = deepspeed_plugin
             deepspeed_plugin.set_mixed_precision("no")
@@ -44,13 +48,6 @@ def shard():
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = make_sharded
-
-
-def init_deepspeed():
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled here and now
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 
 def leave():

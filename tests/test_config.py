@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import math
 import re
 
@@ -43,7 +44,7 @@ def test_every_field_is_explained_once_in_the_docstring_and_once_in_the_help():
     assert len(added) == 17
     for field in dataclasses.fields(A3POConfig):
         if field.name in added:
-            assert A3POConfig.__doc__.count(f"\n        {field.name} (`") == 1
+            assert inspect.getdoc(A3POConfig).count(f"\n    {field.name} (`") == 1
             assert field.metadata["help"]
 
 

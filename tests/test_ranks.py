@@ -62,11 +62,11 @@ def test_an_error_in_one_process_ends_all(failure, error, launch):
     assert failed.exit_code == 1
     assert f"ZeroDivisionError: {error}" in failed.log()
     errors = failed.errors()
-    assert errors.keys() == {0, 1, 2}, failed.log()
-    assert errors[1][0] == f"ZeroDivisionError('{error}')"
-    for rank in (0, 2):
-        assert "Connection closed by peer" in errors[rank][0] or "Connection reset by peer" in errors[rank][0]
     assert max(seconds for _, seconds in errors.values()) < MOST_SECONDS
+    assert errors.pop(1)[0] == f"ZeroDivisionError('{error}')"
+    # The others are ended by an error, or by torchrun before they can note one.
+    for noted, _ in errors.values():
+        assert "Connection closed by peer" in noted or "Connection reset by peer" in noted
 
 
 def test_a_checkpoint_that_misses_the_part_of_a_process_is_not_whole(launch):
