@@ -282,7 +282,7 @@ def expected_effects(sign):
             if each.relation in ("<", ">") and not each.statistic.startswith("pass@"):
                 effects[each.left, each.statistic] = sign * (0.2 if each.relation == ">" else -0.2)
     effects["p1n0.5", "entropy"] = effects["p2n1", "entropy"]  # which are claimed to be equal
-    for method in ("a3po", "a3po_loop_entropy", "stale_a3po_loop"):
+    for method in ("a3po", "a3po_loop_entropy", "stale_a3po_loop", "a3po_grpo", "grpo_clip_higher"):
         effects[method, "pass@1"] = sign * 0.1
     effects["psr", "pass@1"] = effects["nsr", "pass@1"] = -sign * 0.1
     return effects

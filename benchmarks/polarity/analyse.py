@@ -142,6 +142,14 @@ CLAIMS = [
             *(Comparison("a3po", ">", each, "pass@1") for each in ("reversed", "random")),
         ],
     ),
+    Claim(
+        "Ours: with GRPO's loss and clipping, A3PO beats GRPO, and keeps what can be reached",
+        [
+            Comparison("a3po_grpo", ">", "grpo", "pass@1"),
+            Comparison("a3po_grpo", ">=", "grpo", "pass@16", MARGIN),
+        ],
+    ),
+    Claim("Ours: GRPO's loss beats DAPO's, clipped alike", [Comparison("grpo_clip_higher", ">", "dapo", "pass@1")]),
 ]
 
 

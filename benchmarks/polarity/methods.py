@@ -2,7 +2,7 @@
 The methods, each as what it changes of the base settings, and whose setting that is.
 
 The base is DAPO as far as TRL has it: its loss and its asymmetric clipping, without dynamic sampling and overlong
-penalty. All others but GRPO stand on it, so that a difference is that of the shaping alone.
+penalty. All others but GRPO's stand on it, so that a difference is that of the shaping alone.
 """
 
 from dataclasses import dataclass, field
@@ -153,4 +153,7 @@ METHODS = {
     # P1N1 and P2N2 once more, where nothing cancels the size of the advantages
     "sgd": Method(SGD),
     "sgd_p2n2": Method({**SGD, "positive_weight": 2.0, "negative_weight": 2.0}),
+    # GRPO with A3PO, and with DAPO's clipping
+    "a3po_grpo": Method({**A3PO, "loss_type": "grpo", "epsilon_high": 0.2}),
+    "grpo_clip_higher": Method({"loss_type": "grpo"}),
 }
