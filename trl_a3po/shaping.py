@@ -106,8 +106,9 @@ def shape_advantages(
     positions = torch.arange(1, mask.shape[1] + 1, dtype=torch.int32)
     by_length = mask.sum(-1, dtype=torch.int32).argsort()
     for rows in by_length.split(max(1, CACHED_TOKENS * torch.get_num_threads() // mask.shape[1])):
-        width = int((mask[rows] * positions).amax())
-        shaped[rows, :width] = _shape_rows(advantages[rows], token_metric[rows, :width], mask[rows, :width], settings)
+        counted = mask[rows]
+        width = int((counted * positions).amax())
+        shaped[rows, :width] = _shape_rows(advantages[rows], token_metric[rows, :width], counted[:, :width], settings)
     return shaped
 
 
