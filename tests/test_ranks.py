@@ -65,6 +65,7 @@ def test_an_error_in_one_process_ends_all(failure, error, launch):
     assert max(seconds for _, seconds in errors.values()) < MOST_SECONDS
     assert errors.pop(1)[0] == f"ZeroDivisionError('{error}')"
     # The others are ended by an error, or by torchrun before they can note one.
+    assert len(errors) + failed.log().count("Signal 15 (SIGTERM) received by") >= 2, failed.log()
     for noted, _ in errors.values():
         assert "Connection closed by peer" in noted or "Connection reset by peer" in noted
 

@@ -86,6 +86,12 @@ def test_agrees_with_the_definition(batch, options, dtype, cached_tokens):
     assert shaped.dtype == advantages.dtype
 
 
+def assert_rows_alone_are_shaped_alike(together, batch, options):
+    for i, row in enumerate(together):
+        alone = shape_advantages(*(tensor[i : i + 1] for tensor in batch), **options)
+        assert torch.equal(alone[0], row)
+
+
 @settings(max_examples=200, deadline=None)
 @given(batch=batches(), options=shapings())
 def test_a_completion_is_shaped_alike_in_any_batch_and_padding(batch, options):
@@ -93,9 +99,7 @@ def test_a_completion_is_shaped_alike_in_any_batch_and_padding(batch, options):
     together = shape_advantages(advantages, metric, mask, **options)
     padded = torch.nn.functional.pad(metric, (2, 3), value=-3.0), torch.nn.functional.pad(mask, (2, 3))
     assert torch.equal(shape_advantages(advantages, *padded, **options)[:, 2 : together.shape[1] + 2], together)
-    for i in range(len(advantages)):
-        row = slice(i, i + 1)
-        assert torch.equal(shape_advantages(advantages[row], metric[row], mask[row], **options), together[row])
+    assert_rows_alone_are_shaped_alike(together, batch, options)
 
 
 def test_a_large_batch_is_shaped_as_each_of_its_completions():
@@ -105,9 +109,7 @@ def test_a_large_batch_is_shaped_as_each_of_its_completions():
     length = torch.randint(0, 5001, (40, 1), generator=generator)
     mask = (torch.arange(5000) < length) & (torch.rand(40, 5000, generator=generator) < 0.9)
     together = shape_advantages(advantages, metric, mask, **A3PO)
-    for i in range(40):
-        row = slice(i, i + 1)
-        assert torch.equal(shape_advantages(advantages[row], metric[row], mask[row], **A3PO), together[row])
+    assert_rows_alone_are_shaped_alike(together, (advantages, metric, mask), A3PO)
 
 
 @settings(max_examples=200, deadline=None)
