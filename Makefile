@@ -17,7 +17,7 @@ INSTALL = -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test test-slow test-lowest test-vllm test-versions test-trl dist docs style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
-	$(VENV)/bin/python -m trl_a3po.demo
+	$(VENV)/bin/trl-a3po demo
 
 test: $(VENV)/ready  ## the tests
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not vllm"
@@ -51,7 +51,7 @@ dist: pyproject.toml  ## the packages, and whether the wheel alone runs every co
 	$(VENV_WHEEL)/bin/twine check --strict dist/*
 	$(PYTHON) -m venv --clear $(VENV_WHEEL)
 	$(VENV_WHEEL)/bin/python $(INSTALL) -c requirements/constraints.txt "$$(echo dist/*.whl)[math-verify,peft]"
-	cd $(VENV_WHEEL) && bin/python -m trl_a3po.demo --max_steps 2 --eval_size 8 --output_dir demo \
+	cd $(VENV_WHEEL) && bin/trl-a3po demo --max_steps 2 --eval_size 8 --output_dir demo \
 		&& bin/trl-a3po report demo --output demo/again.html \
 		&& bin/trl-a3po eval --help > /dev/null \
 		&& bin/trl-a3po train --help > /dev/null \

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_a3po import A3POTrainer
-from trl_a3po.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 
 POINTS = ("rollout", "backward", "optimizer step", "checkpoint", "push")

@@ -2,7 +2,7 @@
 
 import json
 
-from trl_a3po.logged_completion import TOKENS_FILE, LoggedCompletion
+from trl_a3po.training.token_log_format import TOKENS_FILE, LoggedCompletion
 
 
 # What a model may write, and what it would do where it is not treated as text.

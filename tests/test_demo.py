@@ -13,7 +13,7 @@ from trl.rewards import accuracy_reward
 
 from trl_a3po.demo import arithmetic
 from trl_a3po.demo.evaluate import pass_rates, score_samples
-from trl_a3po.evaluate import sample
+from trl_a3po.evaluation.evaluate import sample
 
 
 START_MODEL = Path(arithmetic.__file__).parent / "start_model"
@@ -169,7 +169,7 @@ def test_problems_without_a_parseable_solution_are_left_out(model, tokenizer):
 
 def run_demo(tmp_path: Path, *options: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "trl_a3po.demo", *options]
+    command = [sys.executable, "-m", "trl_a3po.cli", "demo", *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

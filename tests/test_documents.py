@@ -14,7 +14,8 @@ from accelerate.commands.launch import launch_command_parser
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 import trl_a3po
-from trl_a3po import cli, train
+from trl_a3po.cli import main as cli
+from trl_a3po.cli import train
 
 
 REPOSITORY = Path(__file__).parents[1]

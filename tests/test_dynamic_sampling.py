@@ -16,7 +16,7 @@ from test_training import StopAfter
 from test_update_phase import gpt2
 
 from trl_a3po import A3POTrainer
-from trl_a3po.dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
+from trl_a3po.training.dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 
 
 COUNTS = ("rounds", "discarded", "unused", "unfilled")

@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_a3po.demo
-from trl_a3po import cli
+from trl_a3po.cli import main as cli
 from trl_a3po.demo import arithmetic
-from trl_a3po.evaluate import EvaluateArguments, evaluate, interval, majority_is_correct, metrics, pass_at_k
-from trl_a3po.problems import to_prompt_and_solution
+from trl_a3po.evaluation.evaluate import EvaluateArguments, evaluate, interval, majority_is_correct, metrics, pass_at_k
+from trl_a3po.evaluation.problems import to_prompt_and_solution
 
 
 START_MODEL = Path(trl_a3po.demo.__file__).parent / "start_model"

@@ -8,8 +8,8 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POTrainer, peers, shape_advantages
-from trl_a3po.diagnostics import polarity_sums
 from trl_a3po.shaping import TOKEN_ENDS, gspo_token_old_logps, weight_polarities
+from trl_a3po.training.polarity_metrics import polarity_sums
 
 
 def shape_and_measure(device):

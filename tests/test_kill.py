@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POTrainer
-from trl_a3po.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 
 WORKER = Path(__file__).with_name("kill_worker.py")
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(half_overwritten, model_d
     assert last_whole_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-2")
     trainer = make(model_dir, half_overwritten)
     trainer.train(resume_from_checkpoint=True)
-    (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.checkpoints")
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.training.checkpoints")
     assert warning == (
         f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Not written to the end, and passed over: checkpoint-4."
     )

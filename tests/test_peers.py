@@ -11,8 +11,8 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POTrainer, peers, weight_polarities
-from trl_a3po.contract import loss_gradient, loss_inputs
 from trl_a3po.testing import assert_gradients_follow
+from trl_a3po.training.trl_contract import loss_gradient, loss_inputs
 
 
 TENSORS = ("per_token_logps", "old_per_token_logps", "entropies", "mask")

@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from trl.rewards import accuracy_reward
 
-from trl_a3po.problems import final_answer, load_problems, split_off_last, to_prompt_and_solution
+from trl_a3po.evaluation.problems import final_answer, load_problems, split_off_last, to_prompt_and_solution
 
 
 @pytest.mark.parametrize(

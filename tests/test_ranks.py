@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_a3po.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 
 pytest.importorskip("math_verify")

@@ -8,12 +8,12 @@ import sys
 import logged_runs
 import pytest
 
-from trl_a3po.logged_completion import MAX_LINE_BYTES, TOKENS_FILE
+from trl_a3po.cli.report import main
 from trl_a3po.report import run as run_module
 from trl_a3po.report import write_report
-from trl_a3po.report.__main__ import main
 from trl_a3po.report.run import read_run
 from trl_a3po.report.text import visible
+from trl_a3po.training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE
 
 
 def embedded(path):
@@ -160,14 +160,14 @@ def test_the_command_writes_a_report_and_says_where(tmp_path, capsys):
 
 def test_the_command_by_its_name_loads_neither_torch_nor_trl(tmp_path):
     code = (
-        "import sys; from trl_a3po.report.__main__ import main; status = main();"
+        "import sys; from trl_a3po.cli.report import main; status = main();"
         "assert not {'torch', 'trl', 'transformers'} & set(sys.modules), 'heavy import'; sys.exit(status)"
     )
     run = str(logged_runs.a3po(tmp_path / "run"))
     subprocess.run([sys.executable, "-c", code, run], check=True, cwd=tmp_path)
     assert (tmp_path / "report.html").exists()
     done = subprocess.run(
-        [sys.executable, "-m", "trl_a3po.report", "none"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "trl_a3po.cli", "report", "none"], capture_output=True, text=True, cwd=tmp_path
     )
     assert (done.returncode, done.stderr) == (2, "error: There is no directory 'none'.\n")
 

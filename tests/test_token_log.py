@@ -13,9 +13,9 @@ import tiny
 import torch
 
 from trl_a3po import A3POTrainer, token_log
-from trl_a3po.logged_completion import MAX_LINE_BYTES, MAX_TOKEN_CHARACTERS, TOKENS_FILE, LoggedCompletion
-from trl_a3po.rewards import total_rewards
-from trl_a3po.token_log import TokenLog, token_texts
+from trl_a3po.training.reward_checks import total_rewards
+from trl_a3po.training.token_log import TokenLog, token_texts
+from trl_a3po.training.token_log_format import MAX_LINE_BYTES, MAX_TOKEN_CHARACTERS, TOKENS_FILE, LoggedCompletion
 
 
 class Recorder(A3POTrainer):

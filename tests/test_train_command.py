@@ -13,7 +13,9 @@ import trl
 import yaml
 from trl.scripts import grpo
 
-from trl_a3po import A3POConfig, cli, train
+from trl_a3po import A3POConfig
+from trl_a3po.cli import main as cli
+from trl_a3po.cli import train
 
 
 GSM8K = [{"question": f"what is {i} + 1?", "answer": f"one more.\n#### {i + 1}"} for i in range(8)]

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.trimmed_trainer import has_experts_as_modules, sees_padding
-from trl_a3po.update_phase import (
+from trl_a3po.update.efficient_update import has_experts_as_modules, sees_padding
+from trl_a3po.update.micro_batches import (
     Extent,
     extent_of,
     plan_micro_batches,

@@ -18,7 +18,8 @@ import torch
 import vllm_on_cpu
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_a3po import A3POConfig, A3POTrainer, evaluate
+from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po.evaluation import evaluate
 
 
 pytestmark = [

@@ -14,18 +14,18 @@ from transformers import PretrainedConfig, TrainerCallback
 from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
-from .checkpoints import ResumableGRPOTrainer
-from .contract import check_contract
-from .diagnostics import mean_entropy, polarity_metrics, polarity_sums
-from .dynamic_sampling import DynamicSamplingGRPOTrainer
-from .hub import ReportPushes
-from .rewards import check_rewards, total_rewards
-from .rollouts import check_prompts_fit, refuse_empty_completions
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
-from .token_log import TokenLog
-from .trimmed_trainer import has_rotary_positions
-from .update_phase import loss_mask
+from .training.checkpoints import ResumableGRPOTrainer
+from .training.dynamic_sampling import DynamicSamplingGRPOTrainer
+from .training.hub_warnings import ReportPushes
+from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
+from .training.reward_checks import check_rewards, total_rewards
+from .training.rollout_checks import check_prompts_fit, refuse_empty_completions
+from .training.token_log import TokenLog
+from .training.trl_contract import check_contract
+from .update.efficient_update import has_rotary_positions
+from .update.micro_batches import loss_mask
 
 
 class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
@@ -64,8 +64,9 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
     Raises:
         `TypeError`: `args` is not an [`A3POConfig`].
         `ValueError`: an option of TRL that leaves no room for advantages of single tokens; in training, a reward that
-            is infinite (see [`~trl_a3po.rewards`]), or a completion without tokens.
-        `RuntimeError`: the installed TRL no longer computes the loss from them (see [`~trl_a3po.contract`]).
+            is infinite (see [`~trl_a3po.training.reward_checks`]), or a completion without tokens.
+        `RuntimeError`: the installed TRL no longer computes the loss from them (see
+            [`~trl_a3po.training.trl_contract`]).
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .a3po_trainer import A3POTrainer
-from .contract import loss_gradient, loss_inputs
+from .training.trl_contract import loss_gradient, loss_inputs
 
 
 def assert_gradients_follow(trainer: A3POTrainer, reference: Callable[..., Tensor], *, seed: int = 0) -> None:

@@ -45,7 +45,7 @@ from start_model import imitate, untrained_model, word_tokenizer
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from trl_a3po import A3POConfig, __version__
-from trl_a3po.evaluate import sample
+from trl_a3po.evaluation.evaluate import sample
 
 
 @dataclass(frozen=True)

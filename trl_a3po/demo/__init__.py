@@ -1,1 +1,1 @@
-"""The demo: a tiny model, an arithmetic task it half knows, and the command line that trains it."""
+"""The demo: a tiny model, and an arithmetic task that it half knows."""

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.rewards import accuracy_reward
 
-from trl_a3po.evaluate import sample
+from trl_a3po.evaluation.evaluate import sample
 
 
 PROBLEMS_PER_BATCH = 32

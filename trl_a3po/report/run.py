@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..logged_completion import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
+from ..training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
 
 
 STATE_FILE = "trainer_state.json"

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..logged_completion import LoggedCompletion
+from ..training.token_log_format import LoggedCompletion
 from .text import visible
 
 

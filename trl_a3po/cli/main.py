@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from .. import __version__
 
 
 if TYPE_CHECKING:
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 # The module of each command, and what it does.
 COMMANDS = {
     "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
-    "eval": ("evaluate", "avg@k, pass@k and maj@k of a model, with intervals"),
-    "report": ("report.__main__", "one HTML file of what runs logged, token by token where they did"),
+    "eval": ("eval", "avg@k, pass@k and maj@k of a model, with intervals"),
+    "report": ("report", "one HTML file of what runs logged, token by token where they did"),
+    "demo": ("demo", "train a tiny model on arithmetic, on a CPU, and show what it learned"),
 }
 
 
@@ -51,8 +52,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_parser(name, help=summary, add_help=False)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     module, _ = COMMANDS[parser.parse_args(arguments[:1]).command]
-    return importlib.import_module(f"trl_a3po.{module}").main(arguments[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return importlib.import_module(f"trl_a3po.cli.{module}").main(arguments[1:])

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 from trl import GRPOTrainer
 
-from .a3po_config import A3POConfig
-from .update_phase import loss_mask, plan_micro_batches, row_lengths, run_extent, run_in_order
+from ..a3po_config import A3POConfig
+from .micro_batches import loss_mask, plan_micro_batches, row_lengths, run_extent, run_in_order
 
 
 # Sums over tokens, or means over rows, with one denominator for all micro-batches of an optimizer step. That of BNPO

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
-from .trimmed_trainer import TrimmedGRPOTrainer, sees_padding
-from .update_phase import loss_mask, merge_rows, take_rows
+from ..update.efficient_update import TrimmedGRPOTrainer, sees_padding
+from ..update.micro_batches import loss_mask, merge_rows, take_rows
 
 
 class DynamicSamplingGRPOTrainer(TrimmedGRPOTrainer):

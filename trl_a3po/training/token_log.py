@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .logged_completion import MAX_PROMPT_CHARACTERS, MAX_TOKEN_CHARACTERS, MAX_TOKENS, TOKENS_FILE, LoggedCompletion
-from .update_phase import loss_mask
+from ..update.micro_batches import loss_mask
+from .token_log_format import MAX_PROMPT_CHARACTERS, MAX_TOKEN_CHARACTERS, MAX_TOKENS, TOKENS_FILE, LoggedCompletion
 
 
 COMPLETIONS_PER_POLARITY = 2
@@ -23,7 +23,7 @@ COMPLETIONS_PER_POLARITY = 2
 class TokenLog(TrainerCallback):
     """
     Writes, at every log, the most positive and the most negative completions of a few prompts to
-    `{output_dir}/tokens.jsonl`, a [`~trl_a3po.logged_completion.LoggedCompletion`] a line.
+    `{output_dir}/tokens.jsonl`, a [`~trl_a3po.training.token_log_format.LoggedCompletion`] a line.
 
     It is for the main process, and knows of its share of the batch alone: nothing is communicated. During a step it
     keeps references to tensors of the loss. The host waits for the device where it writes, at most four completions a

@@ -1,15 +1,7 @@
-r"""
-Evaluate a model on problems with checkable answers: avg@k, pass@k and maj@k, each with its interval.
-
-  trl-a3po eval --model_name_or_path gsm8k-a3po --dataset_name openai/gsm8k --dataset_config main --output_dir scores
-
-The defaults are the evaluation settings of the A3PO authors' scripts: 8 samples at temperature 0.6, top-p 0.95. Every
-completion is kept in `samples.jsonl`; the same command, run again, goes on where it was interrupted.
-"""
+"""Evaluate a model on problems with checkable answers: avg@k, pass@k and maj@k, each with its interval."""
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,12 +14,9 @@ from datasets import Dataset
 from math_verify import LatexExtractionConfig, parse, verify
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import TrlParser
 from trl.rewards import accuracy_reward
 
-from . import __version__
-from .cli import parser_of
-from .problems import load_problems
+from .. import __version__
 
 
 RESAMPLES = 10_000
@@ -290,29 +279,3 @@ def _whole_batches(path: Path, batch_size: int, problems: int) -> list[dict[str,
         temporary.write_text("".join(whole), encoding="utf-8")
         temporary.replace(path)
     return [json.loads(line) for line in whole]
-
-
-def make_parser() -> TrlParser:
-    return parser_of("eval", __doc__, [EvaluateArguments])
-
-
-def main(line: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    try:
-        (arguments,) = parser.parse_args_and_config(list(sys.argv[1:] if line is None else line))
-        problems = load_problems(
-            arguments.dataset_name, arguments.dataset_split, arguments.dataset_config, arguments.instruction
-        )
-        if arguments.max_problems is not None:
-            problems = problems.select(range(min(arguments.max_problems, len(problems))))
-        make_sampler = vllm_sampler if arguments.use_vllm else transformers_sampler
-        results = evaluate(arguments, problems, lambda: make_sampler(arguments))
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    print(f"\n{results['problems']} problems, mean and 95 % interval over them")
-    for name, value in results["metrics"].items():
-        print(f"{name:<10} {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]")
-    if results["without_a_parseable_solution"]:
-        print(f"{results['without_a_parseable_solution']} more have a solution that math-verify cannot parse")
-    print(f"\nwritten to {Path(arguments.output_dir) / 'results.json'}")
-    return 0

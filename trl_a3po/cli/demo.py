@@ -1,4 +1,4 @@
-"""Train a model with A3PO on problems with checkable answers: `python -m trl_a3po.demo`.
+"""Train a model with A3PO on problems with checkable answers.
 
 Without arguments, a model of a third of a million parameters learns to carry in a few minutes on a CPU. Every option
 of `A3POConfig` can be given on the command line or in a YAML file named with `--config`. The defaults suit that model:
@@ -7,6 +7,7 @@ give another one its own learning rate, batch size and completion length.
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,18 +24,19 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils.logging import disable_progress_bar
-from trl import TrlParser
 from trl.rewards import accuracy_reward
 
-from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.demo import arithmetic
-from trl_a3po.demo.evaluate import Estimate, pass_rates, score_samples
-from trl_a3po.problems import load_problems, split_off_last
-from trl_a3po.report import write_report
+from ..a3po_config import A3POConfig
+from ..a3po_trainer import A3POTrainer
+from ..demo import arithmetic
+from ..demo.evaluate import Estimate, pass_rates, score_samples
+from ..evaluation.problems import load_problems, split_off_last
+from ..report import write_report
+from .main import parser_of
 
 
 ARITHMETIC = "arithmetic"
-START_MODEL = Path(__file__).parent / "start_model"
+START_MODEL = Path(arithmetic.__file__).parent / "start_model"
 
 # What suits the start model on two CPU cores.
 TRAINING_DEFAULTS = {
@@ -93,11 +95,10 @@ class ProgressLines(TrainerCallback):
             print(f"step {state.global_step:>4}/{state.max_steps}   reward {logs['reward']:.3f}", flush=True)
 
 
-def parse_arguments() -> tuple[DemoArguments, A3POConfig]:
-    # TRL's annotation of what its parser accepts is a NewType that no class matches.
-    parser = TrlParser([DemoArguments, A3POConfig], prog="python -m trl_a3po.demo", description=__doc__)  # type: ignore[list-item]
+def parse_arguments(line: Sequence[str] | None) -> tuple[DemoArguments, A3POConfig]:
+    parser = parser_of("demo", __doc__, [DemoArguments, A3POConfig])
     parser.set_defaults(**TRAINING_DEFAULTS)
-    demo, config = parser.parse_args_and_config()
+    demo, config = parser.parse_args_and_config(None if line is None else list(line))
     return demo, config
 
 
@@ -122,12 +123,12 @@ def before_after_table(before: tuple[Estimate, Estimate], after: tuple[Estimate,
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(line: Sequence[str] | None = None) -> int:
     # Keep the output to what the demo has to say: these concern TRL's use of transformers.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     disable_progress_bar()
 
-    demo, config = parse_arguments()
+    demo, config = parse_arguments(line)
     if demo.model_name_or_path == str(START_MODEL):
         # So small that more threads gain little, and on a busy machine lose much by waiting for each other.
         torch.set_num_threads(1)
@@ -154,7 +155,4 @@ def main() -> None:
     print(before_after_table(before, after, demo.eval_samples))
     print(f"\n{trainer.state.global_step} steps in {seconds:.0f} s; model saved in {config.output_dir}")
     print(f"What it learned, token by token: {write_report([output_dir], output_dir / 'report.html')}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

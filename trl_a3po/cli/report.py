@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .page import write_report
-from .run import ReportError, read_run
+from ..report.page import write_report
+from ..report.run import ReportError, read_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def _print_tokens(run_dir: Path, step: int | None) -> None:
     try:
         from rich.console import Console
 
-        from .terminal import print_tokens
+        from ..report.terminal import print_tokens
     except ImportError as error:
         raise ReportError("`--tokens` needs rich. Install it: pip install rich") from error
     completions = read_run(run_dir, None if step is None else [step]).completions
@@ -61,7 +61,3 @@ def _print_tokens(run_dir: Path, step: int | None) -> None:
     last = [each for each in completions if each.step == completions[-1].step]
     of_one_prompt = [each for each in last if each.prompt == last[0].prompt]
     print_tokens(of_one_prompt, Console())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,10 +21,10 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
 from trl.scripts.utils import DatasetConfig
 
-from .a3po_config import A3POConfig
-from .a3po_trainer import A3POTrainer
-from .cli import parser_of
-from .problems import LOADERS, to_prompt_and_solution
+from ..a3po_config import A3POConfig
+from ..a3po_trainer import A3POTrainer
+from ..evaluation.problems import LOADERS, to_prompt_and_solution
+from .main import parser_of
 
 
 @dataclass
@@ -35,8 +35,8 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
     Args:
         problems (`bool`, *optional*, defaults to `False`):
             Whether the dataset has problems with checkable answers, to be mapped to `prompt` and `solution` by
-            [`~trl_a3po.problems.to_prompt_and_solution`]. The reward is then `accuracy_reward`, unless another is
-            named.
+            [`~trl_a3po.evaluation.problems.to_prompt_and_solution`]. The reward is then `accuracy_reward`, unless
+            another is named.
         instruction (`str`, *optional*):
             Appended to each of the problems.
     """

@@ -1,0 +1,1 @@
+"""Problems with checkable answers, and how many of them a model solves."""

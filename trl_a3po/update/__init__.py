@@ -1,0 +1,1 @@
+"""The update: the gradients of `GRPOTrainer`, computed from fewer positions."""
