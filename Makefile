@@ -29,13 +29,13 @@ test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest TRL and transfo
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm"
 
 test-vllm: $(VENV_VLLM)/ready  ## those of vLLM, on the CPU
-	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/test_vllm.py
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
 
 test-versions: $(VENV_VERSIONS)/ready  ## those of what is relied on in TRL, with each of TRL_VERSIONS
 	@failed=; for version in $(TRL_VERSIONS); do \
 		echo "TRL $$version"; \
 		$(VENV_VERSIONS)/bin/python $(INSTALL) --no-deps trl==$$version && $(VENV_VERSIONS)/bin/python -m pytest -q \
-			tests/test_loss.py tests/test_trainer.py tests/test_training.py tests/test_update_phase.py \
+			tests/test_loss.py tests/test_trainer.py tests/training tests/update \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 

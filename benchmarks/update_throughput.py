@@ -65,7 +65,7 @@ def one_engine(args):
     """In here, trainers with colocated vLLM share the first engine that is built."""
     if args.device == "cpu":
         sys.path.append(str(Path(__file__).parents[1] / "tests"))
-        import vllm_on_cpu
+        from support import vllm_on_cpu
 
         context = vllm_on_cpu.engines()
     else:

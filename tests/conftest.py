@@ -6,9 +6,11 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
 )
+# Programs that tests start import what tests share.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
 
 import pytest
-import tiny
+from support import tiny
 
 
 @pytest.fixture(scope="session")

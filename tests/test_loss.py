@@ -3,9 +3,8 @@
 import math
 
 import pytest
-import reference
-import tiny
 import torch
+from support import reference, tiny
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POTrainer

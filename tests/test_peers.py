@@ -5,9 +5,8 @@ import inspect
 import math
 
 import pytest
-import reference
-import tiny
 import torch
+from support import reference, tiny
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POTrainer, peers, weight_polarities

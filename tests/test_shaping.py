@@ -4,11 +4,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from support import reference
 
 from trl_a3po import shape_advantages, shaping
 from trl_a3po.shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, weight_polarities

@@ -1,8 +1,8 @@
 """The check that users' tests run finds what it is for."""
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from trl_a3po import A3POTrainer
 from trl_a3po.testing import assert_gradients_follow

@@ -7,10 +7,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import reference
-import tiny
 import torch
 import trl
+from support import reference, tiny
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POConfig, A3POTrainer, contract

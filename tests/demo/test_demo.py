@@ -1,0 +1,227 @@
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.rewards import accuracy_reward
+
+from trl_a3po.demo import arithmetic
+from trl_a3po.demo.evaluate import pass_rates, score_samples
+from trl_a3po.evaluation.evaluate import sample
+
+
+START_MODEL = Path(arithmetic.__file__).parent / "start_model"
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the demo: so small a model is far slower with more, where other programs run."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(START_MODEL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(START_MODEL)
+
+
+# The arithmetic task
+
+
+def test_splits_are_deterministic_and_share_no_problem():
+    train, test = arithmetic.problems("train"), arithmetic.problems("test")
+    assert train == arithmetic.problems("train")
+    assert len(test) == arithmetic.NUM_TEST_PROBLEMS
+    assert not {tuple(sorted(problem)) for problem in train} & {tuple(sorted(problem)) for problem in test}
+
+
+def test_worked_solutions_are_right_and_their_rewards_too():
+    problems = arithmetic.problems("test")[:200]
+    rows = [arithmetic.row(problem) for problem in problems]
+    right = [[{"role": "assistant", "content": arithmetic.worked_solution(problem)}] for problem in problems]
+    wrong = [[{"role": "assistant", "content": f"\\boxed{{{sum(problem) + 1}}}"}] for problem in problems]
+    solutions = [row["solution"] for row in rows]
+    assert accuracy_reward(right, solutions) == [1.0] * 200
+    assert accuracy_reward(wrong, solutions) == [0.0] * 200
+    assert arithmetic.worked_solution((47, 85, 96)) == "47+85=132\n132+96=228\n\\boxed{228}"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"), [(12, 34, 46), (47, 85, 22), (99, 1, 90), (50, 50, 0), (132, 96, 128)]
+)
+def test_addition_that_forgets_every_carry(a, b, expected):
+    assert arithmetic.add_by_columns(a, b, lambda: True) == expected
+
+
+def test_demonstrations_drop_carries_at_the_stated_rate():
+    # The only carry is that of 66+17=83.
+    rng = random.Random(0)
+    dropped = [
+        arithmetic.worked_solution((55, 11, 17), lambda: rng.random() < arithmetic.CARRY_DROP_RATE).endswith("{73}")
+        for _ in range(4000)
+    ]
+    assert sum(dropped) / 4000 == pytest.approx(arithmetic.CARRY_DROP_RATE, abs=0.03)
+
+
+def test_demonstrations_are_reproducible_and_use_training_problems_only():
+    def first_questions(seed):
+        stream = arithmetic.demonstrations(random.Random(seed))
+        return [next(stream) for _ in range(500)]
+
+    assert first_questions(0) == first_questions(0)
+    held_out = {arithmetic.question(problem) for problem in arithmetic.problems("test")}
+    assert not held_out & {question for question, _ in first_questions(0)}
+
+
+def test_the_task_needs_neither_torch_nor_trl():
+    code = "import sys, trl_a3po.demo.arithmetic; assert not {'torch', 'trl'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
+
+
+# The start model
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12+34+56=?",
+        "naïve café — 東京",
+        "🙂 👩‍👩‍👧 🇩🇪",
+        "".join(map(chr, range(256))),
+        " 'll  ,don 't . \r\n\t",
+        "\u202e\ufeff\x00",
+    ],
+)
+def test_tokenizer_round_trips_any_text_at_one_token_a_byte(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_chat_template(tokenizer):
+    user = {"role": "user", "content": "1+1=?"}
+    assistant = {"role": "assistant", "content": "2"}
+    prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    assert prompt == "<|user|>1+1=?<|end|><|assistant|>"
+    assert whole == prompt + "2<|end|>"
+    assert tokenizer.padding_side == "left"
+
+
+def test_start_model_is_small_and_solves_some_problems(model, tokenizer):
+    assert model.num_parameters() < 1_000_000
+    assert sum(file.stat().st_size for file in START_MODEL.iterdir()) < 1_500_000
+    problems = Dataset.from_list([arithmetic.row(problem) for problem in arithmetic.problems("test")[:64]])
+    is_correct = score_samples(model, tokenizer, problems, num_samples=4, max_completion_length=40)
+    assert is_correct.shape == (64, 4)
+    assert 0.1 < pass_rates(is_correct)[0].mean < 0.4
+
+
+# Evaluation
+
+
+def test_pass_rates():
+    pass_at_1, pass_at_k = pass_rates(torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
+    assert pass_at_1.mean == 0.375
+    assert pass_at_1.standard_error == pytest.approx(0.2394, abs=1e-4)
+    assert pass_at_k.mean == 0.5
+
+
+def test_sampling_is_seeded_and_leaves_the_random_state_alone(model, tokenizer):
+    problems = Dataset.from_list([arithmetic.row(problem) for problem in arithmetic.problems("test")[:16]])
+    state = torch.random.get_rng_state()
+    first = score_samples(model, tokenizer, problems, num_samples=2, max_completion_length=40)
+    assert torch.equal(first, score_samples(model, tokenizer, problems, num_samples=2, max_completion_length=40))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_samples_of_a_prompt_are_next_to_each_other(model, tokenizer):
+    prompts = [arithmetic.row(problem)["prompt"] for problem in [(11, 11, 11), (22, 33, 44)]]
+    texts = sample(model, tokenizer, prompts, num_samples=3, max_completion_length=40)
+    assert [text[:6] for text in texts] == ["11+11="] * 3 + ["22+33="] * 3
+
+
+def test_problems_without_a_parseable_solution_are_left_out(model, tokenizer):
+    rows = [arithmetic.row(problem) for problem in arithmetic.problems("test")[:3]]
+    rows[1]["solution"] = "no answer"
+    is_correct = score_samples(model, tokenizer, Dataset.from_list(rows), num_samples=2, max_completion_length=40)
+    assert is_correct.shape == (2, 2)
+    with pytest.raises(ValueError, match="math-verify"):
+        score_samples(model, tokenizer, Dataset.from_list(rows[1:2]), num_samples=2, max_completion_length=40)
+
+
+# The command line
+
+
+def run_demo(tmp_path: Path, *options: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "trl_a3po.cli", "demo", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_table_and_saved_model(output: str, directory: Path, steps: int) -> None:
+    table = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
+    assert table["held-out"] == ["before", "after"]
+    for name in ("pass@1", "pass@4"):
+        before, _, _, after, _, _ = table[name]
+        assert 0 <= float(before) <= 1
+        assert 0 <= float(after) <= 1
+    assert f"{steps} steps in" in output
+    assert AutoModelForCausalLM.from_pretrained(directory).num_parameters() > 0
+    assert AutoTokenizer.from_pretrained(directory)("1+1").input_ids
+
+
+SMALL = ["--per_device_train_batch_size", "8", "--num_generations", "4", "--eval_samples", "4", "--logging_steps", "1"]
+
+
+def test_help(tmp_path):
+    output = run_demo(tmp_path, "--help")
+    assert "--dataset_name" in output
+    assert "--num_generations" in output
+
+
+def test_two_steps_of_arithmetic(tmp_path):
+    output = run_demo(tmp_path, "--max_steps", "2", "--eval_size", "8", *SMALL)
+    assert "step    2/2   reward" in output
+    assert_table_and_saved_model(output, tmp_path / "a3po-demo", steps=2)
+    assert "<title>" in (tmp_path / "a3po-demo" / "report.html").read_text()
+
+
+def test_two_steps_on_a_file_in_gsm8k_format_with_options_from_yaml(tmp_path):
+    rows = [
+        {"question": f"Ann has {n} 🍎 and buys {n}.", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>\n#### {2 * n}"}
+        for n in range(20)
+    ]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "run.yaml").write_text(
+        "dataset_name: problems.jsonl\nmax_steps: 2\noutput_dir: trained\neval_size: 4\n"
+    )
+    output = run_demo(tmp_path, "--config", "run.yaml", *SMALL)
+    assert_table_and_saved_model(output, tmp_path / "trained", steps=2)
+
+
+@pytest.mark.slow
+def test_it_learns_at_its_defaults(tmp_path):
+    output = run_demo(tmp_path)
+    rates = {line.split()[0]: line.split() for line in output.splitlines() if line.startswith("pass@")}
+    before, after = (float(rates["pass@1"][column]) for column in (1, 4))
+    assert 0.1 <= before <= 0.4
+    assert after >= 2 * before
+    before, after = (float(rates["pass@8"][column]) for column in (1, 4))
+    assert after >= before

@@ -1,0 +1,135 @@
+"""What the README shows works as it stands there."""
+
+import inspect
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import trl
+from accelerate.commands.launch import launch_command_parser
+from support import tiny
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+import trl_a3po
+from trl_a3po.cli import main as cli
+from trl_a3po.cli import train
+
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
+SHAPING = (REPOSITORY / "docs" / "shaping.md").read_text(encoding="utf-8")
+
+
+def test_the_trainer_that_the_readme_writes_trains(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    namespace = {}
+    exec(code, namespace)
+    trainer = namespace["FirstTokensTrainer"](
+        tiny.model(),
+        tiny.parity_reward,
+        tiny.config(tmp_path, max_steps=2),
+        tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    before = tiny.parameters(trainer)
+    trainer.train()
+    assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+
+
+def run(text, tmp_path):
+    """Runs the code of a document. What it leaves defined."""
+    fields = ("use_cpu", "bf16", "report_to", "max_steps", "per_device_train_batch_size", "max_completion_length")
+    namespace = {
+        "model": tiny.save(tmp_path / "model"),
+        "reward": tiny.parity_reward,
+        "dataset": tiny.prompts(),
+        "options": {name: getattr(tiny.config(tmp_path), name) for name in fields},
+    }
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, namespace)
+    return namespace
+
+
+def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run(GUIDE, tmp_path)
+    assert namespace["trainer"].state.global_step == 3
+    assert namespace["args"].shaping_settings["positive_low_scale"] == 1
+    assert namespace["psr"].shaping_settings["negative_weight"] == 0
+
+
+def test_the_shapings_that_the_documentation_writes_train_and_pass_their_test(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run(SHAPING, tmp_path)
+    namespace["test_gradients"]()
+    trainers = [value for value in namespace.values() if inspect.isclass(value) and "shape_advantages" in vars(value)]
+    assert len(trainers) == 1 + 9
+    for trainer_class in {*trainers} - {trl_a3po.A3POTrainer}:
+        args = trl_a3po.A3POConfig("out", **namespace["options"])
+        trainer = trainer_class(namespace["model"], namespace["reward"], args, namespace["dataset"])
+        before = tiny.parameters(trainer)
+        trainer.train()
+        assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+
+
+def test_a_method_and_its_test_are_under_thirty_lines():
+    (code,) = re.findall(r"## A method and its test.*?```python\n(.*?)```", SHAPING, flags=re.DOTALL)
+    assert len(code.splitlines()) < 30
+
+
+# On this machine, and a tiny model and dataset in place of those on the Hub. What comes last on a line counts.
+SMALL = {
+    "train": "--use_cpu True --bf16 False --report_to none --max_steps 1 --logging_steps 1 --max_completion_length 4 "
+    "--per_device_train_batch_size 8",
+    "eval": "--use_vllm False --max_completion_length 4",
+    "report": "",
+}
+
+
+@pytest.mark.parametrize("text", [README, GUIDE], ids=["readme", "guide"])
+def test_the_command_lines_run(text, model_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trl, "GRPOTrainer", trl.GRPOTrainer)  # which the command replaces
+    rows = [{"question": f"{i}+1=", "answer": f"#### {i + 1}"} for i in range(8)]
+    Path("problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    here = f"--model_name_or_path {model_dir} --dataset_name problems.jsonl"
+    lines = dict(re.findall(r"^trl-a3po (train|eval|report) (.*)$", text, flags=re.MULTILINE))
+    for command in ("train", "report", "eval"):
+        words = shlex.split(f"{lines[command]} {SMALL[command]}".replace("RUN_DIR [RUN_DIR ...]", "gsm8k-a3po"))
+        if command != "report":
+            words += shlex.split(here)
+        if command != "train":
+            assert cli.main([command, *words]) == 0
+            continue
+        train.train(words)
+        *_, for_launcher = train.make_parser().parse_args_and_config(words, return_remaining_strings=True)
+        launch_command_parser().parse_args([*resolve_accelerate_config_argument(for_launcher), "script.py"])
+    assert lines.keys() == {"train", "eval", "report"}
+    assert Path("gsm8k-a3po", "eval", "results.json").exists()
+    assert Path("report.html").exists()
+
+
+def test_the_readme_names_every_option_and_metric(tmp_path):
+    added = trl_a3po.A3POConfig.__annotations__
+    assert all(f"`{name}`" in README for name in added)
+    trainer = trl_a3po.A3POTrainer(
+        tiny.model(),
+        tiny.parity_reward,
+        tiny.config(tmp_path, max_steps=1),
+        tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+    )
+    trainer.train()
+    metrics = {name.split("/")[-1] for name in trainer.state.log_history[0] if name.startswith("a3po/")}
+    documented = {"positive_low", "negative_high"}  # as {end}
+    assert all(name in documented or f"/{name}`" in README for name in metrics)
+
+
+def test_one_version():
+    assert f"version: {trl_a3po.__version__}" in (REPOSITORY / "CITATION.cff").read_text()
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert "version" in project["dynamic"]

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, references written from definitions, servers, processes, a browser."""

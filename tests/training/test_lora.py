@@ -1,0 +1,239 @@
+"""Adapters: what trains, what the KL term refers to, quantised models, and what is saved, loaded and resumed."""
+
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import PeftModel, get_peft_model
+from support import tiny
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_a3po import A3POConfig, A3POTrainer
+
+
+def load(directory):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def fresh_adapter(model_dir):
+    """The trainer's arguments for an adapter that changes nothing yet."""
+    return {"model": model_dir, **tiny.lora()}
+
+
+def own_adapter(model_dir):
+    """The trainer's arguments for a model that comes with an adapter, which changes what it says."""
+    torch.manual_seed(1)
+    lora = tiny.lora()["peft_config"]
+    lora.init_lora_weights = False
+    return {"model": get_peft_model(load(model_dir), lora)}
+
+
+BOTH = pytest.mark.parametrize("arguments", [fresh_adapter, own_adapter], ids=["peft_config", "PeftModel"])
+
+
+def make(arguments, output_dir, trainer_class=A3POTrainer, **fields):
+    config_class = GRPOConfig if trainer_class is GRPOTrainer else A3POConfig
+    torch.manual_seed(0)  # older releases of TRL draw the adapter's weights before they seed
+    return trainer_class(
+        **{
+            "reward_funcs": tiny.parity_reward,
+            "args": tiny.config(output_dir, config_class, **fields),
+            "train_dataset": tiny.prompts(),
+            "processing_class": tiny.tokenizer(),
+            **arguments,
+        }
+    )
+
+
+def train(*args, **kwargs):
+    trainer = make(*args, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def different(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
+
+
+# What trains
+
+
+@BOTH
+def test_the_adapter_trains_and_nothing_else(arguments, model_dir, tmp_path):
+    trainer = make(arguments(model_dir), tmp_path)
+    start = tiny.parameters(trainer)
+    trainer.train()
+    moved = different(tiny.parameters(trainer), start)
+    assert moved == {name for name in start if "lora_" in name}
+    assert trainer.state.log_history[0]["a3po/positive/selected_fraction"] > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_neutral_settings_are_grpo_to_the_last_bit_with_an_adapter_of_ones_own(beta, model_dir, tmp_path):
+    ours = train(own_adapter(model_dir), tmp_path, beta=beta, **tiny.NEUTRAL)
+    theirs = train(own_adapter(model_dir), tmp_path, GRPOTrainer, beta=beta)
+    assert not different(tiny.parameters(ours), tiny.parameters(theirs))
+
+
+def test_two_adapters_at_once_are_refused(model_dir, tmp_path):
+    with pytest.raises(ValueError, match="You passed a `PeftModel` instance together with a `peft_config`"):
+        make({**own_adapter(model_dir), **tiny.lora()}, tmp_path)
+
+
+# The reference of the KL term
+
+
+class Recorder(A3POTrainer):
+    def _compute_loss(self, model, inputs):
+        self.batches = [*getattr(self, "batches", []), inputs]
+        return super()._compute_loss(model, inputs)
+
+
+def completion_logps(model, batch):
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps = model.eval()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
+    logps = logps.gather(2, ids[:, 1:, None]).squeeze(2)
+    return logps[:, -batch["completion_ids"].shape[1] :] * batch["completion_mask"]
+
+
+@BOTH
+@pytest.mark.parametrize("fields", [tiny.PLAIN, {}], ids=["plain", "savings"])
+def test_the_reference_is_the_model_as_it_came(arguments, fields, model_dir, tmp_path):
+    trainer = train(arguments(model_dir), tmp_path, Recorder, beta=0.1, max_steps=4, **fields)
+    assert trainer.ref_model is None
+    model = arguments(model_dir)["model"]
+    reference = load(model) if model == model_dir else model
+    for batch in trainer.batches:
+        ours = batch["ref_per_token_logps"] * batch["completion_mask"]
+        torch.testing.assert_close(ours, completion_logps(reference, batch), rtol=1e-4, atol=1e-5)
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0.0, abs=1e-9)
+    assert min(kl[1:]) > 1e-5
+
+
+# Quantised models
+
+
+@register_quantization_config("rounding")
+class RoundingConfig(QuantizationConfigMixin):
+    def __init__(self, decimals, **kwargs):
+        self.quant_method = "rounding"
+        self.decimals = decimals
+
+
+@register_quantizer("rounding")
+class RoundingQuantizer(HfQuantizer):
+    """Rounds the weights: a quantisation that needs neither a GPU nor a package of its own."""
+
+    is_trainable = True
+
+    def is_serializable(self, **kwargs):
+        return False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        pass
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.round(decimals=self.quantization_config.decimals)
+
+
+def quantized(quantization_config, as_argument):
+    """Arguments of the trainer and fields of its config, for either place where TRL takes a quantisation."""
+    if not as_argument:
+        return {}, {"model_init_kwargs": {"quantization_config": quantization_config}}
+    if "quantization_config" not in inspect.signature(GRPOTrainer).parameters:
+        pytest.skip("this TRL takes the quantisation in `model_init_kwargs` alone")
+    return {"quantization_config": quantization_config}, {}
+
+
+AS_ARGUMENT = pytest.mark.parametrize("as_argument", [False, True], ids=["model_init_kwargs", "quantization_config"])
+
+
+@AS_ARGUMENT
+def test_an_adapter_trains_on_a_quantised_model(as_argument, model_dir, tmp_path):
+    arguments, fields = quantized(RoundingConfig(decimals=1), as_argument)
+    trainer = make({**fresh_adapter(model_dir), **arguments}, tmp_path, **fields)
+    start = tiny.parameters(trainer)
+    trainer.train()
+    end = tiny.parameters(trainer)
+    assert different(end, start) == {name for name in start if "lora_" in name}
+    assert all(torch.equal(value, value.round(decimals=1)) for name, value in end.items() if "lora_" not in name)
+    theirs = train({**fresh_adapter(model_dir), **arguments}, tmp_path, GRPOTrainer, **fields)
+    neutral = train({**fresh_adapter(model_dir), **arguments}, tmp_path, **tiny.NEUTRAL, **fields)
+    assert not different(tiny.parameters(neutral), tiny.parameters(theirs))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@AS_ARGUMENT
+def test_without_bitsandbytes_transformers_says_what_to_install(as_argument, model_dir, tmp_path):
+    arguments, fields = quantized(BitsAndBytesConfig(load_in_8bit=True), as_argument)
+    with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
+        make({**fresh_adapter(model_dir), **arguments}, tmp_path, **fields)
+
+
+# What is saved
+
+
+def assert_speaks_alike(loaded, trained):
+    prompt = torch.tensor([tiny.tokenizer()("12+4=")["input_ids"]])
+    loaded, trained = loaded.eval(), trained.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(prompt).logits, trained(prompt).logits, rtol=1e-4, atol=1e-4)
+    greedy = [model.generate(prompt, do_sample=False, max_new_tokens=16) for model in (loaded, trained)]
+    assert torch.equal(*greedy)
+
+
+@BOTH
+def test_the_saved_adapter_and_the_checkpoints_load_back(arguments, model_dir, tmp_path):
+    trainer = train(arguments(model_dir), tmp_path, save_strategy="steps", save_steps=3)
+    trainer.save_model(tmp_path / "saved")
+    for directory in (tmp_path / "saved", tmp_path / "checkpoint-3"):
+        assert not list(Path(directory).glob("model*"))  # the adapter alone
+        assert_speaks_alike(PeftModel.from_pretrained(load(model_dir), directory), trainer.model)
+
+
+@BOTH
+def test_the_merged_model_loads_back_without_peft(arguments, model_dir, tmp_path):
+    trainer = train(arguments(model_dir), tmp_path)
+    trainer.save_model(tmp_path / "saved")
+    trained = PeftModel.from_pretrained(load(model_dir), tmp_path / "saved")
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert not isinstance(merged, PeftModel)
+    assert_speaks_alike(merged, trained)
+    assert different(dict(merged.named_parameters()), dict(load(model_dir).named_parameters()))
+
+
+# What is resumed
+
+
+OWN_ADAPTER = pytest.param(
+    own_adapter,
+    id="PeftModel",
+    marks=pytest.mark.skipif(
+        Version(transformers.__version__) < Version("5.0.0"),
+        reason="of two adapters in a checkpoint, transformers 4 loads the reference alone",
+    ),
+)
+
+
+@pytest.mark.parametrize("arguments", [pytest.param(fresh_adapter, id="peft_config"), OWN_ADAPTER])
+def test_a_resumed_run_keeps_its_reference(arguments, model_dir, tmp_path):
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "beta": 0.1}
+    whole = train(arguments(model_dir), tmp_path, **fields)
+    resumed = make(arguments(model_dir), tmp_path, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not different(tiny.parameters(resumed), tiny.parameters(whole))
+    kl = [[entry.get("kl") for entry in trainer.state.log_history] for trainer in (whole, resumed)]
+    assert kl[0] == kl[1]
