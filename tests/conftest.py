@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 
 # Before anything is imported that reads them. No test reaches a hub or sends telemetry. Models this small gain nothing
