@@ -66,22 +66,21 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
+    def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout of a batch of prompts, with `rewards`."""
+        with self._observed_rewards() as observed:
+            rollout = super()._generate_and_score_completions(inputs)
+        return {**rollout, "rewards": observed[-1]} if observed else rollout
+
     def _generate_and_score_completions(self, inputs):
-        generate = super()._generate_and_score_completions
-
-        def sample_round(inputs: list[dict[str, Any]]) -> dict[str, Any]:
-            with self._observed_rewards() as observed:
-                rollout = generate(inputs)
-            return {**rollout, "rewards": observed[-1]} if observed else rollout
-
-        rollout = sample_round(inputs)
+        rollout = self._sample_round(inputs)
         if not (self.args.dynamic_sampling and self.model.training):
             return rollout
         live = self._live_groups(rollout)
         [dead] = self._sum_over_processes(live.count(False))
         rounds, sampled_dead = 0, dead
         while dead and rounds < self.args.dynamic_sampling:
-            fresh = sample_round(self._draw_inputs(len(inputs)))
+            fresh = self._sample_round(self._draw_inputs(len(inputs)))
             fresh_live = self._live_groups(fresh)
             swaps = pair_groups(live, fresh_live)
             rollout = swap_groups(rollout, fresh, swaps, self.num_generations, self.processing_class.pad_token_id)
