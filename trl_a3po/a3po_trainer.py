@@ -234,7 +234,16 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         skips = bool(self._skippable_signs())
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if skips else old_per_token_logps
         sampled = inputs.get("sampling_per_token_logps")
-        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask, sampled)
+        rows = slice(scope.present)
+        sums = polarity_sums(
+            advantages[rows],
+            unselected[rows].to(shaped.dtype),
+            shaped[rows],
+            logps[rows],
+            entropies[rows],
+            mask[rows],
+            None if sampled is None else sampled[rows],
+        )
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
