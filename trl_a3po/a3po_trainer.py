@@ -24,8 +24,8 @@ from .training.reward_checks import check_rewards, total_rewards
 from .training.rollout_checks import check_prompts_fit, refuse_empty_completions
 from .training.token_log import TokenLog
 from .training.trl_contract import check_contract
-from .update.efficient_update import has_rotary_positions
 from .update.micro_batches import loss_mask
+from .update.model_traits import has_rotary_positions
 
 
 class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import ProcessorMixin
 
-from ..update.efficient_update import TrimmedGRPOTrainer, sees_padding
+from ..update.efficient_update import TrimmedGRPOTrainer
 from ..update.micro_batches import loss_mask, merge_rows, take_rows
 
 
@@ -49,15 +49,22 @@ class DynamicSamplingGRPOTrainer(TrimmedGRPOTrainer):
             refused = f"a dataset without an index, `{type(self.train_dataset).__name__}`. Pass a `Dataset`"
         elif isinstance(self.processing_class, ProcessorMixin):
             refused = "a processor of images. To train on text alone, pass the tokenizer as `processing_class`"
-        elif sees_padding(self.model):
-            # A group's log-probabilities would be others among longer prompts than it was sampled with.
-            refused = "a model, or an adapter, that sees the padding of prompts. Take another"
         else:
             return
-        raise ValueError(
+        raise self._refusal(refused)
+
+    def _refusal(self, refused: str) -> ValueError:
+        return ValueError(
             f"`dynamic_sampling={self.args.dynamic_sampling}` is not supported with {refused}, or set "
             "`dynamic_sampling=0`."
         )
+
+    def _check_traits(self):
+        super()._check_traits()
+        traits = self._traits
+        if self.args.dynamic_sampling and (traits.left_padding or traits.right_padding or traits.company):
+            # A group's log-probabilities would be others among longer prompts than it was sampled with.
+            raise self._refusal("a model, or an adapter, that sees the padding of prompts. Take another")
 
     def _generate_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The rollout of a batch of prompts. What a subclass adds to its rows, it adds here."""

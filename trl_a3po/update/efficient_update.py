@@ -1,23 +1,21 @@
 """[`TrimmedGRPOTrainer`]: TRL's update without the padding, and the rows, that it computes for nothing."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, ProcessorMixin
+from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
 from ..a3po_config import A3POConfig
 from .micro_batches import loss_mask, plan_micro_batches, row_lengths, run_extent, run_in_order
+from .model_traits import configured_traits, has_experts_as_modules, never_alone, padding_traits
 
 
 # Sums over tokens, or means over rows, with one denominator for all micro-batches of an optimizer step. That of BNPO
 # is the number of tokens in the micro-batch.
 _SAME_LOSS_IN_ANY_GROUPING = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo")
-
-# Kinds of layers, as configurations name them, to which padding on the left is as if it were not there.
-_BY_DISTANCE = {"full_attention", "sliding_attention", "linear_attention"}
 
 
 class TrimmedGRPOTrainer(GRPOTrainer):
@@ -46,8 +44,8 @@ class TrimmedGRPOTrainer(GRPOTrainer):
             # waits for.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
         )
-        self._trims = self.args.trim_padding and not unsuited
-        self._trims_prompt = self._trims and not sees_padding(self.model)
+        # The scale of NEFTune's noise is that of the padded width.
+        self._trims = self.args.trim_padding and not (unsuited or self.args.neftune_noise_alpha)
         # Terms of the loss for which a row, or the company of rows in a micro-batch, matters beyond its advantage.
         looks_at_all_rows = (
             self.top_entropy_quantile < 1.0
@@ -56,12 +54,29 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         )
         self._skips = self.args.skip_zero_advantage and not (unsuited or looks_at_all_rows or self.beta != 0.0)
         self._groups = self.loss_type in _SAME_LOSS_IN_ANY_GROUPING and not looks_at_all_rows
+        self._trims_prompt = False
+        self._traits = configured_traits(self.model)
+        # A sharded model cannot run before training begins.
+        self._checks_traits = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self._checks_traits:
+            self._check_traits()
+
+    def _check_traits(self) -> None:
+        """Turns off what is not exact for the model. All processes must call it."""
+        self._checks_traits = False
+        if self._trims or self._skips or self.args.dynamic_sampling:
+            self._traits = padding_traits(self.model)
+        self._trims &= not (self._traits.right_padding or self._traits.company)
+        self._skips &= not self._traits.company
+        self._trims_prompt = self._trims and not self._traits.left_padding
 
     def _has_gradient(self, inputs: dict[str, Any]) -> Tensor:
         """(B,) whether the loss can have a gradient in a row of a micro-batch. The other rows are left out."""
         return (inputs["advantages"] != 0) & loss_mask(inputs).any(1)
 
     def _prepare_inputs(self, generation_batch):
+        if self._checks_traits:
+            self._check_traits()
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._skips):
@@ -114,50 +129,11 @@ class TrimmedGRPOTrainer(GRPOTrainer):
         if self._loss_inputs is None or "extent" not in self._loss_inputs:
             return compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs)
         extent = self._loss_inputs["extent"]
+        if self._traits.alone and len(input_ids) > 1:
+            forward = never_alone(forward)
         logps, *others = run_extent(forward, input_ids, attention_mask, logits_to_keep, extent)
         if "old_per_token_logps" in self._loss_inputs:
             # In rows that are left out the ratio is 1, not the exponential of anything.
             old_logps = self._loss_inputs["old_per_token_logps"]
             logps = torch.cat([logps[: extent.rows], logps[extent.rows :] + old_logps[extent.rows :]])
         return logps, *others
-
-
-def sees_padding(model: torch.nn.Module) -> bool:
-    """
-    Whether it makes a difference to a model how many columns of padding are to the left of its tokens.
-
-    It makes none to rotary positions and attention that goes by distance. It does to positions that are looked up by
-    column (GPT-2), to a rotation that depends on the length, to attention that is scaled or cut into blocks by column
-    (Llama 4, Ministral 3), and where adapters put virtual tokens before the padding. What is not known is taken to see
-    it.
-    """
-    adapters = getattr(model, "peft_config", {}).values()
-    config = cast(PretrainedConfig, model.config).get_text_config()
-    rope = _rope(config)
-    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return (
-        any(adapter.is_prompt_learning for adapter in adapters)
-        or not has_rotary_positions(config)
-        or not {each.get("rope_type", "default") for each in nested}.isdisjoint({"dynamic", "longrope"})
-        or any(each.get("llama_4_scaling_beta") for each in nested)
-        or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
-        or not _BY_DISTANCE.issuperset(getattr(config, "layer_types", None) or ())
-        or config.model_type == "recurrent_gemma"  # whose recurrent layers do not mask it
-    )
-
-
-def has_experts_as_modules(model: torch.nn.Module) -> bool:
-    """Whether experts are modules of their own, as before transformers 5: those without a token have no gradient."""
-    return any(
-        name.endswith("experts") and isinstance(module, torch.nn.ModuleList) for name, module in model.named_modules()
-    )
-
-
-def has_rotary_positions(config: PretrainedConfig) -> bool:
-    """Whether a model rotates its positions, rather than looks them up in a table of so many."""
-    return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")
-
-
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    config = config.get_text_config()
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
