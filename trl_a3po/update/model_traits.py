@@ -69,9 +69,10 @@ def padding_traits(model: torch.nn.Module) -> PaddingTraits:
     Finds out what the output of a row depends on. A trait is present if the model's configuration says so, or if
     outputs differ when the model runs on made-up rows.
 
-    The check runs about a dozen short passes without gradients, over at most three rows: in training mode without dropout,
-    and in evaluation mode, since the code of the two can differ. Modes and random numbers are restored. Processes that
-    share a model (FSDP, ZeRO-3) must all call this at the same time, once the model is prepared for training.
+    The check runs about a dozen short passes without gradients, over at most three rows: in training mode without
+    dropout, and in evaluation mode, since the code of the two can differ. Modes and random numbers are restored.
+    Processes that share a model (FSDP, ZeRO-3) must all call this at the same time, once the model is prepared for
+    training.
 
     The check does not see effects below rounding: 3e-5 of the logits in float32, a tenth in half precision or TF32.
     Such an effect can grow if a model is trained from scratch.
