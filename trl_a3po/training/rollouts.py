@@ -55,8 +55,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
                 f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {reason}, or set `dynamic_sampling=0`."
             )
 
-    def _check_model(self, model):
-        super()._check_model(model)
+    def _check_model(self):
+        super()._check_model()
         if self._traits.left_padding or self._traits.right_padding or self._traits.company:
             # The log-probabilities of a group would change beside longer prompts than it was sampled with.
             self._refuse_dynamic_sampling(

@@ -81,13 +81,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         # A sharded model cannot run before training begins.
         self._checks_model = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self._checks_model:
-            self._check_model(self.model)
+            self._check_model()
 
-    def _check_model(self, model: torch.nn.Module) -> None:
+    def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off what is not exact for it. All processes must call it."""
         self._checks_model = False
         if self._trims or self._may_skip or self.args.dynamic_sampling:
-            self._traits = padding_traits(model)
+            self._traits = padding_traits(self.model)
         self._trims &= not (self._traits.right_padding or self._traits.company)
         self._may_skip &= not self._traits.company
         if not self._trims:
@@ -98,7 +98,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self._packing = Packing("the router loss counts all positions")
         else:
             with self.accelerator.autocast():
-                self._packing = check_packing(model)
+                self._packing = check_packing(self.model)
         # Numbers may differ between processes, and so may what follows from them.
         failed = torch.tensor([self._packing.reason is not None], device=self.accelerator.device)
         if self._packing.reason is None and self.accelerator.gather(failed).any():
@@ -155,7 +155,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch):
         if self._checks_model:
-            self._check_model(self.model_wrapped)
+            self._check_model()
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):
