@@ -181,7 +181,9 @@ DOCTORED = {
 @pytest.mark.parametrize("change", DOCTORED.values(), ids=DOCTORED.keys())
 def test_a_trl_that_breaks_the_contract_is_refused_at_construction(change, tmp_path, monkeypatch):
     doctored(monkeypatch, *change)
-    with pytest.raises(RuntimeError, match=rf"^TRL {trl.__version__} does not compute A3PO's loss: .* Install a TRL"):
+    with pytest.raises(
+        RuntimeError, match=rf"^TRL {trl.__version__} does not compute A3PO's loss .*`pip install trl=="
+    ):
         make(tmp_path)
 
 
