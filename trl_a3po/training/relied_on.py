@@ -90,20 +90,26 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "_compute_loss",
-        ("a3po_trainer", "update.efficient_update"),
+        ("update.efficient_update",),
         "the shaping: `compute_loss` calls it, and it reads `inputs['advantages']`, (B,) or (B, T), after it has "
         "computed the log-probabilities",
     ),
     ReliedOn(
         "trl.GRPOTrainer",
         "_get_per_token_logps_and_entropies",
-        ("a3po_trainer", "update.efficient_update", "training.trl_contract"),
+        (
+            "update.efficient_update",
+            "training.trl_contract",
+        ),
         "the shaping and the savings: returns log-probabilities and entropies of shape (B, T), and others after them",
     ),
     ReliedOn(
         "trl.GRPOTrainer",
         "importance_sampling_level",
-        ("a3po_trainer",),
+        (
+            "a3po_trainer",
+            "update.loss_scope",
+        ),
         "GSPO-token: the loss reads it after it has computed the log-probabilities",
     ),
     ReliedOn(
@@ -169,35 +175,39 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "_generate_and_score_completions",
-        ("training.dynamic_sampling",),
+        ("training.rollouts",),
         "dynamic sampling, and the rewards handed to `shape_advantages`: returns the rollout of a batch of prompts, "
         "in the order of the prompts, before it is shuffled",
     ),
     ReliedOn(
         "trl.GRPOTrainer",
         "_generate_single_turn",
-        ("a3po_trainer",),
+        ("training.rollouts",),
         "the check that prompts fit into the positions of a model: gets the token ids of the prompts first",
     ),
     ReliedOn(
         "trl.GRPOTrainer",
         "_calculate_rewards",
-        ("a3po_trainer",),
+        ("training.rollouts",),
         "the check of rewards, and those handed to `shape_advantages`: returns those of all processes, (B, F), in "
         "order",
     ),
-    ReliedOn("trl.GRPOTrainer", "reward_weights", ("a3po_trainer",), "the total reward of a completion"),
-    ReliedOn("trl.GRPOTrainer", "reward_func_names", ("a3po_trainer",), "the error about a reward"),
-    ReliedOn("trl.GRPOTrainer", "rollout_func", ("a3po_trainer",), "the check of completions without tokens"),
+    ReliedOn("trl.GRPOTrainer", "reward_weights", ("training.rollouts",), "the total reward of a completion"),
+    ReliedOn("trl.GRPOTrainer", "reward_func_names", ("training.rollouts",), "the error about a reward"),
+    ReliedOn("trl.GRPOTrainer", "rollout_func", ("training.rollouts",), "the check of completions without tokens"),
+    ReliedOn("trl.GRPOTrainer", "num_generations", ("training.rollouts",), "which rows of a rollout are a group"),
     ReliedOn(
-        "trl.GRPOTrainer", "num_generations", ("training.dynamic_sampling",), "which rows of a rollout are a group"
+        "trl.GRPOTrainer", "max_completion_length", ("training.rollouts",), "the check that prompts fit into a model"
     ),
-    ReliedOn("trl.GRPOTrainer", "max_completion_length", ("a3po_trainer",), "the check that prompts fit into a model"),
     # Logs
     ReliedOn(
         "trl.GRPOTrainer",
         "_metrics",
-        ("a3po_trainer", "training.dynamic_sampling", "training.trl_contract"),
+        (
+            "a3po_trainer",
+            "training.rollouts",
+            "training.trl_contract",
+        ),
         "the metrics `a3po/*`: lists by mode and name, whose means the next log takes",
     ),
     ReliedOn(
@@ -205,6 +215,18 @@ RELIED_ON = (
         "evaluation_loop",
         ("a3po_trainer",),
         "the metrics `eval_a3po/*`: runs before the log of an evaluation",
+    ),
+    ReliedOn(
+        "transformers.Trainer",
+        "_maybe_log_save_evaluate",
+        ("a3po_trainer",),
+        "the metrics `a3po/*` and the token log: called by all processes at the end of each step, after all callbacks",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "log",
+        ("a3po_trainer",),
+        "the metrics of a log: takes the means of `_metrics`, and clears them",
     ),
     ReliedOn("transformers.Trainer", "create_model_card", ("a3po_trainer",), "the settings on the model card"),
     ReliedOn("trl.GRPOTrainer", "_tag_names", ("a3po_trainer",), "the tags of the model card"),
@@ -247,7 +269,7 @@ RELIED_ON = (
     ReliedOn(
         "accelerate.utils", "broadcast_object_list", ("training.checkpoints",), "one decision for all: what to resume"
     ),
-    ReliedOn("accelerate.utils", "gather_object", ("training.reward_checks",), "the prompt in an error of rewards"),
+    ReliedOn("accelerate.utils", "gather_object", ("training.input_checks",), "the prompt in an error of rewards"),
     # Commands
     ReliedOn("trl.scripts", "grpo", ("cli.train",), "`trl-a3po train`, which runs TRL's script"),
     ReliedOn("trl.scripts.grpo", "GRPOScriptArguments", ("cli.train",), "the options of `trl-a3po train`"),
