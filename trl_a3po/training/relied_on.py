@@ -8,10 +8,10 @@ trainer is constructed, and a test finds every name that the package uses and th
 `python -m trl_a3po.training.relied_on` prints the table of the documentation.
 """
 
+import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from packaging.version import Version
@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 
 # The newest releases that all tests pass with: what an error says to install.
-TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0"}
+TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ReliedOn:
     A name of another package.
 
     Args:
-        owner (`str`): The trainer or the module that has it.
+        owner (`str`): The class or the module that has it.
         name (`str`): The name in it.
         used_by (`tuple[str, ...]`): The modules of this package that override it, call it or read it.
         purpose (`str`): What does not work without it.
@@ -78,10 +78,10 @@ class ReliedOn:
         return hasattr(_resolve(self.owner), self.name)
 
 
-def _resolve(owner: str) -> ModuleType | None:
+def _resolve(owner: str) -> Any:
     try:
-        return import_module(owner)
-    except ImportError:
+        return pkgutil.resolve_name(owner)
+    except (ImportError, AttributeError):
         return None
 
 
@@ -99,6 +99,7 @@ RELIED_ON = (
         "_get_per_token_logps_and_entropies",
         (
             "update.efficient_update",
+            "update.packed_forward",
             "training.trl_contract",
         ),
         "the shaping and the savings: returns log-probabilities and entropies of shape (B, T), and others after them",
@@ -157,6 +158,18 @@ RELIED_ON = (
         ("training.trl_contract",),
         "the construction check: the loss reads it",
         later=True,
+    ),
+    ReliedOn(
+        "transformers.PretrainedConfig",
+        "_attn_implementation",
+        ("update.attention",),
+        "packed rows: attention layers look their function up by it each time they run",
+    ),
+    ReliedOn(
+        "torch.autograd.Variable",
+        "_execution_engine",
+        ("update.attention",),
+        "packed rows with gradient checkpointing: calls a function when a backward pass ends",
     ),
     # The rollout
     ReliedOn(
