@@ -87,7 +87,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **keywords):
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
+            name = model if isinstance(model, str) else model.config.name_or_path
             args = A3POConfig(f"{name.split('/')[-1]}-A3PO")
         elif not isinstance(args, A3POConfig):
             raise TypeError(

@@ -59,5 +59,5 @@ def _print_tokens(run_dir: Path, step: int | None) -> None:
             "advantage."
         )
     last = [each for each in completions if each.step == completions[-1].step]
-    of_one_prompt = [each for each in last if each.prompt == last[0].prompt]
+    of_one_prompt = [each for each in last if (each.group, each.prompt) == (last[0].group, last[0].prompt)]
     print_tokens(of_one_prompt, Console())

@@ -1,5 +1,6 @@
 """[`RolloutGRPOTrainer`]: the rollouts of [`~trl.GRPOTrainer`], checked, with rewards, and resampled on request."""
 
+import math
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +15,7 @@ from ..update.micro_batches import loss_mask
 from ..update.model_traits import has_rotary_positions
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
+from .token_log import GROUPS
 
 
 class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
@@ -36,6 +38,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     # The optimizer step, and the prompts that are still to be drawn in it.
     _fresh_prompts: tuple[int, Iterator[int]] = (-1, iter(()))
+
+    _numbered_groups = 0
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -73,10 +77,14 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout of a batch of prompts, with `rewards`."""
+        """TRL's rollout of a batch of prompts, with `rewards`, and with the numbers of groups that the log needs."""
         with self._observed_rewards() as observed:
             rollout = super()._generate_and_score_completions(inputs)
-        return {**rollout, "rewards": observed[-1]} if observed else rollout
+        if observed:
+            rollout = {**rollout, "rewards": observed[-1]}
+        if self.args.log_tokens and self.model.training:
+            rollout = {**rollout, GROUPS: self._number_groups(len(inputs))}
+        return rollout
 
     def _generate_and_score_completions(self, inputs):
         rollout = self._sample_round(inputs)
@@ -102,6 +110,14 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         for name, count in counts.items():
             self._metrics["train"][f"a3po/dynamic_sampling/{name}"].append(count)
         return rollout
+
+    def _number_groups(self, rows: int) -> Tensor:
+        """(B,) a number for each row of a round, the same for completions of one group, new in each round."""
+        first = self.accelerator.process_index * rows
+        numbers = torch.arange(first, first + rows, device=self.accelerator.device) // self.num_generations
+        numbers += self._numbered_groups
+        self._numbered_groups += math.ceil(rows * self.accelerator.num_processes / self.num_generations)
+        return numbers
 
     @contextmanager
     def _observed_rewards(self) -> Iterator[list[Tensor]]:
