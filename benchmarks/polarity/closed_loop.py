@@ -1,8 +1,8 @@
 """
 Scales that follow a measurement instead of a schedule. They are ours, to compare with the schedules.
 
-The paper (arXiv 2512.21625) decays the scales so that training and sampling do not drift apart. Here, a damping
-moves them towards 1: a scale of s is 1 + (s - 1) * damping in force. At every log, the damping is divided by the ratio of a
+The paper (arXiv 2512.21625) decays the scales so that training and sampling do not drift apart. Here, a damping moves
+them towards 1: a scale of s is 1 + (s - 1) * damping in force. At every log, the damping is divided by the ratio of a
 measurement to its bound, at most by two and at least by a half, and never rises above 1. The measurement is the mean
 entropy, or the mean distance of the sampler's log-probabilities from the trained policy's over the amplified tokens.
 
