@@ -15,11 +15,11 @@ setting nor an argument of the hook raises a `TypeError`.
 
 The tensors are those of the hook. B is the number of completions, T the number of token positions:
 
-- `advantages` (B,) or (B, T): the advantages to shape. With (B, T), each function scales what it is given.
+- `advantages` (B,) or (B, T): the advantages to shape, one per completion or one per token.
 - `per_token_logps` (B, T): log-probabilities of the tokens under the policy being trained, ln p.
 - `old_per_token_logps` (B, T): the same under the old policy, ln p_old. The ratio of a token is p / p_old.
 - `entropies` (B, T): entropies of the policy being trained, in nats, H.
-- `mask` (B, T): non-zero on the unmasked tokens. What stands at the other positions, NaN included, has no influence.
+- `mask` (B, T): non-zero on the unmasked tokens. Values at the other positions have no influence, not even NaN.
 - `rewards` (B,): the reward of each completion.
 - `progress`: the share of the optimizer steps that are done, from 0 to 1.
 
@@ -34,9 +34,9 @@ Order, to combine several:
    then the functions here, in any order.
 
 **Statistics over the micro-batch.** [`forking_tokens`], [`clip_cov`], [`steer_exponential`], [`steer_linear`],
-[`gtpo_simplified`], [`aepo`] and [`stare`] rank or average tokens over the micro-batch of one process, as the code
-does that they follow. Their result depends on which rows share a micro-batch, and so on `per_device_train_batch_size`.
-The other functions treat each completion by itself.
+[`gtpo_simplified`], [`aepo`] and [`stare`] rank or average tokens over the micro-batch of one process, like the code
+that they follow. Their result depends on which rows share a micro-batch, and so on `per_device_train_batch_size`. The
+other functions treat each completion by itself.
 
 **Sources.** "Read" means that the formula and the defaults were compared with the named code at the named commit. The
 equations of the papers were not compared.
@@ -53,7 +53,7 @@ from torch.nn.functional import pad
 from .shaping import is_finite_number, select_lowest
 
 
-# What the hook hands on. A method ignores those that it does not name.
+# The arguments of the hook. A method ignores those that it does not name.
 _HOOK_ARGUMENTS = {"per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards", "progress"}
 
 
