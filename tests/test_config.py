@@ -152,8 +152,8 @@ REFUSED = [
     ),
     (
         {"scale_decay_steps": 500, "max_steps": 300},
-        "`scale_decay_steps=500` is longer than the training of 300 optimizer steps: the scales would never arrive at "
-        "1. Pass a fraction, for example 0.5, or not more steps than there are; to keep the scales as they are,",
+        "`scale_decay_steps=500` is longer than the training of 300 optimizer steps: the scales would never reach 1. "
+        "Pass a fraction, for example 0.5, or at most 300 steps. To keep the scales at their initial values, set",
     ),
 ]
 
