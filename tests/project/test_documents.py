@@ -23,7 +23,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
 SHAPING = (REPOSITORY / "docs" / "shaping.md").read_text(encoding="utf-8")
 PAGES = [
-    *(REPOSITORY / name for name in ("README.md", "examples/README.md")),
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
     REPOSITORY / "benchmarks" / "polarity" / "README.md",
 ]
