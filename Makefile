@@ -14,7 +14,7 @@ TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10
 PYTEST = -m pytest --numprocesses auto --dist loadfile
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm test-versions test-trl dist docs style format
+.PHONY: demo test test-slow test-lowest test-vllm test-versions test-trl dist docs pictures style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/trl-a3po demo
@@ -59,6 +59,11 @@ dist: pyproject.toml  ## build the packages, and check that the installed wheel 
 
 docs: $(VENV_DOCS)/ready  ## build the documentation in build/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict --quiet
+
+pictures: $(VENV)/ready  ## draw the pictures of the documents again; needs Chromium
+	$(VENV)/bin/python $(INSTALL) matplotlib
+	$(VENV)/bin/trl-a3po demo --max_steps 100 --output_dir build/demo
+	$(VENV)/bin/python docs/pictures.py build/demo
 
 style: $(VENV)/ready  ## check lint, formatting and types
 	$(VENV)/bin/ruff check

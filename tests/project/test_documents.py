@@ -139,7 +139,7 @@ def test_the_guide_names_every_metric(tmp_path):
 
 def test_the_readme_is_short_and_its_map_names_every_file_and_room():
     assert len(README.splitlines()) <= 170
-    (tree,) = re.findall(r"```text\n(trl_a3po/\n.*?)```", README, flags=re.DOTALL)
+    (tree,) = re.findall(r"```text\n(trl_a3po/.*?)```", README, flags=re.DOTALL)
     package = REPOSITORY / "trl_a3po"
     there = {path.name for path in package.glob("[!_]*.py")} | {
         f"{path.parent.name}/" for path in package.glob("*/__init__.py")
