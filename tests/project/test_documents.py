@@ -149,6 +149,14 @@ def test_the_readme_is_short_and_its_map_names_every_file_and_room():
     assert all(list(package.rglob(name)) for name in mentioned)
 
 
+def test_the_api_page_has_what_is_public_and_nothing_else():
+    documented = re.findall(r"^::: (\S+)$", (REPOSITORY / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    names = {f"trl_a3po.{name}" for name in trl_a3po.__all__ if not name.startswith("_")}
+    at_the_top = {f"trl_a3po.{path.stem}" for path in (REPOSITORY / "trl_a3po").glob("[!_]*.py")}
+    exported_from = {getattr(trl_a3po, name.rpartition(".")[2]).__module__ for name in names}
+    assert sorted(documented) == sorted(names | (at_the_top - exported_from))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES])
 def test_links_between_documents_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
