@@ -5,30 +5,28 @@ import json
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from .a3po_config import A3POConfig
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .training.checkpoints import ResumableGRPOTrainer
-from .training.dynamic_sampling import DynamicSamplingGRPOTrainer
-from .training.hub_warnings import ReportPushes
+from .training.hub_warnings import WarnOfFailedPushes
 from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
-from .training.reward_checks import check_rewards, total_rewards
-from .training.rollout_checks import check_prompts_fit, refuse_empty_completions
+from .training.rollouts import RolloutGRPOTrainer
 from .training.token_log import TokenLog
 from .training.trl_contract import check_contract
-from .update.efficient_update import has_rotary_positions
+from .update.efficient_update import EfficientUpdateGRPOTrainer
 from .update.micro_batches import loss_mask
 
 
-class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
+class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOTrainer, GRPOTrainer):
     """
     Trainer for A3PO, Adaptive and Asymmetric token-level Advantage shaping for Policy Optimization.
 
@@ -87,9 +85,6 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
             }"""),
     }
 
-    # (B,) those of the rows of this process that were scored last.
-    _rewards: Tensor | None = None
-
     def __init__(self, model, reward_funcs=None, args=None, *positional, **keywords):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -97,24 +92,19 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         elif not isinstance(args, A3POConfig):
             raise TypeError(
                 f"`args` must be an `A3POConfig`, got `{type(args).__name__}`. A3POConfig takes every argument of "
-                "GRPOConfig: change the name, and the rest of your script stays."
+                "GRPOConfig: change the name and keep the rest of your script."
             )
         self._check_compatible(args)
         super().__init__(model, reward_funcs, args, *positional, **keywords)
-        if self.rollout_func is not None:
-            self.rollout_func = refuse_empty_completions(self.rollout_func)
-        if self._shapes_its_own_way:
-            # It may give a gradient to zero advantages, and look at the company of rows in a micro-batch.
-            self._skips = self._groups = False
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
-        self.add_callback(_Moments(self))
+        self.add_callback(_TrainingHooks(self))
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():
             self._token_log = TokenLog(args.output_dir, args.log_tokens, self.processing_class)
             self.add_callback(self._token_log)
         if args.push_to_hub:
-            self.add_callback(ReportPushes(self))
+            self.add_callback(WarnOfFailedPushes(self))
         check_contract(self)
 
     # Its signature is that of the installed TRL's.
@@ -122,7 +112,8 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
 
     @property
     def _shapes_its_own_way(self) -> bool:
-        return type(self).shape_advantages is not A3POTrainer.shape_advantages
+        is_assigned = "shape_advantages" in vars(self)  # on the instance
+        return is_assigned or type(self).shape_advantages is not A3POTrainer.shape_advantages
 
     def _check_compatible(self, args: A3POConfig) -> None:
         if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
@@ -206,48 +197,21 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
             settings[name] = decay_scale(settings[name], self.state.global_step, decay_steps, self.args.scale_decay)
         return settings
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        config = cast(PretrainedConfig, self.model.config)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions and self.max_completion_length and not has_rotary_positions(config):
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+    # Where it enters TRL's loss
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
-        first = self.accelerator.process_index * len(prompts)  # of the rows of this process
-        self._rewards = total_rewards(rewards_per_func, self.reward_weights)[first : first + len(prompts)]
-        return rewards_per_func
-
-    def _has_gradient(self, inputs):
-        advantages = weight_polarities(inputs["advantages"], self.args.positive_weight, self.args.negative_weight)
-        return super()._has_gradient({**inputs, "advantages": advantages})
-
-    def _generate_round(self, inputs):
-        return {**super()._generate_round(inputs), "rewards": self._rewards}
-
-    def _compute_loss(self, model, inputs):
-        # TRL's loss first computes the log-probabilities (the method below), then reads the advantages. It reads a
-        # copy: the rollout's own dict comes back for every iteration and must not be shaped twice.
-        level = self.importance_sampling_level
-        try:
-            return super()._compute_loss(model, {**inputs})
-        finally:
-            self.importance_sampling_level = level
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        output = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
-            self._shape_loss_inputs(self._loss_inputs, per_token_logps=output[0], entropies=output[1])
-        return output
+    def _signs_without_gradient(self):
+        if self._shapes_its_own_way:
+            return frozenset()  # it may give a gradient to any row, and look at the other rows of a micro-batch
+        settings = self.current_shaping_settings()
+        weights = {1: settings["positive_weight"], -1: settings["negative_weight"]}
+        return frozenset({0, *(sign for sign, weight in weights.items() if weight == 0)})
 
     @torch.no_grad()
-    def _shape_loss_inputs(self, inputs: dict[str, Any], per_token_logps: Tensor, entropies: Tensor) -> None:
+    def _before_loss_reads(self, scope, per_token_logps, entropies):
+        inputs = scope.inputs
         advantages, mask = inputs["advantages"], loss_mask(inputs)
         per_token_logps, entropies = per_token_logps.detach(), entropies.detach()
-        # Absent while rollout and update are aligned: the two policies are one.
+        # Absent while rollout and update are aligned: then the two policies are the same.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps)
 
         shape = self._shape_in_its_own_way if self._shapes_its_own_way else self.shape_advantages
@@ -260,14 +224,15 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
             rewards=inputs.get("rewards"),
             progress=self.state.global_step / max(1, self.state.max_steps),  # unknown before training
         )
-
         if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
-            self.importance_sampling_level = "token"  # until the end of this loss
+            scope.use_token_level_ratio()
 
-        unselected = weight_polarities(advantages, self.args.positive_weight, self.args.negative_weight)
-        # Of rows that are left out neither is known; their entropies are NaN.
-        logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if self._skips else old_per_token_logps
+        settings = self.current_shaping_settings()
+        unselected = weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
+        # Skipped rows have neither log-probabilities nor entropies; they are marked by NaN entropies.
+        skips = bool(self._skippable_signs())
+        logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if skips else old_per_token_logps
         sampled = inputs.get("sampling_per_token_logps")
         sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask, sampled)
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
@@ -300,25 +265,45 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         # TRL multiplies by the mask, and 0 times NaN is NaN.
         return shaped if shaped.dim() == 1 else shaped.where(mask.bool(), 0.0)
 
+    # What it logs
+
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
     def _reduce_polarity_sums(self, mode: str) -> None:
-        """Adds up what the processes have, and hands it to TRL's metrics. Every process must call it."""
+        """Adds up the sums of all processes, and appends the means to TRL's metrics. Every process must call it."""
         if mode not in self._polarity_sums:
             return
         sums = self.accelerator.reduce(self._polarity_sums.pop(mode), reduction="sum").cpu()  # waits once, here
         for name, value in polarity_metrics(sums).items():
             self._metrics[mode][f"a3po/{name}"].append(value)
-        if self._skips and mode == "train":
-            # TRL's own mean is NaN for every micro-batch in which a row is left out.
+        if self._skippable_signs() and mode == "train":
+            # TRL's own mean is NaN for every micro-batch in which a row is skipped.
             self._metrics[mode]["entropy"] = [mean_entropy(sums)]
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # All processes come here at the end of each step, after all callbacks. They do not all come to `log`: users
+        # call that on one process only, where a collective operation would hang.
+        if self.control.should_log or self.control.should_training_stop:
+            self._reduce_polarity_sums("train")
+            if self._token_log is not None:
+                self._token_log.write(self.state.global_step)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)
         self._reduce_polarity_sums("eval")
         return output
+
+    def log(self, logs, *args, **kwargs):
+        if self.accelerator.num_processes == 1:
+            self._reduce_polarity_sums(self._mode)  # whoever asks for a log, at any time
+        entropies = self._metrics[self._mode].get("entropy", [])
+        if all(math.isnan(entropy) for entropy in entropies):
+            # Every row of the window was skipped. TRL would log `None`, which breaks callbacks that compare numbers.
+            self._metrics[self._mode].pop("entropy", None)
+        super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
@@ -339,22 +324,14 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         path.write_text(f"{before}{section}{heading}{after}", encoding="utf-8")
 
 
-class _Moments(TrainerCallback):
-    """What the trainer does at moments of the training loop that TRL hands to callbacks alone."""
+class _TrainingHooks(TrainerCallback):
+    """What the trainer does at points of the training loop that only callbacks reach."""
 
     def __init__(self, trainer: A3POTrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         args.check_decay_ends(state.max_steps)  # known from here on, where training is counted in epochs
-
-    def on_step_end(self, args, state, control, **kwargs):
-        # Once a log, in the step that ends in it. Not in `Trainer.log`: users call that on one process alone, where a
-        # collective operation would hang.
-        if control.should_log or control.should_training_stop:
-            self._trainer._reduce_polarity_sums("train")
-
-    on_epoch_end = on_step_end
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         # transformers goes on, and shows a loss of 0. With fp16, steps that overflow are left out.

@@ -15,7 +15,7 @@ from trl import ModelConfig
 from trl.rewards import accuracy_reward
 
 from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.training.reward_checks import check_rewards
+from trl_a3po.training.input_checks import check_rewards
 
 
 HOSTILE = {

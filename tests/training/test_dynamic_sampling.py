@@ -12,8 +12,8 @@ from peft import PromptTuningConfig
 from support import tiny
 from test_drop_in import ENVIRONMENTS, ROLLOUT_FUNCTION, TOOLS, images
 from test_drop_in import make as make_run
+from test_micro_batches import gpt2
 from test_training import StopAfter
-from test_update_phase import gpt2
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training.dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
@@ -136,7 +136,7 @@ def test_rounds_that_do_not_hold_the_same_are_refused():
     rows = random_rows(4, 5, torch.Generator().manual_seed(0))
     rollout, fresh = rollout_of(rows, 0), rollout_of(rows, 0)
     del fresh["tool_mask"]
-    with pytest.raises(ValueError, match=r"only one has tool_mask\. Return the same fields from every call of"):
+    with pytest.raises(ValueError, match=r"only one has `tool_mask`\. Return the same fields from every call of"):
         swap_groups(rollout, fresh, [(0, 1)], 2, 0)
 
 
@@ -186,8 +186,8 @@ class Recorder(A3POTrainer):
         super().__init__(*args, **kwargs)
         self.losses.clear()  # of the check at construction
 
-    def _generate_round(self, inputs):
-        output = super()._generate_round(inputs)
+    def _sample_round(self, inputs):
+        output = super()._sample_round(inputs)
         self.prompts[-1].append([row["prompt"] for row in inputs])
         self.rounds[-1].append({**output})
         return output
@@ -466,12 +466,12 @@ def refusal(model_dir, output_dir, run):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ("stream", "a dataset without an index, `IterableDataset`. Pass a `Dataset`, or set `dynamic_sampling=0`."),
-        ("positions", "a model, or an adapter, that sees the padding of prompts. Take another, or"),
-        ("virtual tokens", "a model, or an adapter, that sees the padding of prompts. Take another, or"),
-        ("images", "a processor of images. To train on text alone, pass the tokenizer as `processing_class`, or"),
+        ("stream", "a dataset without an index (`IterableDataset`). Pass a `Dataset`, or set `dynamic_sampling=0`."),
+        ("positions", "models or adapters whose output depends on left padding"),
+        ("virtual tokens", "models or adapters whose output depends on left padding"),
+        ("images", "a processor of images. To train on text only, pass the tokenizer as `processing_class`, or"),
     ],
 )
 def test_refuses_at_construction(run, message, model_dir, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"`dynamic_sampling=3` is not supported with {message}")):
+    with pytest.raises(ValueError, match=re.escape(f"`dynamic_sampling=3` does not work with {message}")):
         refusal(model_dir, tmp_path, run)

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from trl_a3po import A3POTrainer
+from trl_a3po.training.input_checks import LARGEST_REWARD, check_rewards
 from trl_a3po.training.polarity_metrics import polarity_metrics, polarity_sums
-from trl_a3po.training.reward_checks import LARGEST_REWARD, check_rewards
 
 
 INF, NAN = float("inf"), float("nan")

@@ -12,7 +12,7 @@ import torch
 from support import processes, tiny
 
 from trl_a3po import A3POTrainer, token_log
-from trl_a3po.training.reward_checks import total_rewards
+from trl_a3po.training.input_checks import total_rewards
 from trl_a3po.training.token_log import TokenLog, token_texts
 from trl_a3po.training.token_log_format import MAX_LINE_BYTES, MAX_TOKEN_CHARACTERS, TOKENS_FILE, LoggedCompletion
 
@@ -110,7 +110,7 @@ def test_of_equal_completions_one_is_written(tmp_path):
     ones, floats = torch.ones_like(ids), torch.ones(4, 2)
     inputs = {"prompt_ids": ones, "prompt_mask": ones, "completion_ids": ids, "completion_mask": ones}
     log.add({**inputs, "rewards": floats[:, 0]}, torch.tensor([1.0, 1.0, 0.5, 0.25]), floats, floats, floats)
-    log._write(1)
+    log.write(1)
     assert [completion.advantage for completion in logged(tmp_path)] == [1.0, 0.5]
 
 
@@ -139,7 +139,7 @@ def test_the_host_waits_at_logs_alone(tmp_path):
     log.add({**dict.fromkeys(names, matrix), "rewards": rows}, rows, matrix, matrix, matrix)
     total_rewards(torch.empty(4, 2, device="meta"), torch.empty(2, device="meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
-        log._write(1)
+        log.write(1)
 
 
 def test_evaluation_is_not_logged(tmp_path):
@@ -175,7 +175,7 @@ def test_a_line_is_bounded(tmp_path):
     ones, floats = torch.ones_like(ids), torch.full(ids.shape, -math.pi * 1e-9)
     inputs = {"prompt_ids": ids, "prompt_mask": ones, "completion_ids": ids, "completion_mask": ones}
     log.add({**inputs, "rewards": floats[:, 0]}, -floats[:, 0], floats, floats, floats)
-    log._write(1)
+    log.write(1)
     (line,) = (tmp_path / TOKENS_FILE).read_bytes().splitlines()
     assert len(line) < MAX_LINE_BYTES
     completion = LoggedCompletion.from_line(line)
@@ -198,7 +198,7 @@ def test_what_is_not_finite_or_does_not_count_is_not_a_number(tmp_path):
     }
     shaped, entropies = torch.tensor([[2.0, 0.0, 1.0, 0.0]]), torch.tensor([[1.0, 1.0, math.nan, 1.0]])
     log.add(inputs, torch.ones(1), shaped, torch.zeros(1, 4), entropies)
-    log._write(1)
+    log.write(1)
     (completion,) = logged(tmp_path)
     assert completion.reward is None
     assert (completion.weights, completion.probs) == ([2.0, None, 1.0], [1.0, None, 1.0])

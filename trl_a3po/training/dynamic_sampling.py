@@ -1,109 +1,22 @@
 """
-[`DynamicSamplingGRPOTrainer`]: groups with nothing to learn from make room for groups of fresh prompts.
+Dynamic sampling, as functions of rollouts: groups without a learning signal are replaced by groups of fresh prompts.
 
-That is the dynamic sampling of DAPO (arXiv 2503.14476, section 3.2), which samples until the batch is full of groups
-that are neither all right nor all wrong (its equation 11). What we chose: a group goes by its advantages, not by how
-many of its completions are right; fresh prompts are drawn from the whole dataset; and after a number of rounds the
-batch is taken as it is.
+This is the dynamic sampling of DAPO (arXiv 2503.14476, section 3.2), which samples until the batch is full of groups
+that are neither all right nor all wrong (its equation 11). We chose three things. A group has a learning signal by its
+advantages, not by how many of its completions are right. Fresh prompts are drawn from the whole dataset. After a
+number of rounds the batch is used as it is.
 
-Shapes: B rows of G completions each of one prompt, group after group.
+Shapes: B rows, group after group, each of G completions of one prompt.
 """
 
-from collections.abc import Iterator, Sequence, Sized
-from itertools import islice
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import ProcessorMixin
 
-from ..update.efficient_update import TrimmedGRPOTrainer, sees_padding
-from ..update.micro_batches import loss_mask, merge_rows, take_rows
-
-
-class DynamicSamplingGRPOTrainer(TrimmedGRPOTrainer):
-    """
-    The part of [`A3POTrainer`] that is about which groups are trained on.
-
-    A round is a generation batch of fresh prompts, in the shape of the first. All processes run as many rounds, those
-    too that need none: they share engines and rewards. A group stays on the process that it was sampled on.
-
-    Raises:
-        `ValueError`: with `dynamic_sampling`, a dataset that cannot be indexed, a model with images, or one that sees
-            how wide the padding of its prompts is.
-    """
-
-    num_generations: int
-    processing_class: Any
-
-    # Those of an optimizer step.
-    _fresh_prompts: tuple[int, Iterator[int]] = (-1, iter(()))
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if not self.args.dynamic_sampling:
-            return
-        if not isinstance(self.train_dataset, Sized):
-            refused = f"a dataset without an index, `{type(self.train_dataset).__name__}`. Pass a `Dataset`"
-        elif isinstance(self.processing_class, ProcessorMixin):
-            refused = "a processor of images. To train on text alone, pass the tokenizer as `processing_class`"
-        elif sees_padding(self.model):
-            # A group's log-probabilities would be others among longer prompts than it was sampled with.
-            refused = "a model, or an adapter, that sees the padding of prompts. Take another"
-        else:
-            return
-        raise ValueError(
-            f"`dynamic_sampling={self.args.dynamic_sampling}` is not supported with {refused}, or set "
-            "`dynamic_sampling=0`."
-        )
-
-    def _generate_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """The rollout of a batch of prompts. What a subclass adds to its rows, it adds here."""
-        return super()._generate_and_score_completions(inputs)
-
-    def _generate_and_score_completions(self, inputs):
-        rollout = self._generate_round(inputs)
-        if not (self.args.dynamic_sampling and self.model.training):
-            return rollout
-        live = self._live_groups(rollout)
-        [dead] = self._sum_over_processes(live.count(False))
-        rounds, sampled_dead = 0, dead
-        while dead and rounds < self.args.dynamic_sampling:
-            fresh = self._generate_round(self._draw_inputs(len(inputs)))
-            fresh_live = self._live_groups(fresh)
-            swaps = pair_groups(live, fresh_live)
-            rollout = swap_groups(rollout, fresh, swaps, self.num_generations, self.processing_class.pad_token_id)
-            live = self._live_groups(rollout)
-            dead, fresh_dead = self._sum_over_processes(live.count(False), fresh_live.count(False))
-            rounds, sampled_dead = rounds + 1, sampled_dead + fresh_dead
-        if rounds:
-            # As TRL counts since 1.9; before, completions that `mask_truncated_completions` leaves out counted too.
-            rollout["num_items_in_batch"] = self.accelerator.gather(loss_mask(rollout).sum()).sum()
-        discarded = sampled_dead - dead
-        unused = rounds * len(live) * self.accelerator.num_processes - discarded
-        counts = {"rounds": rounds, "discarded": discarded, "unused": unused, "unfilled": dead}
-        for name, count in counts.items():
-            self._metrics["train"][f"a3po/dynamic_sampling/{name}"].append(count)
-        return rollout
-
-    def _live_groups(self, rollout: dict[str, Any]) -> list[bool]:
-        return live_groups(rollout["advantages"], self._has_gradient(rollout), self.num_generations)
-
-    def _sum_over_processes(self, *counts: int) -> list[int]:
-        local = torch.tensor(counts, device=self.accelerator.device)
-        return self.accelerator.gather(local).view(-1, len(counts)).sum(0).tolist()
-
-    def _draw_inputs(self, rows: int) -> list[dict[str, Any]]:
-        """As many rows of fresh prompts for this process: what the dataloader would make of them."""
-        loader, step = cast(Any, self.callback_handler.train_dataloader), self.state.global_step
-        if self._fresh_prompts[0] != step:
-            self._fresh_prompts = step, fresh_prompts(len(loader.dataset), self.args.seed, step)
-        groups = rows // self.num_generations
-        first = self.accelerator.process_index * groups
-        drawn = list(islice(self._fresh_prompts[1], groups * self.accelerator.num_processes))[first : first + groups]
-        return loader.collate_fn([loader.dataset[i] for i in drawn for _ in range(self.num_generations)])
+from ..update.micro_batches import merge_rows, take_rows
 
 
 def fresh_prompts(dataset_size: int, seed: int, step: int) -> Iterator[int]:
@@ -120,9 +33,9 @@ def fresh_prompts(dataset_size: int, seed: int, step: int) -> Iterator[int]:
 
 def live_groups(advantages: Tensor, has_gradient: Tensor, num_generations: int) -> list[bool]:
     """
-    Whether there is something to learn from each group. Waits for the device.
+    Whether each group has a learning signal. Waits for the device.
 
-    Equal rewards have equal advantages, but not always 0: the mean of eight times 0.3 is not 0.3 in float32.
+    Equal rewards give equal advantages, but not always 0: the mean of eight times 0.3 is not 0.3 in float32.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): Advantage of each completion.
@@ -169,9 +82,9 @@ def swap_groups(
     """
     if rollout.keys() != fresh.keys():
         raise ValueError(
-            f"Of two rounds of dynamic sampling only one has {', '.join(sorted(rollout.keys() ^ fresh.keys()))}. "
-            "Return the same fields from every call of `rollout_func`, with an `env_mask` of 1 where no token is "
-            "masked."
+            "Dynamic-sampling rounds returned different fields: only one has "
+            f"{', '.join(f'`{key}`' for key in sorted(rollout.keys() ^ fresh.keys()))}. Return the same fields from "
+            "every call of `rollout_func`, with an `env_mask` of 1 where no token is masked."
         )
     rows = list(range(len(rollout["completion_ids"])))
     for place, group in swaps:

@@ -1,4 +1,4 @@
-"""[`ReportPushes`]: pushes to the Hub are made in the background, where transformers does not look how they end."""
+"""[`WarnOfFailedPushes`]: transformers pushes to the Hub in the background, and does not look how that ends."""
 
 import logging
 from concurrent.futures import Future
@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 logger = logging.getLogger(__name__)
 
 
-class ReportPushes(TrainerCallback):
+class WarnOfFailedPushes(TrainerCallback):
     """
     Warns of a push that failed, and of one that the end of training waits for.
 

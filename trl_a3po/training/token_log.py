@@ -75,13 +75,8 @@ class TokenLog(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._step.clear()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_log or control.should_training_stop:
-            self._write(state.global_step)
-
-    on_epoch_end = on_step_end
-
-    def _write(self, step: int) -> None:
+    def write(self, step: int) -> None:
+        """Writes completions of the micro-batches since the step began. Waits for the device."""
         micro_batches, self._step = self._step, []
         lines = [
             self._completion(step, row).to_line() for row in _most_telling(_trained_rows(micro_batches), self._prompts)

@@ -36,6 +36,18 @@ class Extent:
     completion: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """
+    What the loss of a micro-batch computes, decided when the rollout was made.
+
+    `skipped_signs` are the signs of advantages (-1, 0 or 1) whose rows it leaves out.
+    """
+
+    extent: Extent
+    skipped_signs: frozenset[int]
+
+
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
     """(B, C) tensor, non-zero on the tokens of a micro-batch that count in the loss: not padding, not from a tool."""
     mask = inputs["completion_mask"]

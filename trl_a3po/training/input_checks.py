@@ -1,12 +1,8 @@
-"""
-What the reward functions gave to a completion in all, and a check that it is a number to learn from.
+"""Checks of what users bring into a rollout: prompts, completions of a `rollout_func`, and rewards."""
 
-One infinite reward, or one so large that it overflows, either turns every parameter into NaN or takes the advantage
-away from its whole group, as the release of TRL has it: without an error in both cases.
-"""
-
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -56,3 +52,49 @@ def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
     """
     totals = (rewards_per_func * reward_weights.to(rewards_per_func.device)).nansum(1)
     return totals.masked_fill(rewards_per_func.isnan().all(1), math.nan)
+
+
+def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """
+    Wraps a `rollout_func`, so that a completion without tokens, which TRL has no place for, is told by its prompt.
+
+    Raises:
+        `ValueError`: when called; naming the prompt and the fix.
+    """
+
+    @functools.wraps(rollout_func)
+    def checked(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        output = rollout_func(prompts, trainer)
+        for prompt, completion_ids in zip(prompts, output.get("completion_ids", []), strict=False):
+            if len(completion_ids) == 0:
+                raise ValueError(
+                    f"`rollout_func` returned a completion without tokens for the prompt {prompt!r:.500}. Return one "
+                    "token at least, such as the end of the sequence."
+                )
+        return output
+
+    return checked
+
+
+def check_prompts_fit(
+    prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any
+) -> None:
+    """
+    Refuses prompts that leave no room for a completion in a model that looks its positions up.
+
+    Args:
+        prompt_ids (sequence of sequences of `int`): The prompts.
+        max_completion_length (`int`): Tokens of a completion at most.
+        positions (`int`): How many positions the model has.
+        tokenizer: What decodes the prompts.
+
+    Raises:
+        `ValueError`: naming the prompt and the fix.
+    """
+    for ids in prompt_ids:
+        if len(ids) + max_completion_length > positions:
+            raise ValueError(
+                f"A prompt of {len(ids)} tokens and `max_completion_length={max_completion_length}` are more than the "
+                f"{positions} positions of the model. Leave the prompt out, shorten it, or lower "
+                f"`max_completion_length`. It begins {tokenizer.decode(ids[:100])!r:.200}."
+            )

@@ -1,0 +1,248 @@
+"""Rows packed, each prompt once: every position in its place, log-probabilities and gradients as one row at a time."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_a3po.update.layout import PackedLayout, RowShape, packed_positions, row_shapes
+from trl_a3po.update.packed_forward import PackedForward, trl_has_fused_head
+
+
+if not trl_has_fused_head():
+    pytest.skip("TRL has no fused head before 1.15", allow_module_level=True)
+
+from trl.trainer.utils import add_fused_lm_head
+
+
+VOCABULARY = 128
+
+# Small sizes, under the names that configurations have for them.
+SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head"), 4),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 8),
+    "vocab_size": VOCABULARY,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "sliding_window": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def make_model(name: str, attention: str | None = None, **changes):
+    """A tiny model of a family with TRL's head, of weights large enough that each token matters."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
+    kind = transformers.CONFIG_MAPPING[name]
+    default = kind()
+    sizes = {key: value for key, value in SIZES.items() if getattr(default, key, None) is not None}
+    if "kv_lora_rank" in sizes:
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = 4
+    config = kind(**sizes | changes)
+    if attention is not None:
+        config._attn_implementation = attention
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", "entropy"))
+    return model.eval()
+
+
+def make_batch(shapes: list[tuple[int, int, int]], batch: int | None = None):
+    """A padded micro-batch of rows (prompt, completion, number of the prompt)."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [RowShape(*shape) for shape in shapes]
+    width, columns = max(row.prompt for row in rows), max(1, *(row.completion for row in rows))
+    prompts = {row.prompt_number: torch.randint(3, VOCABULARY, (row.prompt,), generator=generator) for row in rows}
+    batch = batch or len(rows)
+    ids, mask = torch.zeros(batch, width + columns, dtype=torch.long), torch.zeros(batch, width + columns).long()
+    for index, row in enumerate(rows):
+        used = slice(width - row.prompt, width + row.completion)
+        completion = torch.randint(3, VOCABULARY, (row.completion,), generator=generator)
+        ids[index, used], mask[index, used] = torch.cat([prompts[row.prompt_number], completion]), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :width] = -100
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
+    return SimpleNamespace(rows=rows, inputs=inputs, width=width, columns=columns, shape=(batch, width, columns))
+
+
+# Prompts of 7, 1 and 4 tokens; rows of one prompt apart from each other; a single token, and none.
+SHAPES = [(7, 9, 0), (1, 8, 1), (7, 3, 0), (4, 1, 2), (1, 5, 1), (7, 0, 0), (4, 6, 2)]
+
+
+def one_by_one(model, batch, by_column=True):
+    """The plain reference: each row by itself, without padding. Log-probabilities and entropies, (B, C)."""
+    rows, width, columns = batch.shape
+    results = []
+    for index in range(rows):
+        row = batch.rows[index] if index < len(batch.rows) else RowShape(1, 0, -1)
+        if not row.completion:
+            results.append((torch.zeros(columns), torch.zeros(columns)))
+            continue
+        used = slice(width - row.prompt, width + row.completion)
+        first = width - row.prompt if by_column else 0
+        outputs = model(
+            input_ids=batch.inputs["input_ids"][index : index + 1, used],
+            position_ids=torch.arange(row.prompt + row.completion)[None] + first,
+            labels=batch.inputs["labels"][index : index + 1, used],
+            fused_lm_head=True,
+        )
+        missing = (0, columns - row.completion)
+        values = (outputs.log_probs, outputs.entropy)
+        results.append([torch.nn.functional.pad(value[0, -row.completion :], missing) for value in values])
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))
+
+
+def packed(model, batch, by_column=True):
+    outputs = PackedForward(model, PackedLayout(batch.rows, batch.shape, by_column))(**batch.inputs)
+    return outputs.log_probs, outputs.entropy
+
+
+def gradients(model, compute, *args):
+    """Log-probabilities, entropies and gradients of all parameters, each token of another weight."""
+    model.zero_grad()
+    logps, entropies = compute(model, *args)
+    weights = torch.linspace(-1, 1.5, logps.numel()).view(logps.shape)
+    (weights * logps + weights.flip(0) * entropies).sum().backward()
+    named = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return logps.detach(), entropies.detach(), named
+
+
+def assert_same(model, batch, by_column=True, tolerance=1e-5):
+    logps, entropies, named = gradients(model, packed, batch, by_column)
+    others = gradients(model, one_by_one, batch, by_column)
+    torch.testing.assert_close(logps, others[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(entropies, others[1], rtol=tolerance, atol=tolerance)
+    assert named.keys() == others[2].keys()
+    largest = max(gradient.abs().max() for gradient in others[2].values())
+    assert largest > 0.01
+    for name, gradient in named.items():
+        torch.testing.assert_close(gradient, others[2][name], rtol=tolerance, atol=tolerance * largest, msg=name)
+
+
+class TestPackedLayout:
+    def test_a_prompt_lies_there_once_without_its_last_token(self):
+        rows = [RowShape(3, 2, 0), RowShape(3, 3, 0)]
+        layout = PackedLayout(rows, (2, 4, 3))
+        # Row 0 is columns 0 to 6 of the padded micro-batch, row 1 is 7 to 13; prompts begin in column 1.
+        assert layout.sources.tolist() == [1, 2, 3, 4, 10, 11, 12]
+        assert layout.position_ids.tolist() == [[1, 2, 3, 4, 3, 4, 5]]
+        assert layout.places.tolist() == [[2, 3, 7], [4, 5, 6]]
+        assert [tuple(segment) for segment in layout.segments] == [(0, 2, 0, 0), (2, 4, 0, 2), (4, 7, 0, 2)]
+
+    def test_positions_are_counted_from_the_first_token_where_models_do(self):
+        layout = PackedLayout([RowShape(3, 2, 0)], (1, 5, 2), by_column=False)
+        assert layout.position_ids.tolist() == [[0, 1, 2, 3]]
+
+    def test_without_a_token_to_predict_the_model_still_runs(self):
+        for rows in ([], [RowShape(3, 0, 0)]):
+            layout = PackedLayout(rows, (1, 3, 1))
+            assert layout.positions == packed_positions(rows) == 1
+            assert layout.places.tolist() == [[1]]
+
+    @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8), st.integers(0, 2))
+    def test_each_distinct_position_lies_there_once(self, rows, skipped):
+        prompt_lengths = [1, 2, 5, 3]
+        shapes = [(prompt_lengths[number], completion, number) for number, completion in rows]
+        batch = make_batch(shapes, len(shapes) + skipped)
+        layout = PackedLayout(batch.rows, batch.shape)
+        assert layout.positions == packed_positions(batch.rows) == len(layout.sources) == layout.position_ids.numel()
+        used = {number for number, completion in rows if completion}
+        distinct = sum(prompt_lengths[number] - 1 for number in used) + sum(completion for _, completion in rows)
+        assert layout.positions == max(1, distinct)
+        assert len(set(layout.sources.tolist())) == layout.positions
+        # Whatever is computed at the place of a token goes to the column of that token, 0 to all others.
+        tokens = layout.unpack(layout.pack(batch.inputs["labels"], shift=1))
+        labels = batch.inputs["labels"][:, batch.width :]
+        assert torch.equal(tokens, labels.masked_fill(labels == -100, 0))
+        # Segments divide the row, and end where they begin to attend causally.
+        assert [segment.start for segment in layout.segments] == [0, *(s.end for s in layout.segments)][:-1]
+        assert layout.segments[-1].end == layout.positions
+
+    def test_boundaries_for_kernels_gather_each_prefix_for_each_row(self):
+        layout = PackedLayout([RowShape(3, 2, 0), RowShape(3, 3, 0), RowShape(1, 2, 1)], (3, 3, 3))
+        starts = layout.starts
+        assert starts.of_queries.tolist() == [0, 2, 4, 7, 9]
+        assert starts.of_keys.tolist() == [0, 2, 6, 11, 13]
+        assert starts.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8]
+        assert (starts.most_queries, starts.most_keys) == (3, 5)
+        assert starts.of_queries.dtype == starts.of_keys.dtype == torch.int32
+
+
+class TestRowShapes:
+    def test_rows_with_the_same_tokens_share_a_prompt(self):
+        batch = make_batch([(4, 3, 0), (2, 5, 1), (4, 0, 0), (2, 1, 2)])
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        ids[:, : batch.width][mask[:, : batch.width] == 0] = torch.arange(4)  # padding does not tell prompts apart
+        rows = row_shapes(ids[:, : batch.width], mask[:, : batch.width], mask[:, batch.width :])
+        assert [row[:2] for row in rows] == [(4, 3), (2, 5), (4, 0), (2, 1)]
+        numbers = [row.prompt_number for row in rows]
+        assert numbers[0] == numbers[2]
+        assert len(set(numbers)) == 3
+
+    @pytest.mark.parametrize("which", ["prompt", "completion", "no prompt"])
+    def test_padding_between_tokens_cannot_be_packed(self, which):
+        ids = torch.ones(2, 4, dtype=torch.long)
+        prompt, completion = torch.ones(2, 4), torch.ones(2, 4)
+        assert row_shapes(ids, prompt, completion) is not None
+        if which == "no prompt":
+            prompt[1] = 0
+        else:
+            {"prompt": prompt, "completion": completion}[which][1, 2] = 0
+        assert row_shapes(ids, prompt, completion) is None
+
+
+# Families that are packed, with what each needs to be built tiny beyond SIZES.
+FAMILIES = {
+    **dict.fromkeys(
+        ["apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"],
+        {},
+    ),
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2": {"attn_logit_softcapping": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_packed_and_exact(name):
+    model = make_model(name, **FAMILIES[name])
+    packing = check_packing(model)
+    assert packing.reason is None
+    assert packing.by_column == (name != "opt")
+    assert_same(model, make_batch(SHAPES), packing.by_column)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("bloom", {}, "log-probabilities differ"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "NoneType"),
+        ("doge", {}, "mask of its own"),
+        ("rwkv", {"attention_hidden_size": 32}, "log-probabilities differ"),
+        ("qwen3_next", {}, "linear_attention"),
+        ("minimax", {}, "linear_attention"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
+    ],
+)
+def test_others_are_not_packed(name, changes, reason):
+    packing = check_packing(make_model(name, **changes))
+    assert packing.reason is not None
+    assert reason in packing.reason

@@ -1,0 +1,143 @@
+"""[`RolloutGRPOTrainer`]: the rollouts of [`~trl.GRPOTrainer`], checked, with rewards, and resampled on request."""
+
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, ProcessorMixin
+
+from ..update.efficient_update import EfficientUpdateGRPOTrainer, has_rotary_positions, sees_padding
+from ..update.micro_batches import loss_mask
+from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
+from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
+
+
+class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
+    """
+    The part of [`A3POTrainer`] that samples and scores.
+
+    TRL's rollout gets one more field: `rewards` of shape `(B,)`, the weighted sum over the reward functions. With
+    `dynamic_sampling`, groups without a learning signal are replaced by groups of fresh prompts. A round samples one
+    more generation batch. Every process runs the same number of rounds, even if it needs none, because engines and
+    rewards are collective. A group stays on the process that sampled it.
+
+    Raises:
+        `ValueError`: with `dynamic_sampling`, a dataset that cannot be indexed, a model with images, or a model whose
+            output depends on left padding; in training, a reward that is infinite, a completion without tokens, or a
+            prompt that leaves no room for a completion.
+    """
+
+    num_generations: int
+    processing_class: Any
+
+    # The optimizer step, and the prompts that are still to be drawn in it.
+    _fresh_prompts: tuple[int, Iterator[int]] = (-1, iter(()))
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.rollout_func is not None:
+            self.rollout_func = refuse_empty_completions(self.rollout_func)
+        if not self.args.dynamic_sampling:
+            return
+        if not isinstance(self.train_dataset, Sized):
+            refused = f"with a dataset without an index (`{type(self.train_dataset).__name__}`). Pass a `Dataset`"
+        elif isinstance(self.processing_class, ProcessorMixin):
+            refused = "with a processor of images. To train on text only, pass the tokenizer as `processing_class`"
+        elif sees_padding(self.model):
+            # The log-probabilities of a group would change beside longer prompts than it was sampled with.
+            refused = (
+                "with models or adapters whose output depends on left padding (learned absolute positions, prompt "
+                "tuning). Use another model"
+            )
+        else:
+            return
+        raise ValueError(
+            f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {refused}, or set `dynamic_sampling=0`."
+        )
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        config = cast(PretrainedConfig, self.model.config)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions and self.max_completion_length and not has_rotary_positions(config):
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's rollout of a batch of prompts, with `rewards`."""
+        with self._observed_rewards() as observed:
+            rollout = super()._generate_and_score_completions(inputs)
+        return {**rollout, "rewards": observed[-1]} if observed else rollout
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = self._sample_round(inputs)
+        if not (self.args.dynamic_sampling and self.model.training):
+            return rollout
+        live = self._live_groups(rollout)
+        [dead] = self._sum_over_processes(live.count(False))
+        rounds, sampled_dead = 0, dead
+        while dead and rounds < self.args.dynamic_sampling:
+            fresh = self._sample_round(self._draw_inputs(len(inputs)))
+            fresh_live = self._live_groups(fresh)
+            swaps = pair_groups(live, fresh_live)
+            rollout = swap_groups(rollout, fresh, swaps, self.num_generations, self.processing_class.pad_token_id)
+            live = self._live_groups(rollout)
+            dead, fresh_dead = self._sum_over_processes(live.count(False), fresh_live.count(False))
+            rounds, sampled_dead = rounds + 1, sampled_dead + fresh_dead
+        if rounds:
+            # As TRL counts since 1.9. Before, it also counted the completions that `mask_truncated_completions` masks.
+            rollout["num_items_in_batch"] = self.accelerator.gather(loss_mask(rollout).sum()).sum()
+        discarded = sampled_dead - dead
+        unused = rounds * len(live) * self.accelerator.num_processes - discarded
+        counts = {"rounds": rounds, "discarded": discarded, "unused": unused, "unfilled": dead}
+        for name, count in counts.items():
+            self._metrics["train"][f"a3po/dynamic_sampling/{name}"].append(count)
+        return rollout
+
+    @contextmanager
+    def _observed_rewards(self) -> Iterator[list[Tensor]]:
+        """
+        Checks the rewards that TRL is about to train on, and collects their sums for the rows of this process.
+
+        The method is wrapped on the instance, not overridden: a subclass may change what `_calculate_rewards` returns,
+        and TRL trains on the result of the most derived one.
+        """
+        calculate = self._calculate_rewards
+        before = vars(self).get("_calculate_rewards")  # of a user who assigned one to the instance
+        observed: list[Tensor] = []
+
+        def calculate_and_observe(inputs, prompts, *args, **kwargs):
+            rewards_per_func = calculate(inputs, prompts, *args, **kwargs)
+            check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
+            first = self.accelerator.process_index * len(prompts)
+            rewards = total_rewards(rewards_per_func, self.reward_weights)
+            observed.append(rewards[first : first + len(prompts)])
+            return rewards_per_func
+
+        vars(self)["_calculate_rewards"] = calculate_and_observe
+        try:
+            yield observed
+        finally:
+            del vars(self)["_calculate_rewards"]
+            if before is not None:
+                vars(self)["_calculate_rewards"] = before
+
+    def _live_groups(self, rollout: dict[str, Any]) -> list[bool]:
+        return live_groups(rollout["advantages"], self._has_gradient(rollout), self.num_generations)
+
+    def _sum_over_processes(self, *counts: int) -> list[int]:
+        local = torch.tensor(counts, device=self.accelerator.device)
+        return self.accelerator.gather(local).view(-1, len(counts)).sum(0).tolist()
+
+    def _draw_inputs(self, rows: int) -> list[dict[str, Any]]:
+        """As many rows of fresh prompts for this process, as the dataloader would return them."""
+        loader, step = cast(Any, self.callback_handler.train_dataloader), self.state.global_step
+        if self._fresh_prompts[0] != step:
+            self._fresh_prompts = step, fresh_prompts(len(loader.dataset), self.args.seed, step)
+        groups = rows // self.num_generations
+        first = self.accelerator.process_index * groups
+        drawn = list(islice(self._fresh_prompts[1], groups * self.accelerator.num_processes))[first : first + groups]
+        return loader.collate_fn([loader.dataset[i] for i in drawn for _ in range(self.num_generations)])

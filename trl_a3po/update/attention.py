@@ -1,0 +1,256 @@
+"""
+Attention over a packed row ([`PackedLayout`]), for every model that asks transformers for its attention function.
+
+transformers looks the function up by `config._attn_implementation`, each time that an attention layer runs. Here that
+name is replaced while a packed pass runs, forward and backward: gradient checkpointing runs the layers again in the
+backward pass. Between passes the model has its own attention.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PretrainedConfig
+
+from .layout import PackedLayout, Segment
+
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+
+class _PackedName(str):
+    """Name of the attention function, with the layout of the pass and the name that it replaces."""
+
+    layout: PackedLayout
+    original: str | None
+
+
+_NAME = "trl_a3po_packed"
+
+
+@contextmanager
+def packed_attention(model: torch.nn.Module, layout: PackedLayout) -> Iterator[None]:
+    """
+    Gives a model the attention of a packed row while the context lasts.
+
+    Models that share a configuration object share the attention. Outputs have to pass through
+    [`packed_in_backward`], for gradient checkpointing.
+
+    Args:
+        model (`torch.nn.Module`): Model of transformers, in any wrapper.
+        layout ([`PackedLayout`]): The layout of the row that it is given.
+    """
+    _switch_on(model, layout)
+    try:
+        yield
+    finally:
+        restore_attention(model)
+
+
+def restore_attention(model: torch.nn.Module) -> None:
+    """Gives a model its own attention back. Needed only after a backward pass that was cut short by an error."""
+    for config in _configs(model):
+        if isinstance(config._attn_implementation, _PackedName):
+            _set_name(config, config._attn_implementation.original)
+
+
+def packed_in_backward(model: torch.nn.Module, layout: PackedLayout, output: Tensor) -> Tensor:
+    """The output of a packed pass, unchanged. Its backward pass runs with the attention of the packed row."""
+    return _PackedInBackward.apply(output, model, layout)
+
+
+class _PackedInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output, model, layout):
+        ctx.model, ctx.layout = model, layout
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Runs before any layer's backward, as all of them depend on it; the callback after the last.
+        model = ctx.model
+        _switch_on(model, ctx.layout)
+        Variable._execution_engine.queue_callback(lambda: restore_attention(model))
+        return gradient, None, None
+
+
+def _switch_on(model: torch.nn.Module, layout: PackedLayout) -> None:
+    for config in _configs(model):
+        current = config._attn_implementation
+        name = _PackedName(_NAME)
+        name.layout = layout
+        name.original = current.original if isinstance(current, _PackedName) else current
+        _set_name(config, name)
+
+
+def _set_name(config: PretrainedConfig, name: str | None) -> None:
+    config._attn_implementation = {"": name}  # a plain name would also be set in nested configurations
+
+
+def _configs(model: torch.nn.Module) -> list[PretrainedConfig]:
+    """The configurations that the modules of a model read."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
+
+
+def _attend_packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    The attention function, with the arguments of transformers' own.
+
+    Args:
+        query (`torch.Tensor` of shape `(1, H, N, D)`): Queries of H heads.
+        key (`torch.Tensor` of shape `(1, K, N, D)`): Keys of K heads; H is a multiple of K.
+        value (`torch.Tensor` of shape `(1, K, N, E)`): Values.
+
+    Returns:
+        The output of shape (1, N, H, E), and no attention weights.
+    """
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if not isinstance(name, _PackedName):
+        raise ValueError(f"{type(module).__name__} does not read its attention function from its `config`.")
+    layout = name.layout
+    if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.positions:
+        raise ValueError(
+            f"{type(module).__name__} attends from {tuple(query.shape[:3:2])} to {tuple(key.shape[:3:2])} positions "
+            f"in a packed pass of (1, {layout.positions}). Only one pass may run at a time, and no cache be used."
+        )
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} makes an attention mask of its own.")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"{type(module).__name__} does not attend causally.")
+    layout.windows.add(sliding_window)
+    plain = softcap is not None or s_aux is not None
+    if not plain and dropout == 0 and _varlen_takes(query, value):
+        return _attend_varlen(query, key, value, layout, scaling, sliding_window), None
+    outputs = []
+    for segment in layout.segments:
+        own, prefix = slice(segment.start, segment.end), slice(segment.prefix_start, segment.prefix_end)
+        keys, values = (
+            torch.cat([each[:, :, prefix], each[:, :, own]], dim=2) if segment.has_prefix else each[:, :, own]
+            for each in (key, value)
+        )
+        mask = _mask(layout, segment, sliding_window, query.device)
+        if plain:
+            output = _attend_plainly(query[:, :, own], keys, values, mask, scaling, dropout, softcap, s_aux)
+        else:
+            output = _attend_fused(query[:, :, own], keys, values, mask, scaling, dropout)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(_NAME, _attend_packed)
+
+
+def _mask(layout: PackedLayout, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+    """(length, prefix + length) mask, true where a segment attends; `None` where it is causal and no more."""
+    prefix, length = segment.prefix_end - segment.prefix_start, segment.end - segment.start
+    window = None if window is None or window >= prefix + length else window
+    if not prefix and window is None:
+        return None
+    name = (prefix, length, window, device)
+    if name not in layout.masks:
+        keys = torch.arange(prefix + length, device=device)
+        queries = keys[prefix:, None]
+        mask = keys <= queries
+        layout.masks[name] = mask if window is None else mask & (keys > queries - window)
+    return layout.masks[name]
+
+
+def _attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float
+) -> Tensor:
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if query.device.type == "cpu":
+            options = {"enable_gqa": True}
+        else:  # where grouped heads and a mask together have no fast kernel
+            key, value = _repeat_heads(query, key), _repeat_heads(query, value)
+    return scaled_dot_product_attention(
+        query, key, value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, **options
+    )
+
+
+def _attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with soft-capped scores, or with sinks: one score per head that takes a share and gives nothing."""
+    scores = query @ _repeat_heads(query, key).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    return torch.dropout(weights, dropout, train=True) @ _repeat_heads(query, value)
+
+
+def _repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+
+
+def _varlen_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's kernel for rows of any length takes these tensors."""
+    return (
+        varlen_attn is not None
+        and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+        and query.device.type == "cuda"
+        and _kernel_type(query) in (torch.float16, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1] <= 256
+    )
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
+) -> Tensor:
+    # The kernel takes (N, H, D), and aligns queries that are fewer than the keys with the last of them.
+    kind = _kernel_type(query)
+    query, key, value = (each[0].transpose(0, 1).to(kind) for each in (query, key, value))
+    starts = layout.starts
+    output = varlen_attn(
+        query,
+        key[starts.keys],
+        value[starts.keys],
+        starts.of_queries,
+        starts.of_keys,
+        starts.most_queries,
+        starts.most_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, output)[None]
+
+
+def _kernel_type(query: Tensor) -> torch.dtype:
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype

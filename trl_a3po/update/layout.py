@@ -1,0 +1,178 @@
+"""
+Where each token of a micro-batch lies when its rows are packed: one after another, without padding, each prompt once.
+
+GRPO samples several completions of one prompt. For each prompt, the packed row holds its tokens but the last once, the
+*prefix*, and then for each completion its *own* part: the last token of the prompt and all tokens of the completion
+but the last. So the rows part one token before their completions begin: each own position predicts one token of one
+completion. The last token of a completion predicts nothing, and no other token attends to it.
+
+Shapes: B rows, P columns of prompt (padded on the left), C of completion (padded on the right), N packed positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowShape(NamedTuple):
+    """Numbers of tokens of a row, and a number that rows with the same prompt share."""
+
+    prompt: int
+    completion: int
+    prompt_number: int
+
+
+class Segment(NamedTuple):
+    """Positions from `start` to `end`: they attend to those of their prefix, and causally to themselves."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.prefix_end > self.prefix_start
+
+
+class Starts(NamedTuple):
+    """Segments as kernels for rows of unlike lengths take them: boundaries of queries, and of the keys they gather."""
+
+    of_queries: Tensor  # (segments + 1,), 32 bits
+    of_keys: Tensor  # (segments + 1,), 32 bits
+    keys: Tensor  # packed positions of the keys
+    most_queries: int
+    most_keys: int
+
+
+def row_shapes(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> list[RowShape] | None:
+    """
+    Lengths of rows, and which of them share a prompt. Waits for the device once.
+
+    Args:
+        prompt_ids (`torch.Tensor` of shape `(B, P)`): Prompts, padded on the left.
+        prompt_mask (`torch.Tensor` of shape `(B, P)`): Non-zero on tokens.
+        completion_mask (`torch.Tensor` of shape `(B, C)`): Non-zero on tokens.
+
+    Returns:
+        One shape per row; `None` if a row cannot be packed: it has no prompt, or padding between its tokens.
+    """
+    prompt, completion = prompt_mask.bool(), completion_mask.bool()
+    _, numbers = torch.where(prompt, prompt_ids, -1).unique(dim=0, return_inverse=True)
+    lengths = [prompt.sum(1), completion.sum(1)]
+    # Padding never follows a token of the prompt, nor precedes one of the completion.
+    in_one_piece = (prompt.diff(dim=1, append=torch.ones_like(prompt[:, :1])).sum(1) <= 1) & prompt[:, -1]
+    in_one_piece &= completion.diff(dim=1, prepend=torch.ones_like(completion[:, :1])).sum(1) <= 1
+    rows = torch.stack([*lengths, numbers, in_one_piece], dim=1).tolist()
+    return [RowShape(*row[:3]) for row in rows] if all(row[3] for row in rows) else None
+
+
+def packed_positions(rows: Sequence[RowShape]) -> int:
+    """Number of positions that a packed micro-batch of these rows computes: at least one."""
+    prefixes = {row.prompt_number: row.prompt - 1 for row in rows if row.completion}
+    return max(1, sum(prefixes.values()) + sum(row.completion for row in rows))
+
+
+@dataclass(eq=False)
+class PackedLayout:
+    """
+    Packed positions of the first `len(rows)` rows of a micro-batch. Built on the host, without waiting for the device.
+
+    A layout without any completion token has one position, so that the model runs in any case.
+
+    Args:
+        rows (sequence of [`RowShape`]): Shapes of the rows. Rows of an empty completion take no position.
+        shape (`tuple[int, int, int]`): B, P and C of the padded micro-batch. B may be larger than the number of rows.
+        by_column (`bool`, *optional*, defaults to `True`): Whether positions are counted from the first column, as
+            models do that take no notice of padding, or from the first token of the row.
+        device (`torch.device`, *optional*): Device of the tensors.
+
+    Attributes:
+        positions (`int`): N.
+        segments (`tuple[Segment, ...]`): Which positions attend to which.
+        sources (`torch.Tensor` of shape `(N,)`): Indices into the flattened (B, P + C) tokens.
+        position_ids (`torch.Tensor` of shape `(1, N)`): Positions within the rows.
+        places (`torch.Tensor` of shape `(B, C)`): Packed position that predicts each completion token; N for none.
+    """
+
+    rows: Sequence[RowShape]
+    shape: tuple[int, int, int]
+    by_column: bool = True
+    device: torch.device | str = "cpu"
+
+    positions: int = field(init=False)
+    segments: tuple[Segment, ...] = field(init=False)
+    sources: Tensor = field(init=False)
+    position_ids: Tensor = field(init=False)
+    places: Tensor = field(init=False)
+
+    # For attention: masks by kind, and the sliding windows that layers asked for (`None` for none).
+    masks: dict[tuple[Any, ...], Tensor] = field(init=False, default_factory=dict)
+    windows: set[int | None] = field(init=False, default_factory=set)
+
+    def __post_init__(self):
+        batch, width, completion_width = self.shape
+        self.positions = packed_positions(self.rows)
+        places = torch.full((batch, completion_width), self.positions)
+        segments, sources, position_ids = [], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)]
+        end = 0
+
+        def add(row: int, first: int, length: int, prefix: tuple[int, int]) -> None:
+            """Appends tokens of a row, from its token number `first` on."""
+            nonlocal end
+            if length == 0:
+                return
+            column = width - self.rows[row].prompt + first
+            sources.append(torch.arange(length) + row * (width + completion_width) + column)
+            position_ids.append(torch.arange(length) + (column if self.by_column else first))
+            segments.append(Segment(end, end + length, *prefix))
+            end += length
+
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            if row.completion:
+                groups.setdefault(row.prompt_number, []).append(index)
+        for members in groups.values():
+            prefix_length = self.rows[members[0]].prompt - 1
+            prefix = (end, end + prefix_length)
+            add(members[0], 0, prefix_length, (end, end))
+            for index in members:
+                length = self.rows[index].completion
+                places[index, :length] = torch.arange(length) + end
+                add(index, prefix_length, length, prefix)
+        if not groups:
+            segments = [Segment(0, 1, 0, 0)]
+            sources, position_ids = [torch.zeros(1, dtype=torch.long)], [torch.zeros(1, dtype=torch.long)]
+        self.segments = tuple(segments)
+        moved = _to_device(torch.cat([*sources, *position_ids, places.flatten()]), self.device)
+        self.sources, position_row, flat_places = moved.split([self.positions, self.positions, places.numel()])
+        self.position_ids, self.places = position_row[None], flat_places.view(places.shape)
+
+    @cached_property
+    def starts(self) -> Starts:
+        keys, queries, counts = [], [0], [0]
+        for segment in self.segments:
+            keys += [torch.arange(segment.prefix_start, segment.prefix_end), torch.arange(segment.start, segment.end)]
+            queries.append(segment.end - segment.start)
+            counts.append(len(keys[-2]) + len(keys[-1]))
+        cumulated = torch.tensor([queries, counts], dtype=torch.int32).cumsum(1, dtype=torch.int32)
+        of_queries, of_keys = _to_device(cumulated, self.device)
+        return Starts(of_queries, of_keys, _to_device(torch.cat(keys), self.device), max(queries), max(counts))
+
+    def pack(self, values: Tensor, shift: int = 0) -> Tensor:
+        """(1, N) values at the packed positions, or `shift` columns to their right, of a (B, P + C) tensor."""
+        return values.reshape(-1)[self.sources + shift][None]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(B, C) values of the completion tokens, from the (1, N) of the positions that predict them; 0 elsewhere."""
+        return torch.cat([values[0], values.new_zeros(1)])[self.places]
+
+
+def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    # From pageable memory the copy would wait for the work that is queued on the device.
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)

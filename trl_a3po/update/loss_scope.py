@@ -1,0 +1,32 @@
+"""[`LossScope`]: one call of TRL's loss."""
+
+from typing import Any
+
+from trl import GRPOTrainer
+
+
+class LossScope:
+    """
+    Lives as long as one call of TRL's loss, and holds everything that is true only during that call.
+
+    TRL's loss first asks for the log-probabilities of its micro-batch, and then reads the advantages. It is given a
+    copy of the micro-batch: the rollout's own dict is used again in later iterations and must not be shaped twice.
+
+    Attributes:
+        inputs (`dict`): The copy that TRL's loss reads.
+        waits_for_logps (`bool`): Whether TRL's loss has not asked for the log-probabilities yet. A subclass may run
+            further passes inside the loss.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, inputs: dict[str, Any]):
+        self.inputs = {**inputs}
+        self.waits_for_logps = True
+        self._trainer = trainer
+        self._importance_sampling_level = trainer.importance_sampling_level
+
+    def use_token_level_ratio(self) -> None:
+        """Has the loss compute one importance ratio per token, until the scope ends."""
+        self._trainer.importance_sampling_level = "token"
+
+    def end(self) -> None:
+        self._trainer.importance_sampling_level = self._importance_sampling_level

@@ -1,0 +1,209 @@
+"""Whether a model can be packed: by rule where a short row could not show it, and by numbers on made-up rows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .layout import PackedLayout, RowShape
+from .packed_forward import PackedForward, trl_has_fused_head
+
+
+# Kinds of layers, as configurations name them, whose positions meet in an attention function only.
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+# Longest window that made-up rows exceed. For longer ones, the argument of the attention function is checked.
+_LONGEST_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Packing:
+    """
+    How a model is packed.
+
+    Attributes:
+        reason (`str`, *optional*): Why it cannot be packed; `None` if it can.
+        by_column (`bool`): How [`PackedLayout`] has to count positions.
+        limit (`int`, *optional*): Most columns P + C for which the check holds; `None` for any number.
+    """
+
+    reason: str | None = None
+    by_column: bool = True
+    limit: int | None = None
+
+
+def check_packing(model: torch.nn.Module) -> Packing:
+    """
+    Checks whether a model gives packed rows the log-probabilities that it gives them padded.
+
+    Models that no rule excludes run four times on made-up rows of some dozen tokens (some hundred with sliding windows
+    of some hundred), without gradients and dropout, whatever the results: all processes run the model as often. An
+    error of the model means that it cannot be packed. Processes have to agree on the result: numbers may differ.
+
+    Args:
+        model (`torch.nn.Module`): Model with TRL's fused head, in any wrapper, under the autocast of the training.
+    """
+    if not trl_has_fused_head():
+        return Packing("TRL computes its logits without the fused head (it has one since 1.15)")
+    reason = _excluded(model)
+    if reason is not None:
+        return Packing(reason)
+    with _evaluating(model), torch.no_grad():
+        return _compare(model)
+
+
+def _excluded(model: torch.nn.Module) -> str | None:
+    for module in model.modules():
+        for adapter in getattr(module, "peft_config", {}).values():
+            if adapter.is_prompt_learning:
+                return "an adapter puts virtual tokens before each row"
+    others = set(getattr(_config(model), "layer_types", None) or ()) - _ATTENTION
+    if others:
+        return f"it has layers that are no attention ({', '.join(sorted(others))})"
+    return None
+
+
+def _limit(config: PretrainedConfig) -> int | None:
+    """Columns from which on the rotation of all positions depends on the longest row of a pass."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    if {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint({"dynamic", "longrope"}):
+        return None
+    holders = [*nested, vars(config)]
+    limits = [holder.get("original_max_position_embeddings") for holder in holders]
+    return min([limit for limit in limits if limit], default=config.max_position_embeddings)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A micro-batch as TRL makes it."""
+
+    rows: list[RowShape]
+    input_ids: Tensor
+    attention_mask: Tensor
+    columns: int  # C
+
+    def score(self, model: Callable[..., Any]) -> Tensor:
+        """(B, C) log-probabilities of the completions, called for as TRL does; 0 in padding."""
+        labels = self.input_ids.masked_fill(self.attention_mask == 0, -100)
+        labels[:, : -self.columns] = -100
+        outputs = model(
+            input_ids=self.input_ids, attention_mask=self.attention_mask, labels=labels, fused_lm_head=True
+        )
+        return outputs.log_probs[:, -self.columns :].float()
+
+    def first(self) -> "_Batch":
+        return _Batch(self.rows[:1], self.input_ids[:1], self.attention_mask[:1], self.columns)
+
+    def layout(self, by_column: bool) -> PackedLayout:
+        batch, width = self.input_ids.shape
+        shape = (batch, width - self.columns, self.columns)
+        return PackedLayout(self.rows, shape, by_column, self.input_ids.device)
+
+
+def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) -> _Batch:
+    """Rows of two prompts, of which the first row needs no padding and exceeds a window."""
+    special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
+    usable = torch.tensor([token for token in range(1, min(config.vocab_size, 1000)) if token not in special])
+    generator = torch.Generator().manual_seed(0)
+
+    def text(length: int) -> Tensor:
+        return usable[torch.randint(len(usable), (length,), generator=generator)]
+
+    prompts = [text(9), text(5)]
+    shared = text(12)
+    completions = [(0, text(max(16, window + 8))), (0, shared), (1, shared), (1, text(7)), (0, text(1))]
+    width, columns = len(prompts[0]), len(completions[0][1])
+    input_ids = usable[0].repeat(len(completions), width + columns)
+    attention_mask = torch.zeros_like(input_ids)
+    rows = []
+    for row, (number, completion) in enumerate(completions):
+        prompt = prompts[number]
+        used = slice(width - len(prompt), width + len(completion))
+        input_ids[row, used] = torch.cat([prompt, completion])
+        attention_mask[row, used] = 1
+        rows.append(RowShape(len(prompt), len(completion), number))
+    return _Batch(rows, input_ids.to(device), attention_mask.to(device), columns)
+
+
+def _compare(model: torch.nn.Module) -> Packing:
+    config = _config(model)
+    window = getattr(config, "sliding_window", None) or 0
+    window = window if window <= _LONGEST_WINDOW else 0
+    batch = _made_up_batch(config, window, next(model.parameters()).device)
+    # The first row by itself: without padding, other kernels compute the same numbers.
+    padded, alone = _attempt(batch, model), _attempt(batch.first(), model)
+    layouts = [batch.layout(by_column) for by_column in (True, False)]
+    results = [_attempt(batch, PackedForward(model, layout)) for layout in layouts]
+    if isinstance(padded, str) or isinstance(alone, str):
+        return Packing(f"it fails on made-up rows ({padded if isinstance(padded, str) else alone})")
+    noise = _distance(alone[0], padded[0])
+    shared = batch.rows[1].completion
+    signal = _distance(padded[1, :shared], padded[2, :shared])  # the same completion after another prompt
+    coarse = _in_half_precision(model)
+    tolerance = max(4 * noise, signal * (0.05 if coarse else 1e-4), 1e-6)
+    reasons = []
+    for layout, packed in zip(layouts, results, strict=True):
+        if isinstance(packed, str):
+            reasons.append(packed)
+            continue
+        error = _distance(packed, padded)
+        if not error <= tolerance <= signal / 2:
+            reasons.append(
+                f"its log-probabilities differ by {error:.1g}, where padding makes {noise:.1g} of difference "
+                f"and another prompt {signal:.1g}"
+            )
+        elif (asked := _expected_windows(config, window)) not in (None, layout.windows):
+            reasons.append(f"its attention layers ask for windows of {layout.windows}, its configuration for {asked}")
+        else:
+            return Packing(None, layout.by_column, _limit(config))
+    return Packing(reasons[0])
+
+
+def _attempt(batch: _Batch, model: Callable[..., Any]) -> Tensor | str:
+    """The log-probabilities, or the error that the model raises instead."""
+    try:
+        return batch.score(model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one - other).square().mean().sqrt().item()
+
+
+def _expected_windows(config: PretrainedConfig, tried: int) -> set[int | None] | None:
+    """The windows that the layers should ask for, where no row was longer; `None` where the numbers have shown it."""
+    window = getattr(config, "sliding_window", None)
+    if not window or window <= tried:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return {window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _in_half_precision(model: torch.nn.Module) -> bool:
+    halves = (torch.float16, torch.bfloat16)
+    kind = next(model.parameters()).device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in halves
+    return autocast or any(parameter.dtype in halves for parameter in model.parameters())
+
+
+def _config(model: torch.nn.Module) -> PretrainedConfig:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next(each for each in configs if isinstance(each, PretrainedConfig)).get_text_config()
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module trains as it did."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
