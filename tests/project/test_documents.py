@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
 SHAPING = (REPOSITORY / "docs" / "shaping.md").read_text(encoding="utf-8")
+TRLS_OWN = {"tests/test_grpo_trainer.py"}
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
@@ -170,6 +171,13 @@ def test_links_between_documents_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, (
                 target
             )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES])
+def test_the_files_that_documents_name_exist(page):
+    paths = r"\b(?:trl_a3po|tests|benchmarks|docs|examples|requirements)/[\w./-]+\.\w+"
+    named = {path for path in re.findall(paths, page.read_text(encoding="utf-8")) if "/github.com/" not in path}
+    assert {path for path in named if not (REPOSITORY / path).exists()} <= TRLS_OWN
 
 
 def test_one_version():
