@@ -86,9 +86,11 @@ def show_tokens(run_dir: Path, path: Path) -> None:
             page.prefer("light")
             page.resize(1100, 900)
             page.open(report)
-            box = page.run("document.getElementById('completions').getBoundingClientRect().toJSON()")
-            clip = {"x": 0, "y": box["y"] + 40, "width": 1100, "height": box["height"] - 30, "scale": 1}
-            shot = page.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+            page.resize(1100, page.run("document.documentElement.scrollHeight"))
+            top = page.run("document.querySelector('.ramps').getBoundingClientRect().top") - 12
+            bottom = page.run("document.querySelector('.prompt').getBoundingClientRect().bottom") + 12
+            clip = {"x": 0, "y": top, "width": 1100, "height": bottom - top, "scale": 1}
+            shot = page.call("Page.captureScreenshot", format="png", clip=clip)
         finally:
             page.close()
     path.write_bytes(base64.b64decode(shot["data"]))
