@@ -187,6 +187,7 @@ def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
         {"negative_weight": 0, "negative_high_scale": 1},
         {"negative_weight": 0, "negative_high_ratio": 0},
         {"negative_weight": 0, "positive_low_scale": 1},
+        {"negative_weight": 0, "positive_low_scale": 1, "scale_decay_steps": 500, "max_steps": 300},
         {"positive_low_ratio": 0, "negative_high_ratio": 0},
         {"positive_low_scale": 1, "negative_high_scale": 1},
         {"positive_low_ratio": 0, "positive_low_scale": 1},

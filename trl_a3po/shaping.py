@@ -177,7 +177,10 @@ def gspo_token_old_logps(per_token_logps: Tensor, old_per_token_logps: Tensor, m
 
 def selects_tokens(settings: Mapping[str, float]) -> bool:
     """Whether these arguments of [`shape_advantages`] treat some tokens of a completion differently from others."""
-    return any(settings[f"{end}_ratio"] > 0 and settings[f"{end}_scale"] != 1 for end in TOKEN_ENDS)
+    return any(
+        settings[f"{end}_ratio"] > 0 and settings[f"{end}_scale"] != 1 and settings[f"{end.split('_')[0]}_weight"] > 0
+        for end in TOKEN_ENDS
+    )
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
