@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trl
 import yaml
 from packaging.version import Version
 from support import tiny
@@ -255,7 +256,7 @@ def test_a_folder_has_a_test_split(file, tmp_path, capsys):
 def test_a_missing_split_is_named(file, tmp_path):
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "train.jsonl", GSM8K)
-    with pytest.raises(train.UsageError, match="has no split 'test', only train. .*`--test_split_size 0.1`"):
+    with pytest.raises(train.UsageError, match=r"has no split 'test', only train\. .*`--test_split_size 0.1`"):
         train.train(["--config", file(), "--dataset_name", str(tmp_path / "data"), *EVALUATES])
 
 
@@ -308,7 +309,7 @@ def test_resuming_without_a_checkpoint(file, tmp_path):
         pytest.skip("this TRL's script does not resume")
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     line = ["--config", file(), "--dataset_name", dataset, "--problems", "--resume_from_checkpoint", "True"]
-    with pytest.raises(train.UsageError, match="No valid checkpoint found"):
+    with pytest.raises(train.UsageError, match="checkpoint"):
         train.train(line)
 
 
@@ -333,8 +334,8 @@ def test_a_mistake_ends_in_one_line_without_a_traceback(launcher, file, tmp_path
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
-    assert len(re.findall("error:", result.stderr)) == 1
-    assert re.search("^trl-a3po train: error: Cannot read the dataset .*JSON", result.stderr, re.MULTILINE)
+    (message,) = re.findall("^trl-a3po train: error: (.*)$", result.stderr, re.MULTILINE)
+    assert re.match("Cannot read the dataset .*problems.jsonl.*JSON", message)
 
 
 @pytest.mark.parametrize(("code", "status", "message"), [(1, 1, ""), (2, 2, ""), (-9, 137, "SIGKILL.*memory")])
@@ -415,18 +416,18 @@ def test_a_script_with_a_trainer_of_its_own_is_refused_before_it_trains(file, tm
 def test_the_installed_script_trains_with_our_trainer(file, tmp_path):
     made = []
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def make_trainer(**keywords):
         made.append(keywords)
-        raise Stop
+        raise StopError
 
     dataset = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1="}])
     line = ["--config", file(), "--dataset_name", dataset, "--reward_funcs", "accuracy_reward"]
     script, config, model, mixture, _ = train.make_parser().parse_args_and_config(line, return_remaining_strings=True)
     train._resolve(script, config, mixture)
-    with pytest.raises(Stop), train.trains_with(make_trainer):
+    with pytest.raises(StopError), train.trains_with(make_trainer):
         grpo.main(script, config, model, mixture)
     assert {"train_dataset", "eval_dataset", "args", "model"} <= made[0].keys()
 

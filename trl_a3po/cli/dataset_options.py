@@ -49,6 +49,8 @@ def resolve_datasets(
         raise ValueError("A stream has no length: pass `--max_steps`, or leave out `--dataset_streaming`.")
     if streams and mixture.test_split_size is not None:
         raise ValueError("`test_split_size` cannot split a stream. Leave out `--dataset_streaming`.")
+    if mixture.test_split_size is not None and mixture.test_split_size >= 1:
+        mixture.test_split_size = int(mixture.test_split_size)  # a number of rows, which `datasets` wants as such
     if streams and (train_slice or test_slice):
         raise ValueError("A stream has no slices. Leave out `--dataset_streaming`.")
 
