@@ -311,6 +311,6 @@ if __name__ == "__main__":
         train()
     except UsageError as usage_error:
         if int(os.environ.get("RANK", "0")):
-            time.sleep(10)  # the main process says the same, and the launcher ends this one
+            time.sleep(30)  # the main process says the same, and the launcher then ends this one
         print(f"trl-a3po train: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
