@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import textwrap
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .training.checkpoints import ResumableGRPOTrainer
 from .training.dynamic_sampling import DynamicSamplingGRPOTrainer
+from .training.finite import NaNGradients
 from .training.hub_warnings import ReportPushes
 from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
 from .training.reward_checks import check_rewards, total_rewards
@@ -109,6 +109,7 @@ class A3POTrainer(ResumableGRPOTrainer, DynamicSamplingGRPOTrainer):
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_Moments(self))
+        self.add_callback(NaNGradients(self.accelerator))
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():
             self._token_log = TokenLog(args.output_dir, args.log_tokens, self.processing_class)
@@ -355,17 +356,6 @@ class _Moments(TrainerCallback):
             self._trainer._reduce_polarity_sums("train")
 
     on_epoch_end = on_step_end
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # transformers goes on, and shows a loss of 0. With fp16, steps that overflow are left out.
-        if logs and math.isnan(logs.get("grad_norm", 0.0)) and self._trainer.accelerator.mixed_precision != "fp16":
-            raise FloatingPointError(
-                f"The gradient of step {state.global_step} is NaN, and so are all parameters from then on. Go back to "
-                "the last checkpoint with a finite `grad_norm`, and keep the policy closer to what it learns from: "
-                "lower `learning_rate`, `num_iterations` or `steps_per_generation`; in what a `rollout_func` returns, "
-                "look for tokens to which the policy gives no probability; in what a `shape_advantages` of yours "
-                "returns, for NaN."
-            )
 
 
 def _ratio_has_gradient(args: A3POConfig) -> bool:
