@@ -1,6 +1,5 @@
 """
-Trains a model in two processes until a parameter of which the last process has the end becomes NaN, and notes the error
-of each.
+Trains a model that two processes share until the part of the last one becomes NaN, and notes the error of each.
 
 Run by test_finite.py: `python finite_worker.py MODEL OUTPUT KIND` under `accelerate launch`.
 """

@@ -20,7 +20,7 @@ from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 
 def make(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
-    fields = {"max_steps": 4, "save_steps": 1, "save_total_limit": 1, "lr_scheduler_type": "constant", **fields}
+    fields = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "lr_scheduler_type": "constant", **fields}
     args = tiny.config(output_dir, **{"save_strategy": "steps", **fields})
     return trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts(), tiny.prompts(8))
 
@@ -31,70 +31,63 @@ def names(directory):
 
 class Witness:
     """
-    Looks, at every call that may touch a file, whether the directory holds a whole checkpoint: what a kill at this
-    moment would leave. Whole is a checkpoint whose files are those that it had when its save had ended.
+    Looks, before every change of a file, whether the directory holds a whole checkpoint: what a kill would leave.
+
+    Whole is one that has all files of this step, with the weights and the optimizer in full length.
     """
 
-    def __init__(self, output_dir):
-        self.output_dir = output_dir
+    CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+    def __init__(self):
+        self.output_dir = None  # while it looks
         self.moments = 0
         self.missing = []
-        self._files = {}  # by step, what a whole checkpoint has
-        self._looking = False
+        self._files = {}  # by step
+        sys.addaudithook(self._look)  # which nothing can remove
 
     def saved(self, checkpoint):
-        self._files[json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]] = self._list(
-            checkpoint
-        )
+        self._files[_step(checkpoint)] = self._list(checkpoint)
 
     def _list(self, checkpoint):
-        return {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+        return sizes.keys(), sizes["model.safetensors"], sizes.get("optimizer.pt")
 
-    def look(self, frame, event, argument):
-        if self._looking or event not in ("call", "c_call", "c_return"):
+    def _look(self, event, arguments):
+        if self.output_dir is None or event not in self.CHANGES or str(self.output_dir) not in str(arguments[0]):
             return
-        self._looking = True
-        try:
-            name = frame.f_code.co_filename if event == "call" else getattr(argument, "__module__", None)
-            if event == "call" and not ("shutil" in name or "pathlib" in name or "trl_a3po" in name):
-                return
-            if event != "call" and name not in ("posix", "io", "_io", None):
-                return
-            self.moments += 1
-            last = last_whole_checkpoint(self.output_dir)
-            if last is None:
-                self.missing.append((frame.f_code.co_qualname, event, "no checkpoint"))
-                return
-            step = json.loads(Path(last, "trainer_state.json").read_text())["global_step"]
-            if self._files and step in self._files and self._list(Path(last)) != self._files[step]:
-                self.missing.append((frame.f_code.co_qualname, event, last))
-        finally:
-            self._looking = False
+        output_dir, self.output_dir = self.output_dir, None
+        self.moments += 1
+        last = last_whole_checkpoint(output_dir)
+        if last is None or self._files.get(_step(last), self._list(Path(last))) != self._list(Path(last)):
+            self.missing.append((event, arguments, last))
+        self.output_dir = output_dir
+
+
+def _step(checkpoint):
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
 
 
 class WitnessedTrainer(A3POTrainer):
+    """From its first checkpoint on."""
+
     witness = None
 
     def _save_checkpoint(self, model, trial):
-        watched = bool(list(self.witness.output_dir.glob("checkpoint-*")))
-        if watched:
-            sys.setprofile(self.witness.look)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            sys.setprofile(None)
+        super()._save_checkpoint(model, trial)
         self.witness.saved(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
-
-    def log(self, logs, *args, **kwargs):
-        super().log(logs, *args, **kwargs)
+        self.witness.output_dir = Path(self.args.output_dir)
 
 
-def witnessed(model_dir, output_dir, resume=None, **fields):
+def witnessed(model_dir, output_dir, **fields):
     trainer = make(model_dir, output_dir, WitnessedTrainer, **fields)
-    trainer.witness = Witness(output_dir)
-    trainer.train(resume_from_checkpoint=resume)
-    assert trainer.witness.moments > 100
-    assert trainer.witness.missing == []
+    trainer.witness = witness = Witness()
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        witness.saved(checkpoint)
+        witness.output_dir = output_dir
+    trainer.train()
+    witness.output_dir = None
+    assert witness.moments > 20
+    assert witness.missing == []
     return trainer
 
 
@@ -121,7 +114,7 @@ def test_at_every_moment_there_is_a_whole_checkpoint(fields, model_dir, tmp_path
     if fields.get("load_best_model_at_end"):
         assert kept == [Path(trainer.state.best_model_checkpoint).name]
     else:
-        assert len(kept) == (fields.get("save_total_limit", 1) or 4)
+        assert len(kept) == (fields.get("save_total_limit", 1) or 3)
     arguments = torch.load(tmp_path / kept[-1] / "training_args.bin", weights_only=False)
     assert arguments.save_total_limit == trainer.args.save_total_limit == fields.get("save_total_limit", 1)
 
@@ -235,9 +228,6 @@ def test_a_torn_state_without_a_mark_is_not_whole(tmp_path):
 class LeavesOddFiles(A3POTrainer):
     """In its checkpoints: a file that nobody may write, links, a pipe and a subdirectory."""
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-
     def save_model(self, output_dir=None, *args, **kwargs):
         super().save_model(output_dir, *args, **kwargs)
         directory = Path(output_dir)
@@ -267,6 +257,8 @@ def test_a_file_is_flushed_without_the_right_to_write_it(tmp_path):
     pid = os.fork()
     if pid == 0:
         try:
+            os.setgroups([])
+            os.setgid(65534)
             os.setuid(65534)
             assert not os.access(path, os.W_OK)
             checkpoint_files._warn_unflushed = lambda reason: os._exit(2)

@@ -73,7 +73,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(value, model_dir, tmp_
 def test_no_run_ends_well_with_nan(norm, model_dir, tmp_path):
     """There is no log, and no checkpoint, after the step."""
     trainer = make(model_dir, tmp_path, Spoils(5), save_strategy="no", max_grad_norm=norm)
-    with pytest.raises(FloatingPointError, match="^Training ended after step 6: parameters are NaN or infinite"):
+    with pytest.raises(FloatingPointError, match=r"^Training ended after step 6: parameters are NaN or infinite"):
         trainer.train()
 
 

@@ -97,11 +97,13 @@ def outdated(newest: Path, limit: int, best: Path | None = None) -> list[Path]:
         best (`Path`, *optional*): The best checkpoint.
 
     Returns:
-        `list[Path]`: directories beside `newest`.
+        `list[Path]`: directories beside `newest`; of some there may only be the mark.
     """
     kept = {path.resolve() for path in (newest, best) if path and path.is_dir()}
     others = [path for path in checkpoints_in(newest.parent) if path.resolve() not in kept]
     useless = [path for path in others if _waits(path) or is_marked(path)]
+    # After a kill there may be a mark and no directory.
+    useless += [path for path in _marked_in(newest.parent) if not path.exists()]
     recent_last = sorted(set(others) - set(useless), key=lambda path: (_step(path) < _step(newest), _step(path)))
     surplus = len(kept) + len(recent_last) - limit
     return useless + recent_last[: max(0, surplus)]
@@ -150,6 +152,10 @@ def _warn_unflushed(reason: str) -> None:
         "Cannot wait until a checkpoint is on the disk (%s). After a power failure, the last one may not be whole.",
         reason,
     )
+
+
+def _marked_in(directory: Path) -> list[Path]:
+    return [mark.with_suffix("") for mark in directory.glob("checkpoint-*.incomplete")]
 
 
 def _step(checkpoint: Path) -> int:
