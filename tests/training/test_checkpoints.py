@@ -177,13 +177,22 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
 
 
 def test_a_checkpoint_that_waits_is_the_last_whole_one_and_is_put_back(tmp_path):
-    write(tmp_path, 2)
     waiting = write(tmp_path, 4, previous=True)
     write(tmp_path, 4, marked=True)
     assert last_whole_checkpoint(tmp_path) == str(waiting)
     put_back(tmp_path)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert names(tmp_path) == ["checkpoint-4"]
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_any_whole_checkpoint_wins_over_one_that_waits(tmp_path):
+    """It may be of another run, which this one was to replace."""
+    earlier = write(tmp_path, 2)
+    waiting = write(tmp_path, 4, previous=True)
+    write(tmp_path, 4, marked=True)
+    put_back(tmp_path)
+    assert waiting.exists()
+    assert last_whole_checkpoint(tmp_path) == str(earlier)
 
 
 def test_a_new_checkpoint_wins_over_the_one_that_waits(tmp_path):

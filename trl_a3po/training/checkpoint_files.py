@@ -60,9 +60,9 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """All checkpoints, whole or not, the highest step first. One that waits comes after that of the same step."""
+    """All checkpoints, whole or not, the highest step first; then those that wait, which are to be replaced."""
     paths = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(paths, key=lambda path: (_step(path), not _waits(path)), reverse=True)
+    return sorted(paths, key=lambda path: (not _waits(path), _step(path)), reverse=True)
 
 
 def previous_of(checkpoint: Path) -> Path:
@@ -72,16 +72,16 @@ def previous_of(checkpoint: Path) -> Path:
 
 def put_back(directory: Path) -> None:
     """
-    After a kill while checkpoints were overwritten, gives the earlier ones their names again.
+    Gives the last whole checkpoint its name again if a kill, while it was overwritten, has left no other whole one.
 
     Raises:
         `OSError`: a file cannot be renamed or deleted.
     """
-    for previous in filter(_waits, checkpoints_in(directory)):
-        checkpoint = previous.with_suffix("")
-        if is_whole(previous) and not is_whole(checkpoint):
-            delete(checkpoint)
-            previous.rename(checkpoint)
+    last = next(filter(is_whole, checkpoints_in(directory)), None)
+    if last is not None and _waits(last):
+        checkpoint = last.with_suffix("")
+        delete(checkpoint)
+        last.rename(checkpoint)
 
 
 def outdated(newest: Path, limit: int, best: Path | None = None) -> list[Path]:

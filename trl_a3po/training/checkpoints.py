@@ -120,7 +120,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """
     As transformers' `get_last_checkpoint`, but passes over checkpoints that were not written to the end.
 
-    After a kill while a checkpoint was overwritten, it may be the one from before, `checkpoint-12.previous`.
+    After a kill while the only one was overwritten, it is the one from before, `checkpoint-12.previous`.
 
     Args:
         output_dir (`str` or `Path`): Where the trainer saves its checkpoints.
