@@ -99,6 +99,12 @@ class A3POConfig(GRPOConfig):
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
             own. While completions are skipped, the metric `entropy` is the mean over the others.
+        skip_old_logps (`bool`, *optional*, defaults to `True`):
+            Whether the forward pass for the old log-probabilities, which GRPOTrainer runs after each generation with
+            vLLM or when rollouts are reused, is skipped while the loss can take them from its own forward pass.
+            Otherwise it runs for completions with an advantage only. The update is the same to rounding. While it is
+            skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for models with
+            images, and with TRL before 1.15.
 
         > Parameters that control the logging
 
@@ -219,6 +225,16 @@ class A3POConfig(GRPOConfig):
             "others."
         },
     )
+    skip_old_logps: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the forward pass for the old log-probabilities, which GRPOTrainer runs after each "
+            "generation with vLLM or when rollouts are reused, is skipped while the loss can take them from its own "
+            "forward pass. Otherwise it runs for completions with an advantage only. The update is the same to "
+            "rounding. While it is skipped, the metrics `sampling/*` cover the completions that the loss computes. "
+            "Ignored for models with images, and with TRL before 1.15."
+        },
+    )
 
     # Parameters that control the logging
     log_tokens: int = field(
@@ -247,7 +263,7 @@ class A3POConfig(GRPOConfig):
                 f"{steps!r}. Pass for example 500 for 500 optimizer steps, or 0.5 for half of the training. To turn "
                 "the shaping off, set the scales to 1."
             )
-        for name in ("trim_padding", "skip_zero_advantage"):
+        for name in ("trim_padding", "skip_zero_advantage", "skip_old_logps"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not _is_count(self.log_tokens):
