@@ -4,17 +4,22 @@ VENV ?= .venv
 VENV_LOWEST ?= .venv-lowest
 VENV_VLLM ?= .venv-vllm
 VENV_VERSIONS ?= .venv-versions
+VENV_TRANSFORMERS ?= .venv-transformers
 VENV_WHEEL ?= .venv-wheel
 VENV_DOCS ?= .venv-docs
 
 # The newest patch of every minor release, except 1.15.0: GRPOTrainer itself does not train with it without Triton.
 TRL_VERSIONS ?= 1.0.0 1.1.0 1.2.0 1.3.0 1.4.0 1.5.1 1.6.0 1.7.1 1.8.0 1.9.2 1.10.0 1.11.0 1.12.0 1.13.0 1.14.2 1.16.0
 
+# The oldest and the newest release that is supported, and two between them: the last of transformers 4, and the last
+# in which some models ignore the mask of a single row.
+TRANSFORMERS_VERSIONS ?= 4.56.2 4.57.6 5.12.1 5.24.0
+
 # One process runs all tests of a file, because they share fixtures that are slow to make.
 PYTEST = -m pytest --numprocesses auto --dist loadfile
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm test-versions test-trl dist docs pictures style format
+.PHONY: demo test test-slow test-lowest test-vllm test-versions test-transformers test-trl dist docs pictures style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/trl-a3po demo
@@ -37,6 +42,14 @@ test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on
 		$(VENV_VERSIONS)/bin/python $(INSTALL) --no-deps trl==$$version && $(VENV_VERSIONS)/bin/python -m pytest -q \
 			tests/test_loss.py tests/test_trainer.py tests/training tests/update \
 			|| failed="$$failed $$version"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+# datasets is named because its newest release needs a newer Hub client than transformers 4 does.
+test-transformers: $(VENV_TRANSFORMERS)/ready  ## those of the update, with each of TRANSFORMERS_VERSIONS
+	@failed=; for version in $(TRANSFORMERS_VERSIONS); do \
+		echo "transformers $$version"; \
+		$(VENV_TRANSFORMERS)/bin/python $(INSTALL) transformers==$$version datasets trl \
+			&& $(VENV_TRANSFORMERS)/bin/python -m pytest -q tests/update || failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # The tests of tools and images also need jmespath and torchvision.
@@ -93,6 +106,11 @@ $(VENV_DOCS)/ready: requirements/docs.txt
 $(VENV_VERSIONS)/ready: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV_VERSIONS)
 	$(VENV_VERSIONS)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev]" requests
+	touch $@
+
+$(VENV_TRANSFORMERS)/ready: pyproject.toml requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV_TRANSFORMERS)
+	$(VENV_TRANSFORMERS)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev]"
 	touch $@
 
 # vLLM's CPU build declares dependencies for GPUs, so it is installed without dependencies.

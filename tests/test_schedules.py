@@ -50,3 +50,14 @@ def test_runs_monotonically_from_the_scale_to_exactly_1(scale, step, decay_steps
         assert now == scale
     elif step >= decay_steps:
         assert now == 1.0
+
+
+@pytest.mark.parametrize("scale_decay", ["exponential", "Linear", "", None])
+def test_an_unknown_decay_is_refused(scale_decay):
+    with pytest.raises(ValueError, match=r"`scale_decay` must be one of 'linear', 'cosine', 'constant', got"):
+        decay_scale(2.0, 5, 10, scale_decay)
+
+
+def test_every_decay_has_its_own_course():
+    courses = {tuple(decay_scale(2.0, step, 10, name) for step in range(11)) for name in SCALE_DECAYS}
+    assert len(courses) == len(SCALE_DECAYS)

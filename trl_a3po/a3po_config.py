@@ -6,7 +6,7 @@ from typing import cast
 
 from trl import GRPOConfig
 
-from .schedules import SCALE_DECAYS, check_decay_ends
+from .schedules import check_decay_ends, check_scale_decay
 from .shaping import TOKEN_ENDS, check_settings, is_finite_number, selects_tokens, shape_advantages
 
 
@@ -239,11 +239,7 @@ class A3POConfig(GRPOConfig):
                 f"`token_metric` must be one of {', '.join(map(repr, TOKEN_METRICS))}, got {self.token_metric!r}. "
                 "Pass 'prob' to rank tokens by their probability under the old policy, as A3PO does."
             )
-        if self.scale_decay not in SCALE_DECAYS:
-            raise ValueError(
-                f"`scale_decay` must be one of {', '.join(map(repr, SCALE_DECAYS))}, got {self.scale_decay!r}. Pass "
-                "'constant' to keep the scales at their initial values."
-            )
+        check_scale_decay(self.scale_decay)
         steps = self.scale_decay_steps
         if not is_finite_number(steps) or steps <= 0 or (steps > 1 and steps != int(steps)):
             raise ValueError(

@@ -3,7 +3,13 @@
 import math
 
 
-SCALE_DECAYS = ("linear", "cosine", "constant")
+# The share of (scale - 1) that remains, by the share of the decay that is done.
+_REMAINING = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}
+SCALE_DECAYS = tuple(_REMAINING)
 
 
 def resolve_decay_steps(scale_decay_steps: float, max_steps: int) -> int:
@@ -18,6 +24,20 @@ def resolve_decay_steps(scale_decay_steps: float, max_steps: int) -> int:
         `int`: At least 1.
     """
     return max(1, math.ceil(scale_decay_steps if scale_decay_steps >= 1 else scale_decay_steps * max_steps))
+
+
+def check_scale_decay(scale_decay: str) -> None:
+    """
+    Refuses an unknown decay.
+
+    Raises:
+        `ValueError`: naming the decay and those that exist.
+    """
+    if scale_decay not in SCALE_DECAYS:
+        raise ValueError(
+            f"`scale_decay` must be one of {', '.join(map(repr, SCALE_DECAYS))}, got {scale_decay!r}. Pass 'constant' "
+            "to keep the scales as they are."
+        )
 
 
 def check_decay_ends(scale_decay_steps: float, max_steps: int) -> None:
@@ -52,7 +72,10 @@ def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "l
 
     Returns:
         `float`: Exactly `scale` at step 0 and, unless constant, exactly 1.0 from `decay_steps` on.
+
+    Raises:
+        `ValueError`: `scale_decay` is not one of `SCALE_DECAYS`.
     """
-    progress = 0.0 if scale_decay == "constant" else min(1.0, max(0, step) / decay_steps)
-    remaining = 1.0 - progress if scale_decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    check_scale_decay(scale_decay)
+    remaining = _REMAINING[scale_decay](min(1.0, max(0, step) / decay_steps))
     return scale if remaining == 1.0 else 1.0 + (scale - 1.0) * remaining

@@ -42,6 +42,7 @@ def test_a_report_holds_what_was_logged(tmp_path):
         "weights": [2.0, 1.0, 1.0],
         "probs": [0.125, 0.75, 0.75],
         "entropies": [1.25, 0.5, 0.5],
+        "group": 0,
     }
 
 
@@ -218,6 +219,16 @@ def test_the_terminal_shows_one_prompt_of_a_step(tmp_path, capsys):
     assert re.search(r"\n 1 +4 +2 +0\.125 +1\.25 *\n", shown)
     assert main([run, "--tokens"]) == 0
     assert capsys.readouterr().out.startswith("step 10,")
+
+
+def test_the_terminal_does_not_mix_groups_with_one_question(tmp_path, capsys):
+    pytest.importorskip("rich")
+    completions = [logged_runs.completion(1, reward=float(group), group=group) for group in (0, 1)]
+    logged_runs.write_tokens(tmp_path, completions)
+    assert main([str(tmp_path), "--tokens"]) == 0
+    shown = capsys.readouterr().out
+    assert "reward 0," in shown
+    assert "reward 1," not in shown
 
 
 def test_the_terminal_takes_no_orders_from_a_model(tmp_path, capsys):

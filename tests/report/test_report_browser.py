@@ -156,6 +156,15 @@ def test_a_token_is_colored_by_its_weight(show, tmp_path):
     assert nothing not in recolored
 
 
+def test_groups_with_one_question_stand_apart(show, tmp_path):
+    logged_runs.write_tokens(tmp_path / "run", [logged_runs.completion(1, group=group) for group in (0, 0, 1)])
+    page = show(tmp_path / "run")
+    assert texts(page, ".prompt > pre") == ["2+2=", "2+2="]
+    assert page.run(
+        "[...document.querySelectorAll('.prompt')].map((node) => node.querySelectorAll('article').length)"
+    ) == [2, 1]
+
+
 def test_positive_and_negative_stand_side_by_side(show, tmp_path):
     page = show(logged_runs.a3po(tmp_path / "run"))
     assert texts(page, ".prompt > pre") == ["2+2="]

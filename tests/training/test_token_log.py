@@ -1,5 +1,6 @@
 """What is logged of single tokens is what the shaping gave; it is bounded, and nothing where it is off."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 import torch
 from support import processes, tiny
 
-from trl_a3po import A3POTrainer, token_log
+from trl_a3po import A3POTrainer
+from trl_a3po.training import token_log
 from trl_a3po.training.input_checks import total_rewards
 from trl_a3po.training.token_log import TokenLog, token_texts
 from trl_a3po.training.token_log_format import MAX_LINE_BYTES, MAX_TOKEN_CHARACTERS, TOKENS_FILE, LoggedCompletion
@@ -112,6 +114,41 @@ def test_of_equal_completions_one_is_written(tmp_path):
     log.add({**inputs, "rewards": floats[:, 0]}, torch.tensor([1.0, 1.0, 0.5, 0.25]), floats, floats, floats)
     log.write(1)
     assert [completion.advantage for completion in logged(tmp_path)] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"per_device_train_batch_size": 16},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 16, "dynamic_sampling": 2},
+        {"per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2},
+    ],
+    ids=str,
+)
+def test_groups_with_one_question_are_not_mixed(fields, tmp_path):
+    """As with different pictures: neither the token ids of prompts nor the positions of rows tell groups apart."""
+    levels = itertools.count(1)
+
+    def reward(completion_ids, **kwargs):
+        """Shows the group in the reward: another hundred in each."""
+        values = []
+        for start in range(0, len(completion_ids), 4):
+            level = 100.0 * next(levels)
+            values += [level + sum(ids) % 2 for ids in completion_ids[start : start + 4]]
+        return values
+
+    question = tiny.prompts().map(lambda row: {"prompt": "which one?"})
+    args = tiny.config(tmp_path, max_steps=4, logging_steps=1, log_tokens=4, **fields)
+    A3POTrainer(tiny.model(), reward, args, question, processing_class=tiny.tokenizer()).train()
+    groups = defaultdict(list)
+    for completion in logged(tmp_path):
+        groups[completion.step, completion.group].append(completion.reward // 100)
+    assert all(len({*levels}) == 1 for levels in groups.values())
+    by_step = [[levels[0] for (step, _), levels in groups.items() if step == each] for each in (1, 2, 3, 4)]
+    assert all(len({*levels}) == len(levels) for levels in by_step)
+    assert max(map(len, by_step)) > 1
+    assert max(map(len, groups.values())) > 1
 
 
 def test_completions_without_an_advantage_are_left_out(tmp_path):
@@ -276,6 +313,12 @@ def test_of_two_processes_the_main_one_writes(model_dir, tmp_path):
 LINE = LoggedCompletion(3, "1+1=", 1.0, 0.5, 1, ["\ud800\u2028\n<"], [2.0], [0.25], [None])
 
 
+def test_a_line_of_an_earlier_release_has_no_group():
+    line = LINE.to_line()
+    assert '"group":0' in line
+    assert LoggedCompletion.from_line(line.replace(',"group":0', "")) == LINE
+
+
 def test_a_line_is_ascii_and_comes_back():
     line = LINE.to_line()
     assert line.isascii()
@@ -304,8 +347,9 @@ def test_a_line_is_ascii_and_comes_back():
         LINE.to_line().replace("[2.0]", "2.0"),
         LINE.to_line().replace('"advantage":0.5', '"advantage":null'),
         LINE.to_line().replace('"prompt":"1+1="', '"prompt":{}'),
+        LINE.to_line().replace('"group":0', '"group":-1'),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_whatever_else_is_refused(line):
     with pytest.raises(ValueError, match=r"^not a logged completion"):

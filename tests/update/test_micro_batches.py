@@ -23,7 +23,6 @@ from transformers import (
 )
 
 from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.update.efficient_update import has_experts_as_modules, sees_padding
 from trl_a3po.update.micro_batches import (
     Extent,
     extent_of,
@@ -33,6 +32,7 @@ from trl_a3po.update.micro_batches import (
     run_in_order,
     share_out,
 )
+from trl_a3po.update.model_traits import has_experts_as_modules
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
@@ -324,33 +324,6 @@ def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir
         torch.testing.assert_close(tiny.parameters(saved)[name], value, rtol=1e-4, atol=1e-5)
     assert cells(saved) < cells(plain)
     assert not saved._trims_prompt
-
-
-@pytest.mark.parametrize(
-    ("settings", "seen"),
-    [
-        ({}, False),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, False),
-        ({"layer_types": ["full_attention", "linear_attention"]}, False),
-        ({"layer_types": ["full_attention", "chunked_attention"]}, True),
-        ({"attn_temperature_tuning": True}, True),
-        ({"log_scaling_n_floor": 128_000}, True),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, True),
-        ({"rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 0.1}}, True),
-        ({"rope_scaling": {"rope_type": "default", "llama_4_scaling_beta": 0}}, False),
-        ({"rope_scaling": {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {}}}, True),
-    ],
-    ids=str,
-)
-def test_padding_is_seen_by_what_goes_by_columns(settings, seen):
-    model = tiny.model()
-    for name, value in settings.items():
-        setattr(
-            model.config,
-            "rope_parameters" if hasattr(model.config, "rope_parameters") and name == "rope_scaling" else name,
-            value,
-        )
-    assert sees_padding(model) == seen
 
 
 def test_experts_are_modules_before_transformers_5():

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.rewards import accuracy_reward
 
 from trl_a3po.evaluation.evaluate import sample
+from trl_a3po.rewards import accuracy_reward
 
 
 PROBLEMS_PER_BATCH = 32

@@ -1,5 +1,6 @@
 """[`RolloutGRPOTrainer`]: the rollouts of [`~trl.GRPOTrainer`], checked, with rewards, and resampled on request."""
 
+import math
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from ..update.efficient_update import EfficientUpdateGRPOTrainer, has_rotary_positions, sees_padding
+from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
+from ..update.model_traits import has_rotary_positions
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
+from .token_log import GROUPS
 
 
 class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
@@ -36,27 +39,34 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     # The optimizer step, and the prompts that are still to be drawn in it.
     _fresh_prompts: tuple[int, Iterator[int]] = (-1, iter(()))
 
+    _numbered_groups = 0
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
-        if not self.args.dynamic_sampling:
-            return
         if not isinstance(self.train_dataset, Sized):
-            refused = f"with a dataset without an index (`{type(self.train_dataset).__name__}`). Pass a `Dataset`"
-        elif isinstance(self.processing_class, ProcessorMixin):
-            refused = "with a processor of images. To train on text only, pass the tokenizer as `processing_class`"
-        elif sees_padding(self.model):
+            kind = type(self.train_dataset).__name__
+            self._refuse_dynamic_sampling(f"with a dataset without an index (`{kind}`). Pass a `Dataset`")
+        if isinstance(self.processing_class, ProcessorMixin):
+            self._refuse_dynamic_sampling(
+                "with a processor of images. To train on text only, pass the tokenizer as `processing_class`"
+            )
+
+    def _refuse_dynamic_sampling(self, reason: str) -> None:
+        if self.args.dynamic_sampling:
+            raise ValueError(
+                f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {reason}, or set `dynamic_sampling=0`."
+            )
+
+    def _check_model(self):
+        super()._check_model()
+        if self._traits.left_padding or self._traits.right_padding or self._traits.company:
             # The log-probabilities of a group would change beside longer prompts than it was sampled with.
-            refused = (
+            self._refuse_dynamic_sampling(
                 "with models or adapters whose output depends on left padding (learned absolute positions, prompt "
                 "tuning). Use another model"
             )
-        else:
-            return
-        raise ValueError(
-            f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {refused}, or set `dynamic_sampling=0`."
-        )
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         config = cast(PretrainedConfig, self.model.config)
@@ -67,10 +77,14 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout of a batch of prompts, with `rewards`."""
+        """TRL's rollout of a batch of prompts, with `rewards`, and with the numbers of groups that the log needs."""
         with self._observed_rewards() as observed:
             rollout = super()._generate_and_score_completions(inputs)
-        return {**rollout, "rewards": observed[-1]} if observed else rollout
+        if observed:
+            rollout = {**rollout, "rewards": observed[-1]}
+        if self.args.log_tokens and self.model.training:
+            rollout = {**rollout, GROUPS: self._number_groups(len(inputs))}
+        return rollout
 
     def _generate_and_score_completions(self, inputs):
         rollout = self._sample_round(inputs)
@@ -96,6 +110,14 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         for name, count in counts.items():
             self._metrics["train"][f"a3po/dynamic_sampling/{name}"].append(count)
         return rollout
+
+    def _number_groups(self, rows: int) -> Tensor:
+        """(B,) a number for each row of a round, the same for completions of one group, new in each round."""
+        first = self.accelerator.process_index * rows
+        numbers = torch.arange(first, first + rows, device=self.accelerator.device) // self.num_generations
+        numbers += self._numbered_groups
+        self._numbered_groups += math.ceil(rows * self.accelerator.num_processes / self.num_generations)
+        return numbers
 
     @contextmanager
     def _observed_rewards(self) -> Iterator[list[Tensor]]:

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
@@ -18,6 +17,10 @@ from .token_log_format import MAX_PROMPT_CHARACTERS, MAX_TOKEN_CHARACTERS, MAX_T
 
 
 COMPLETIONS_PER_POLARITY = 2
+
+# The key under which a rollout carries the number of the group that each row belongs to. The token ids of prompts do
+# not tell groups apart: two pictures may come with the same question. Nor does the position of a row: TRL shuffles.
+GROUPS = "a3po_groups"
 
 
 class TokenLog(TrainerCallback):
@@ -48,7 +51,9 @@ class TokenLog(TrainerCallback):
         Takes note of a micro-batch.
 
         Args:
-            inputs (`dict`): What the loss is computed from, with the `rewards` of shape `(B,)` if they are known.
+            inputs (`dict`): What the loss is computed from, with the `rewards` of shape `(B,)` if they are known, and
+                the number of the group of each row under `GROUPS`, of shape `(B,)`. Without it, rows with the same
+                prompt are taken for one group.
             advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping.
             shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): The advantages after shaping.
             logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
@@ -60,6 +65,7 @@ class TokenLog(TrainerCallback):
             {
                 **{name: inputs[name] for name in names},
                 "rewards": torch.full_like(advantages, torch.nan) if rewards is None else rewards,
+                "groups": inputs.get(GROUPS, torch.zeros_like(advantages)),
                 "advantages": advantages,
                 "mask": loss_mask(inputs),
                 "shaped": shaped,
@@ -79,14 +85,16 @@ class TokenLog(TrainerCallback):
         """Writes completions of the micro-batches since the step began. Waits for the device."""
         micro_batches, self._step = self._step, []
         lines = [
-            self._completion(step, row).to_line() for row in _most_telling(_trained_rows(micro_batches), self._prompts)
+            self._completion(step, group, row).to_line()
+            for group, rows in enumerate(_most_telling(_trained_rows(micro_batches), self._prompts))
+            for row in rows
         ]
         if lines:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="ascii", newline="\n") as file:
                 file.write("".join(lines))
 
-    def _completion(self, step: int, row: "_Row") -> LoggedCompletion:
+    def _completion(self, step: int, group: int, row: "_Row") -> LoggedCompletion:
         values = {name: tensor[row.index] for name, tensor in row.micro_batch.items()}
         is_token = values["completion_mask"].bool()
         counts = values["mask"][is_token][:MAX_TOKENS].bool()
@@ -106,6 +114,7 @@ class TokenLog(TrainerCallback):
             weights=numbers(values["shaped"] / values["advantages"]),
             probs=numbers(values["logps"].float().exp()),
             entropies=numbers(values["entropies"]),
+            group=group,
         )
 
 
@@ -135,6 +144,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class _Row:
+    group: float
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     advantage: float
@@ -148,10 +158,11 @@ def _trained_rows(micro_batches: list[dict[str, Tensor]]) -> list[_Row]:
     for batch in micro_batches:
         prompts = _tokens(batch["prompt_ids"], batch["prompt_mask"])
         completions = _tokens(batch["completion_ids"], batch["completion_mask"])
-        columns = (prompts, completions, batch["advantages"].tolist(), batch["mask"].any(1).tolist())
-        for index, (prompt, completion, advantage, counts) in enumerate(zip(*columns, strict=True)):
+        numbers = (batch[name].tolist() for name in ("groups", "advantages"))
+        columns = (*numbers, prompts, completions, batch["mask"].any(1).tolist())
+        for index, (group, advantage, prompt, completion, counts) in enumerate(zip(*columns, strict=True)):
             if counts and (advantage > 0 or advantage < 0):
-                rows.append(_Row(prompt, completion, advantage, batch, index))
+                rows.append(_Row(group, prompt, completion, advantage, batch, index))
     return rows
 
 
@@ -159,19 +170,16 @@ def _tokens(ids: Tensor, mask: Tensor) -> list[tuple[int, ...]]:
     return [tuple(compress(row, is_token)) for row, is_token in zip(ids.tolist(), mask.tolist(), strict=True)]
 
 
-def _most_telling(rows: list[_Row], prompts: int) -> list[_Row]:
-    """Of a few prompts, those first that have both polarities, different completions of the largest advantages."""
-    by_prompt: dict[tuple[tuple[int, ...], bool], dict[tuple[int, ...], _Row]] = defaultdict(dict)
+def _most_telling(rows: list[_Row], groups: int) -> Iterator[list[_Row]]:
+    """Of a few groups, those first that have both polarities, different completions of the largest advantages."""
+    by_group: dict[Any, dict[bool, dict[tuple[int, ...], _Row]]] = {
+        (row.group, row.prompt): {True: {}, False: {}} for row in rows
+    }
     for row in sorted(rows, key=lambda row: -abs(row.advantage)):
-        by_prompt[row.prompt, row.advantage > 0].setdefault(row.completion, row)
-    seen = dict.fromkeys(row.prompt for row in rows)
-    one_sided_last = sorted(seen, key=lambda prompt: not (by_prompt[prompt, True] and by_prompt[prompt, False]))
-    return [
-        row
-        for prompt in one_sided_last[:prompts]
-        for is_positive in (True, False)
-        for row in islice(by_prompt[prompt, is_positive].values(), COMPLETIONS_PER_POLARITY)
-    ]
+        by_group[row.group, row.prompt][row.advantage > 0].setdefault(row.completion, row)
+    one_sided_last = sorted(by_group.values(), key=lambda polarities: not all(polarities.values()))
+    for polarities in one_sided_last[:groups]:
+        yield [row for each in polarities.values() for row in islice(each.values(), COMPLETIONS_PER_POLARITY)]
 
 
 def _number(value: float) -> float | None:

@@ -30,6 +30,8 @@ class LoggedCompletion:
         weights (`list[float | None]`): Shaped advantage of each token, divided by `advantage`.
         probs (`list[float | None]`): Probability of each token under the old policy.
         entropies (`list[float | None]`): Entropy of the policy at each token, in nats.
+        group (`int`, *optional*, defaults to `0`): Number, within the step, of the group that the completion was
+            sampled in. Files of earlier releases have none.
     """
 
     step: int
@@ -41,6 +43,7 @@ class LoggedCompletion:
     weights: list[float | None]
     probs: list[float | None]
     entropies: list[float | None]
+    group: int = 0
 
     def to_line(self) -> str:
         """In ASCII, so that no character of a completion ends the line, or is none."""
@@ -56,13 +59,14 @@ class LoggedCompletion:
         """
         try:
             values = json.loads(line)
-            completion = cls(**{each.name: values[each.name] for each in fields(cls)})
+            completion = cls(**{each.name: values[each.name] for each in fields(cls) if each.name in values})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"not a logged completion: {type(error).__name__}") from error
         columns = (completion.weights, completion.probs, completion.entropies)
         if not (
             _is_count(completion.step)
             and _is_count(completion.length)
+            and _is_count(completion.group)
             and isinstance(completion.prompt, str)
             and isinstance(completion.tokens, list)
             and all(isinstance(token, str) for token in completion.tokens)

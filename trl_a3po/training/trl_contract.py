@@ -1,10 +1,13 @@
 """
-A check that the installed TRL still does what the seam of [`A3POTrainer`] relies on.
+A check that the installed TRL still does what the hook of [`A3POTrainer`] relies on.
 
-The seam overrides two methods of `GRPOTrainer` and copies neither, so that a release of TRL can change what they mean
+The hook overrides two methods of `GRPOTrainer` and copies neither, so that a release of TRL can change what they mean
 without anything failing: advantages averaged to one per completion, or read too early, would train plain GRPO under
 the name of A3PO. Version numbers do not tell. So the check runs the loss of the installed TRL, as the trainer is
 configured, on a few made-up log-probabilities, and looks at the gradient of each token.
+
+It examines TRL's loss and the classes of this package. A user's subclass may need attributes that its `__init__` has
+not set yet, or fields of a rollout that is not made up: none of its code runs here.
 """
 
 import copy
@@ -15,38 +18,45 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
 from trl import GRPOTrainer
+
+from .relied_on import advice, base_description, check_relied_on, our_class
 
 
 def check_contract(trainer: GRPOTrainer) -> None:
     """
-    Fails unless each token's gradient is GRPO's times that token's weight.
+    Fails unless TRL has the names that are relied on, and each token's gradient is GRPO's times that token's weight.
 
     Takes a few milliseconds, touches neither the model nor the trainer, and on several processes runs the collective
     operations of two loss computations, the same on each.
 
+    Args:
+        trainer ([`A3POTrainer`]): It is constructed, as far as [`A3POTrainer`] constructs it.
+
     Raises:
-        `RuntimeError`: naming the TRL version, and what does not hold.
+        `RuntimeError`: naming the TRL version, or the class that has replaced TRL's, and what does not hold.
     """
+    check_relied_on(trainer)
     try:
         plain, weighted, weights = _gradients(trainer)
     except Exception as error:
-        raise RuntimeError(_message(f"the check itself failed: {type(error).__name__}: {error}")) from error
+        raise RuntimeError(_message(trainer, f"its loss raises {type(error).__name__}: {error}")) from error
     if not torch.equal(plain != 0, weights != 0):
-        raise RuntimeError(_message("it gives a token that counts no gradient, or one to a token that is masked"))
+        raise RuntimeError(_message(trainer, "an unmasked token got no gradient, or a masked token got one"))
     if not torch.allclose(weighted, plain * weights, rtol=1e-4):
         found = torch.where(weights != 0, weighted / plain, 0.0)
-        raise RuntimeError(_message(f"token weights of {weights.tolist()} came out as {found.tolist()}"))
+        raise RuntimeError(_message(trainer, f"token weights of {weights.tolist()} became {found.tolist()}"))
 
 
-def _message(found: str) -> str:
+def _message(trainer: GRPOTrainer, found: str) -> str:
+    args: Any = trainer.args
     return (
-        f"TRL {trl.__version__} does not compute A3PO's loss: {found}. `A3POTrainer` needs "
-        "`GRPOTrainer.compute_loss` to call `_compute_loss`, that to call `_get_per_token_logps_and_entropies`, and "
-        "only then to read `inputs['advantages']`, of shape (B, T). Install a TRL release that trl-a3po was tested "
-        "with (see its README), or, if you changed `loss_type` or `importance_sampling_level`, go back to the default."
+        f"{base_description(trainer)} does not compute A3PO's loss with `loss_type={args.loss_type!r}` and "
+        f"`importance_sampling_level={args.importance_sampling_level!r}`: {found}. A3POTrainer needs "
+        "`GRPOTrainer.compute_loss` to call `_compute_loss`, and `_compute_loss` to call "
+        "`_get_per_token_logps_and_entropies` before it reads `inputs['advantages']` of shape (B, T). "
+        f"{advice(trainer)} If you changed `loss_type` or `importance_sampling_level`, the default may also work."
     )
 
 
@@ -57,23 +67,25 @@ def loss_gradient(
     entropies: Tensor,
     shape_advantages: Callable[..., Tensor] | None = None,
     progress: float = 0.0,
+    trainer_class: type[Any] | None = None,
 ) -> Tensor:
     """
     Gradient of the trainer's loss with respect to log-probabilities that are given, not computed by its model.
 
     Args:
-        trainer ([`A3POTrainer`]): It is left as it is.
-        inputs (`dict`): What the loss is computed from, of B rows and T tokens.
+        trainer ([`A3POTrainer`]): It does not change.
+        inputs (`dict`): A micro-batch of B rows and T tokens.
         per_token_logps (`torch.Tensor` of shape `(B, T)`): The log-probabilities.
         entropies (`torch.Tensor` of shape `(B, T)`): The entropies.
-        shape_advantages (callable, *optional*): What to call in place of the trainer's `shape_advantages`.
+        shape_advantages (callable, *optional*): Is called in place of the trainer's `shape_advantages`.
         progress (`float`, *optional*, defaults to `0.0`): Share of the optimizer steps that are done.
+        trainer_class (`type`, *optional*): The class whose loss it is, the trainer's own by default.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`.
     """
 
-    class Probe(type(trainer), _FixedLogps):  # type: ignore[misc]
+    class Probe(trainer_class or type(trainer), _FixedLogps):  # type: ignore[misc]
         pass
 
     # A shallow copy: what the loss assigns stays on the copy. What it appends to, or reports to, is replaced.
@@ -117,7 +129,8 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
     inputs = loss_inputs(advantages, (weights != 0).long(), logps)
 
     def gradient(shape_advantages: Callable[..., Tensor]) -> Tensor:
-        return loss_gradient(trainer, inputs, logps, torch.ones_like(logps), shape_advantages)
+        entropies = torch.ones_like(logps)
+        return loss_gradient(trainer, inputs, logps, entropies, shape_advantages, trainer_class=our_class(trainer))
 
     plain = gradient(lambda advantages, **_: advantages)
     weighted = gradient(lambda advantages, **_: advantages[:, None] * weights)
@@ -126,13 +139,13 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
 
 def loss_inputs(advantages: Tensor, mask: Tensor, per_token_logps: Tensor) -> dict[str, Any]:
     """
-    What a loss is computed from, made up: a rollout that is aligned with the update, of tokens that are the model's,
-    with rewards of 1 and 0. Its KL term, should there be one, has no gradient.
+    A made-up micro-batch: of a rollout that is aligned with the update, of tokens that the model wrote, with rewards
+    of 1 and 0. Its KL term, if there is one, has no gradient.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): One advantage per completion.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 on the tokens that count, else 0.
-        per_token_logps (`torch.Tensor` of shape `(B, T)`): Those of the reference model, and of the sampler.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on unmasked tokens, else 0.
+        per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities by the reference model and the sampler.
     """
     return {
         "prompt_ids": mask[:, :1],
