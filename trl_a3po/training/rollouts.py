@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, ProcessorMixin
 from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
 from ..update.model_traits import has_rotary_positions
+from .dataset_checks import check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
 from .token_log import GROUPS
@@ -67,6 +68,10 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
                 "with models or adapters whose output depends on left padding (learned absolute positions, prompt "
                 "tuning). Use another model"
             )
+
+    def get_train_dataloader(self):
+        check_dataset_sizes(self.args, self.train_dataset, self.eval_dataset)
+        return super().get_train_dataloader()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         config = cast(PretrainedConfig, self.model.config)
