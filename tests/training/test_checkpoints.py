@@ -100,7 +100,7 @@ def witnessed(model_dir, output_dir, **fields):
             "eval_strategy": "steps",
             "eval_steps": 1,
             "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_reward",
+            "metric_for_best_model": "eval_loss",
         },
         {"save_total_limit": 2},
         {"save_total_limit": None},
