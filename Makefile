@@ -45,7 +45,7 @@ test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # datasets is named because its newest release needs a newer Hub client than transformers 4 does.
-test-transformers: $(VENV_TRANSFORMERS)/ready  ## those of the update, with each of TRANSFORMERS_VERSIONS
+test-transformers: $(VENV_TRANSFORMERS)/ready  ## the tests of the update, with each of TRANSFORMERS_VERSIONS
 	@failed=; for version in $(TRANSFORMERS_VERSIONS); do \
 		echo "transformers $$version"; \
 		$(VENV_TRANSFORMERS)/bin/python $(INSTALL) transformers==$$version datasets trl \
