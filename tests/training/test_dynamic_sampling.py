@@ -10,10 +10,8 @@ from datasets import IterableDataset
 from packaging.version import Version
 from peft import PromptTuningConfig
 from support import tiny
-from test_drop_in import ENVIRONMENTS, ROLLOUT_FUNCTION, TOOLS, images
-from test_drop_in import make as make_run
-from test_micro_batches import gpt2
-from test_training import StopAfter
+from support.runs import ENVIRONMENTS, ROLLOUT_FUNCTION, TOOLS, images, make_run
+from support.training import StopAfter, gpt2
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training.dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups

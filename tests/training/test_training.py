@@ -5,51 +5,20 @@ import copy
 import pytest
 import torch
 from support import tiny
-from transformers import TrainerCallback
+from support.training import (
+    ShapingRecorder,
+    StopAfter,
+    assert_same_parameters,
+    assert_trained,
+    different,
+    make,
+    moved,
+    train,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward
 
-from trl_a3po import A3POConfig, A3POTrainer, shape_advantages
-
-
-def make(trainer_class, model_dir, output_dir, *, reward_funcs=tiny.parity_reward, arguments=None, **fields):
-    """A trainer on a model loaded from a directory. `arguments` are the trainer's, `fields` its config's."""
-    config_class = GRPOConfig if trainer_class is GRPOTrainer else A3POConfig
-    torch.manual_seed(0)  # older releases of TRL draw the adapter's weights before they seed
-    return trainer_class(
-        **{
-            "model": model_dir,
-            "reward_funcs": reward_funcs,
-            "args": tiny.config(output_dir, config_class, **fields),
-            "train_dataset": tiny.prompts(),
-            **(arguments or {}),
-        }
-    )
-
-
-def train(*args, **kwargs):
-    trainer = make(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def different_parameters(a, b):
-    ours, theirs = tiny.parameters(a), tiny.parameters(b)
-    assert ours.keys() == theirs.keys()
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
-
-
-def assert_same_parameters(a, b):
-    assert not different_parameters(a, b)
-
-
-def assert_trained(trainer, model_dir):
-    """All parameters finite, some moved, the loss finite at every step."""
-    start = tiny.parameters(make(A3POTrainer, model_dir, trainer.args.output_dir))
-    end = tiny.parameters(trainer)
-    assert all(torch.isfinite(parameter).all() for parameter in end.values())
-    assert any(not torch.equal(start.get(name, torch.zeros(())), parameter) for name, parameter in end.items())
-    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+from trl_a3po import A3POTrainer, shape_advantages
 
 
 # What a run is made of. Each is trained at neutral settings, and compared with GRPO, and as A3PO.
@@ -82,21 +51,21 @@ RUNS = {
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_neutral_settings_are_grpo_to_the_last_bit(fields, model_dir, tmp_path):
     assert_same_parameters(
-        train(A3POTrainer, model_dir, tmp_path, **fields, **tiny.NEUTRAL),
-        train(GRPOTrainer, model_dir, tmp_path, **fields),
+        train(tmp_path, model=model_dir, **fields, **tiny.NEUTRAL),
+        train(tmp_path, GRPOTrainer, model=model_dir, **fields),
     )
 
 
 def test_neutral_settings_are_grpo_to_the_last_bit_with_lora(model_dir, tmp_path):
     assert_same_parameters(
-        train(A3POTrainer, model_dir, tmp_path, arguments=tiny.lora(), **tiny.NEUTRAL),
-        train(GRPOTrainer, model_dir, tmp_path, arguments=tiny.lora()),
+        train(tmp_path, model=model_dir, arguments=tiny.lora(), **tiny.NEUTRAL),
+        train(tmp_path, GRPOTrainer, model=model_dir, arguments=tiny.lora()),
     )
 
 
 def test_neutral_settings_log_what_grpo_logs(model_dir, tmp_path):
-    ours = train(A3POTrainer, model_dir, tmp_path, **tiny.NEUTRAL).state.log_history
-    theirs = train(GRPOTrainer, model_dir, tmp_path).state.log_history
+    ours = train(tmp_path, model=model_dir, **tiny.NEUTRAL).state.log_history
+    theirs = train(tmp_path, GRPOTrainer, model=model_dir).state.log_history
     assert len(ours) == len(theirs)
     for our, their in zip(ours, theirs, strict=True):
         assert {key for key in our if not key.startswith("a3po/")} == their.keys()
@@ -106,20 +75,19 @@ def test_neutral_settings_log_what_grpo_logs(model_dir, tmp_path):
 
 def test_a3po_is_not_grpo(model_dir, tmp_path):
     """The control for the equalities above: they would fail if anything were shaped."""
-    a3po, grpo = (train(trainer, model_dir, tmp_path, max_steps=1) for trainer in (A3POTrainer, GRPOTrainer))
-    assert "lm_head.weight" in different_parameters(a3po, grpo)
+    a3po, grpo = (train(tmp_path, trainer, model=model_dir, max_steps=1) for trainer in (A3POTrainer, GRPOTrainer))
+    assert "lm_head.weight" in different(tiny.parameters(a3po), tiny.parameters(grpo))
 
 
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_trains(fields, model_dir, tmp_path):
-    assert_trained(train(A3POTrainer, model_dir, tmp_path, **fields), model_dir)
+    assert_trained(train(tmp_path, model=model_dir, **fields))
 
 
 def test_trains_with_lora(model_dir, tmp_path):
-    trainer = train(A3POTrainer, model_dir, tmp_path, arguments=tiny.lora(), beta=0.1)
-    assert_trained(trainer, model_dir)
-    moved = {name for name, parameter in tiny.parameters(trainer).items() if "lora_B" in name and parameter.any()}
-    assert moved
+    trainer = train(tmp_path, model=model_dir, arguments=tiny.lora(), beta=0.1)
+    assert_trained(trainer)
+    assert moved(trainer) == {name for name in trainer.start if "lora_" in name}
 
 
 def test_trains_with_an_entropy_bonus(model_dir, tmp_path):
@@ -127,10 +95,10 @@ def test_trains_with_an_entropy_bonus(model_dir, tmp_path):
         pytest.skip("this TRL has no entropy bonus")
     for fields in ({"entropy_coef": 0.01}, {"use_adaptive_entropy": True, "entropy_target": 2.0}):
         assert_same_parameters(
-            train(A3POTrainer, model_dir, tmp_path, **fields, **tiny.NEUTRAL),
-            train(GRPOTrainer, model_dir, tmp_path, **fields),
+            train(tmp_path, model=model_dir, **fields, **tiny.NEUTRAL),
+            train(tmp_path, GRPOTrainer, model=model_dir, **fields),
         )
-        assert_trained(train(A3POTrainer, model_dir, tmp_path, **fields), model_dir)
+        assert_trained(train(tmp_path, model=model_dir, **fields))
 
 
 @pytest.mark.parametrize(
@@ -144,33 +112,21 @@ def test_trains_with_an_entropy_bonus(model_dir, tmp_path):
     ids=["rewards of one and minus one", "several", "None", "several with None"],
 )
 def test_trains_on_rewards(reward_funcs, model_dir, tmp_path):
-    assert_trained(train(A3POTrainer, model_dir, tmp_path, reward_funcs=reward_funcs), model_dir)
+    assert_trained(train(tmp_path, model=model_dir, reward_funcs=reward_funcs))
 
 
 def test_groups_without_spread_move_nothing(model_dir, tmp_path):
-    trainer = train(A3POTrainer, model_dir, tmp_path, reward_funcs=tiny.equal_reward)
-    assert_same_parameters(trainer, make(A3POTrainer, model_dir, tmp_path))
+    trainer = train(tmp_path, model=model_dir, reward_funcs=tiny.equal_reward)
+    assert_same_parameters(trainer, make(tmp_path, model=model_dir))
     assert trainer.state.log_history[0]["a3po/zero/fraction"] == 1.0
 
 
 def test_trains_on_conversations_scored_by_math_verify(model_dir, tmp_path):
     pytest.importorskip("math_verify")
     arguments = {"train_dataset": tiny.prompts(conversational=True)}
-    trainer = train(
-        A3POTrainer, model_dir, tmp_path, reward_funcs=[accuracy_reward, tiny.parity_reward], arguments=arguments
-    )
-    assert_trained(trainer, model_dir)
+    trainer = train(tmp_path, model=model_dir, reward_funcs=[accuracy_reward, tiny.parity_reward], arguments=arguments)
+    assert_trained(trainer)
     assert "rewards/accuracy_reward/mean" in trainer.state.log_history[0]
-
-
-class Recorder(A3POTrainer):
-    """Keeps what the seam was called with, and returned."""
-
-    def shape_advantages(self, advantages, **tensors):
-        shaped = super().shape_advantages(advantages, **tensors)
-        self.calls = [*getattr(self, "calls", []), {"advantages": advantages, "shaped": shaped, **tensors}]
-        assert not any(getattr(value, "requires_grad", False) for value in (advantages, shaped, *tensors.values()))
-        return shaped
 
 
 class Scored(A3POTrainer):
@@ -194,9 +150,9 @@ class Scored(A3POTrainer):
 def test_the_seam_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_path):
     functions = [tiny.sometimes_none_reward, lambda completions, **kwargs: [None] * len(completions)]
     trainer = make(
-        Scored,
-        model_dir,
         tmp_path,
+        Scored,
+        model=model_dir,
         reward_funcs=functions,
         reward_weights=[2.0, 1.0],
         max_steps=4,
@@ -218,15 +174,16 @@ def test_the_seam_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_pa
     assert {*rewards.nan_to_num(-1).tolist()} == {-1.0, 0.0, 2.0}
 
 
-def test_without_rewards_of_trl_the_seam_is_told_none(model_dir, tmp_path):
+def test_the_seam_is_told_the_rewards_of_a_subclass(model_dir, tmp_path):
     class OwnRewards(Scored):
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             return torch.tensor(tiny.parity_reward(completion_ids_list))[:, None]
 
-    trainer = train(OwnRewards, model_dir, tmp_path, max_steps=1, log_tokens=1)
-    assert trainer.seen[0]["rewards"] is None
-    assert '"reward":null' in (tmp_path / "tokens.jsonl").read_text()
-    assert_trained(trainer, model_dir)
+    trainer = train(tmp_path, OwnRewards, model=model_dir, max_steps=1)
+    told = trainer.seen[0]
+    assert told["rewards"].tolist() == tiny.parity_reward([ids.tolist() for ids in told["ids"]])
+    assert {*told["rewards"].tolist()} == {0.0, 1.0}
+    assert_trained(trainer)
 
 
 def rollout(prompts, trainer):
@@ -244,8 +201,10 @@ def rollout(prompts, trainer):
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 def test_trains_on_a_rollout_function_with_tokens_that_are_not_the_models(model_dir, tmp_path):
-    trainer = train(Recorder, model_dir, tmp_path, arguments={"rollout_func": rollout}, scale_decay="constant")
-    assert_trained(trainer, model_dir)
+    trainer = train(
+        tmp_path, ShapingRecorder, model=model_dir, arguments={"rollout_func": rollout}, scale_decay="constant"
+    )
+    assert_trained(trainer)
     for call in trainer.calls:
         assert (call["mask"][:, 1] == 0).all()
         assert (call["shaped"][:, 1] == 0).all()
@@ -253,7 +212,7 @@ def test_trains_on_a_rollout_function_with_tokens_that_are_not_the_models(model_
 
 
 def test_aligned_rollouts_are_ranked_by_the_current_log_probabilities(model_dir, tmp_path):
-    for call in train(Recorder, model_dir, tmp_path).calls:
+    for call in train(tmp_path, ShapingRecorder, model=model_dir).calls:
         assert call["old_per_token_logps"] is call["per_token_logps"]
 
 
@@ -261,7 +220,7 @@ def test_aligned_rollouts_are_ranked_by_the_current_log_probabilities(model_dir,
     "fields", [{"num_iterations": 2}, {"per_device_train_batch_size": 4, "steps_per_generation": 4}]
 )
 def test_reused_rollouts_are_ranked_by_the_old_log_probabilities_and_stay_as_they_are(fields, model_dir, tmp_path):
-    trainer = train(Recorder, model_dir, tmp_path, max_steps=4, scale_decay="constant", **fields)
+    trainer = train(tmp_path, ShapingRecorder, model=model_dir, max_steps=4, scale_decay="constant", **fields)
     later = trainer.calls[1]
     assert not torch.equal(later["old_per_token_logps"], later["per_token_logps"])
     expected = shape_advantages(
@@ -274,16 +233,18 @@ def test_reused_rollouts_are_ranked_by_the_old_log_probabilities_and_stay_as_the
 
 
 def test_truncated_completions_leave_rows_with_nothing_to_shape(model_dir, tmp_path):
-    trainer = train(Recorder, model_dir, tmp_path, mask_truncated_completions=True, max_completion_length=4)
+    trainer = train(
+        tmp_path, ShapingRecorder, model=model_dir, mask_truncated_completions=True, max_completion_length=4
+    )
     assert any((call["mask"].sum(1) == 0).any() for call in trainer.calls)
-    assert_trained(trainer, model_dir)
+    assert_trained(trainer)
 
 
 def test_evaluates_before_during_and_after_training(model_dir, tmp_path):
     trainer = make(
-        A3POTrainer,
-        model_dir,
         tmp_path,
+        A3POTrainer,
+        model=model_dir,
         arguments={"eval_dataset": tiny.prompts(4)},
         eval_strategy="steps",
         eval_steps=2,
@@ -299,23 +260,19 @@ def test_evaluates_before_during_and_after_training(model_dir, tmp_path):
         assert sum(fractions) == pytest.approx(1)
 
 
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
-
-
 @pytest.mark.parametrize("arguments", [dict, tiny.lora], ids=["full", "lora"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, model_dir, tmp_path):
     fields = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "scale_decay_steps": 5}
-    whole = train(A3POTrainer, model_dir, tmp_path / "whole", arguments=arguments(), **fields)
+    whole = train(tmp_path / "whole", model=model_dir, arguments=arguments(), **fields)
     interrupted = train(
-        A3POTrainer, model_dir, tmp_path / "parts", arguments={**arguments(), "callbacks": [StopAfter(4)]}, **fields
+        tmp_path / "parts",
+        A3POTrainer,
+        model=model_dir,
+        arguments={**arguments(), "callbacks": [StopAfter(4)]},
+        **fields,
     )
     assert interrupted.state.global_step == 4
-    resumed = make(A3POTrainer, model_dir, tmp_path / "parts", arguments=arguments(), **fields)
+    resumed = make(tmp_path / "parts", model=model_dir, arguments=arguments(), **fields)
     resumed.train(resume_from_checkpoint=True)
     assert_same_parameters(resumed, whole)
     scales = [[e["a3po/scale/positive_low"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
@@ -323,7 +280,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, model_dir, tmp_pa
 
 
 def test_the_scales_decay_over_a_fraction_of_the_steps(model_dir, tmp_path):
-    trainer = train(A3POTrainer, model_dir, tmp_path, max_steps=5, scale_decay_steps=0.5, positive_low_scale=4.0)
+    trainer = train(tmp_path, model=model_dir, max_steps=5, scale_decay_steps=0.5, positive_low_scale=4.0)
     scales = [entry["a3po/scale/positive_low"] for entry in trainer.state.log_history if "loss" in entry]
     assert scales == pytest.approx([4.0, 3.0, 2.0, 1.0, 1.0])
 
@@ -339,26 +296,26 @@ def test_a_scale_of_1_at_the_end_is_grpo(model_dir, tmp_path):
             if self.is_in_train:
                 calls.append((before, inputs["advantages"]))
 
-    train(Watched, model_dir, tmp_path, max_steps=3, scale_decay_steps=2)
+    train(tmp_path, Watched, model=model_dir, max_steps=3, scale_decay_steps=2)
     assert [shaped.dim() for _, shaped in calls] == [2, 2, 1]
     assert torch.equal(*calls[2])
 
 
 def test_a_decay_longer_than_the_epochs_is_refused_before_anything_is_generated(model_dir, tmp_path):
-    trainer = make(A3POTrainer, model_dir, tmp_path, max_steps=-1, num_train_epochs=1, scale_decay_steps=9)
+    trainer = make(tmp_path, model=model_dir, max_steps=-1, num_train_epochs=1, scale_decay_steps=9)
     with pytest.raises(ValueError, match="`scale_decay_steps=9` is longer than the training of 8 optimizer steps"):
         trainer.train()
     assert trainer._metrics == {"train": {}, "eval": {}}
 
 
 def test_saves_what_loads_back(model_dir, tmp_path):
-    trainer = train(A3POTrainer, model_dir, tmp_path)
+    trainer = train(tmp_path, model=model_dir)
     trainer.save_model()
-    again = make(A3POTrainer, str(tmp_path), tmp_path / "again")
+    again = make(tmp_path / "again", model=str(tmp_path))
     assert_same_parameters(again, trainer)
 
 
 def test_deep_copies_of_the_config_train_alike(model_dir, tmp_path):
     args = tiny.config(tmp_path)
-    runs = [train(A3POTrainer, model_dir, tmp_path, arguments={"args": each}) for each in (args, copy.deepcopy(args))]
+    runs = [train(tmp_path, model=model_dir, arguments={"args": each}) for each in (args, copy.deepcopy(args))]
     assert_same_parameters(*runs)
