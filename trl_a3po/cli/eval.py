@@ -8,6 +8,7 @@ completion is kept in `samples.jsonl`; the same command, run again, resumes an i
 compare` compares the results of several models.
 """
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from trl import TrlParser
 
 from ..evaluation.problems import load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate
+from .compare import compare_directories
 from .main import parser_of
 
 
@@ -32,6 +34,8 @@ def main(line: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         (arguments,) = parser.parse_args_and_config(line)
+        if arguments.checkpoints:
+            return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         problems = load_problems(
             arguments.dataset_name, arguments.dataset_split, arguments.dataset_config, arguments.instruction
         )
@@ -43,6 +47,33 @@ def main(line: Sequence[str] | None = None) -> int:
     print("\n".join(lines_of(results)))
     print(f"\nwritten to {Path(arguments.output_dir) / 'results.json'}")
     return 0
+
+
+def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
+    """
+    Evaluates each checkpoint of a run in a process of its own, which leaves no memory taken, and shows the curve.
+
+    Returns:
+        `int`: 0, or the status of a checkpoint that could not be evaluated. The others are.
+
+    Raises:
+        `ValueError`: the run has no whole checkpoint.
+    """
+    found = {int(path.name.split("-")[1]): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
+    whole = [found[step] for step in sorted(found) if not Path(f"{found[step]}.incomplete").exists()]
+    if not whole:
+        raise ValueError(f"'{run}' contains no checkpoint that was written to its end.")
+    status, results = 0, []
+    for checkpoint in whole:
+        directory = output / checkpoint.name
+        own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
+        print(f"\n{checkpoint}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
+        status = status or code
+        results += [] if code else [directory]
+    if len(results) > 1:
+        print(f"\n{compare_directories(results, output / 'comparison.html')}")
+    return status
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
     "eval": ("eval", "avg@k, pass@k and maj@k of a model, with intervals"),
+    "compare": ("compare", "which of several evaluated models is better, by how much, how sure"),
     "report": ("report", "one HTML file of what runs logged, token by token where they did"),
     "demo": ("demo", "train a tiny model on arithmetic, on a CPU, and show what it learned"),
 }

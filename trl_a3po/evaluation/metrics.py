@@ -93,12 +93,17 @@ def ks_of(samples: int) -> list[int]:
     return sorted({*(2**i for i in range(samples.bit_length())), samples})
 
 
-def per_problem(problems: Sequence[Solved]) -> dict[str, list[float]]:
+def per_problem(problems: Sequence[Solved], samples: int | None = None) -> dict[str, list[float]]:
     """
-    Each metric of each problem. If the problems have different numbers of samples, k is at most the lowest of them,
-    avg@k is the mean over all samples, and maj@k takes the first k.
+    Each metric of each problem.
+
+    Args:
+        problems (`Sequence[Solved]`): Distinct problems.
+        samples (`int`, *optional*):
+            The largest k; by default the lowest number of samples that a problem has. Where a problem has more, avg@k
+            is the mean over all of them, pass@k is estimated from all of them, and maj@k takes the first k.
     """
-    samples = min(len(problem.correct) for problem in problems)
+    samples = min(len(problem.correct) for problem in problems) if samples is None else samples
     counts = [(int(sum(problem.correct)), len(problem.correct)) for problem in problems]
     values = {f"avg@{samples}": [correct / number for correct, number in counts]}
     for k in ks_of(samples):
@@ -122,11 +127,22 @@ def estimate(values: Sequence[float]) -> Estimate:
     Args:
         values (`Sequence[float]`): One value for each distinct problem.
     """
-    array = np.asarray(values, dtype=float)
-    if len(array) < 2:
-        return Estimate(float(array.mean()), None, None)
-    generator = np.random.default_rng(0)
-    # One resample after the other: all at once they take gigabytes for a large dataset.
-    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(float(array.mean()), float(low), float(high))
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, None, None)
+    low, high = np.percentile(_resampled_means(values), [2.5, 97.5])
+    return Estimate(mean, float(low), float(high))
+
+
+def share_above_zero(values: Sequence[float]) -> float:
+    """Of the means that the bootstrap draws, the share above 0, with half of those at 0."""
+    means = _resampled_means(values)
+    return float(np.mean((means > 1e-12) + 0.5 * (np.abs(means) <= 1e-12)))
+
+
+def _resampled_means(values: Sequence[float]) -> np.ndarray:
+    array, generator = np.asarray(values, dtype=float), np.random.default_rng(0)
+    # A million numbers at once: those of all resamples take gigabytes for a large dataset.
+    rows = max(1, 1_000_000 // len(array))
+    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    return np.concatenate([array[generator.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes])

@@ -110,7 +110,7 @@ def _groups(requests: Sequence[Request], apart: bool) -> list[list[int]]:
 
 def _generate(model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
     width, limit = max(len(request.prompt_ids) for request in requests), requests[0].max_tokens
-    padding = sampling.end_ids[0]
+    padding = sampling.end_ids[0] if sampling.end_ids else 0  # masked, so that any token will do
     input_ids = torch.full((len(requests), width), padding)
     attention_mask = torch.zeros_like(input_ids)
     for row, request in enumerate(requests):
@@ -123,7 +123,7 @@ def _generate(model: PreTrainedModel, requests: Sequence[Request], sampling: Sam
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,
-        eos_token_id=list(sampling.end_ids),
+        eos_token_id=list(sampling.end_ids) or None,
         pad_token_id=padding,
         suppress_tokens=list(sampling.suppressed_ids) or None,
     )
