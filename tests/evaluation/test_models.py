@@ -61,6 +61,7 @@ def reference(adapter):
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("kind", adapters.MERGED)
 def test_a_merged_adapter_completes_as_the_adapter(kind, tmp_path):
     config, fields = adapters.MERGED[kind]
@@ -75,6 +76,7 @@ def test_a_merged_adapter_completes_as_the_adapter(kind, tmp_path):
     assert merged != greedy(load_model(tmp_path / "base", "float32"))
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")
 def test_prompt_tuning_completes_as_the_adapter(tmp_path):
     adapter = adapters.save(tmp_path, adapters.PROMPT_TUNING)
     files = find_model(str(adapter))
@@ -88,8 +90,7 @@ def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
     adapter = adapters.save(tmp_path, adapters.lora())
 
     def forgetful(self, *args, **kwargs):
-        model = self.unload()
-        return model
+        return self.unload()
 
     monkeypatch.setattr(PeftModel, "merge_and_unload", forgetful, raising=False)
     with (
@@ -174,9 +175,13 @@ def test_the_chat_template_is_called_as_in_training(tmp_path, monkeypatch):
     """By what a real run leaves beside its model."""
     model = tiny.save(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = tiny.CHAT_TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}7{% endif %}"
+    tokenizer.chat_template = (
+        tiny.CHAT_TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}7{% endif %}"
+    )
     args = tiny.config(tmp_path / "run", max_steps=1, chat_template_kwargs={"enable_thinking": False})
-    trainer = A3POTrainer(model, tiny.parity_reward, args, tiny.prompts(conversational=True), processing_class=tokenizer)
+    trainer = A3POTrainer(
+        model, tiny.parity_reward, args, tiny.prompts(conversational=True), processing_class=tokenizer
+    )
     seen = []
     generate = trainer._generate_single_turn
     trainer._generate_single_turn = lambda ids, *rest, **keywords: seen.extend(ids) or generate(ids, *rest, **keywords)
@@ -250,7 +255,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(model)
     Path(model, "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="has no chat template. Save one"):
+    with pytest.raises(ValueError, match="has no chat template"):
         load_chat(find_model(model))
 
 
@@ -264,7 +269,7 @@ def test_the_data_type_is_that_of_the_configuration(model_dir, tmp_path):
     config.dtype = torch.bfloat16
     assert resolve_dtype("auto", config) == "bfloat16"
     config.dtype = torch.float64
-    with pytest.raises(ValueError, match="data type is float64. Pass `dtype`, one of float32"):
+    with pytest.raises(ValueError, match="data type is float64"):
         resolve_dtype("auto", config)
 
 
@@ -306,7 +311,13 @@ def test_models_for_images_are_evaluated_on_text(family, tmp_path):
     config = getattr(transformers, f"{family}Config")(text_config={**TEXT, **text}, vision_config=VISION)
     for each in (config, config.get_text_config()):
         each.eos_token_id, each.pad_token_id, each.bos_token_id = 1, 0, None
-    for name in ("image_token_id", "image_token_index", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    for name in (
+        "image_token_id",
+        "image_token_index",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    ):
         if hasattr(config, name):
             setattr(config, name, 60)
     torch.manual_seed(0)
@@ -323,5 +334,3 @@ def test_models_for_images_are_evaluated_on_text(family, tmp_path):
     completions = engine(requests)
     assert all(0 < len(ids) <= 6 for ids in completions)
     assert completions == [engine([request])[0] for request in requests]
-
-

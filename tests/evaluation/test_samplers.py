@@ -51,7 +51,8 @@ def test_tokens_have_the_probabilities_of_the_model(fields, model):
     expected = number * probabilities
     common = expected >= 5
     chi2 = sum(
-        (counts[token] - mean) ** 2 / mean for token, mean in zip(tokens[common].tolist(), expected[common].tolist())
+        (counts[token] - mean) ** 2 / mean
+        for token, mean in zip(tokens[common].tolist(), expected[common].tolist(), strict=True)
     )
     degrees = int(common.sum())
     assert degrees > 3
@@ -83,7 +84,7 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_order(model):
 
 
 def test_no_two_samples_share_their_random_numbers(model):
-    """Of long samples of one prompt, those of all seeds, rows and indices are different; the same again are the same."""
+    """Long samples of one prompt are different for all seeds, rows and indices, and the same when drawn again."""
     engine = transformers_engine(model, sampling(end_ids=()))
     keys = [(seed, row, index) for seed in (0, 1, 2) for row in range(8) for index in range(8)]
     drawn = [
@@ -164,7 +165,9 @@ def test_a_completion_ends_at_the_first_of_its_end_tokens(model):
     endless = transformers_engine(model, sampling(end_ids=()))(requests(tokens=20))
     assert all(len(ids) == 20 for ids in endless)
     ends = (5, 9, 14)
-    for ids, whole in zip(transformers_engine(model, sampling(end_ids=ends))(requests(tokens=20)), endless):
+    for ids, whole in zip(
+        transformers_engine(model, sampling(end_ids=ends))(requests(tokens=20)), endless, strict=True
+    ):
         stop = next((position for position, token in enumerate(whole) if token in ends), 19)
         assert ids == whole[: stop + 1]
 
@@ -196,5 +199,3 @@ def test_a_model_that_computes_nan_is_refused(model_dir):
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match="logits are NaN"):
             transformers_engine(model, sampling(temperature=temperature))(requests(samples=1))
-
-

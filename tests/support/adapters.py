@@ -9,8 +9,9 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from support import tiny
 from transformers import AutoModelForCausalLM
+
+from support import tiny
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -138,8 +138,8 @@ def compare(first: Result, second: Result) -> Pair:
     shared = [each for each in common if first.texts[each].solutions == second.texts[each].solutions]
     if not shared:
         raise ValueError(
-            f"'{first.name}' and '{second.name}' share no problem with the same solution. A problem is the same if its "
-            "whole prompt is, with the instruction."
+            f"'{first.name}' and '{second.name}' share no problem with the same solution. A problem is the same if "
+            "its whole prompt is, with the instruction."
         )
     sides = [[result.problems[problem] for problem in shared] for result in (first, second)]
     numbers = [min(len(problem.correct) for problem in side) for side in sides]
@@ -160,8 +160,8 @@ def _notes(first: Result, second: Result, common: int, shared: int, numbers: lis
         notes.append(f"{common - shared} problems have other solutions in the other evaluation, and are not compared.")
     if numbers[0] != numbers[1]:
         notes.append(
-            f"{first.name} has {numbers[0]} samples of each problem, {second.name} {numbers[1]}: too few for a k above "
-            f"{min(numbers)}. avg@k is over all samples."
+            f"{first.name} has {numbers[0]} samples of each problem, {second.name} {numbers[1]}: too few for a k "
+            f"above {min(numbers)}. avg@k is over all samples."
         )
     before, after = first.results["settings"], second.results["settings"]
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
@@ -194,9 +194,7 @@ def markdown(results: Sequence[Result], pairs: Sequence[Pair]) -> str:
             f"| {name} | {each.estimate.signed} | {each.share_above_zero:.1%} | {each.verdict} |"
             for name, each in pair.differences.items()
         ]
-        only = [
-            f"{len(pair.solved_only_by(result))} only by {result.name}" for result in (pair.first, pair.second)
-        ]
+        only = [f"{len(pair.solved_only_by(result))} only by {result.name}" for result in (pair.first, pair.second)]
         lines += ["", f"With at least one correct sample: {', '.join(only)}.", *pair.notes]
     if len(pairs) > 1:
         lines += ["", f"Nothing is corrected for the {len(pairs)} comparisons."]

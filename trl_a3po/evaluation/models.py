@@ -1,5 +1,5 @@
 """
-The model that is evaluated, as it was trained: its files, their fingerprints, its adapter, chat template and end tokens.
+The model that is evaluated, as it was trained: its files and fingerprint, its adapter, chat template and end tokens.
 
 Both engines see an ordinary checkpoint. An adapter is merged into its base model first, in single precision, and the
 merged model is compared with the adapter before anything is sampled.
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -261,13 +261,13 @@ class Chat:
         """The tokens of a conversation, up to where the completion starts."""
         if self.is_multimodal:
             prompt = prepare_multimodal_messages(prompt, images=[])
-        encoded = self.processor.apply_chat_template(
+        encoded: Any = self.processor.apply_chat_template(
             [prompt], add_generation_prompt=True, tokenize=True, return_dict=True, **self.template_kwargs
         )
         return [int(token) for token in encoded["input_ids"][0]]
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids, skip_special_tokens=True)
+        return cast(str, self.processor.decode(ids, skip_special_tokens=True))
 
 
 def load_chat(
@@ -400,11 +400,11 @@ def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
                 f"The adapter '{files.name}' ({adapter.peft_type}) cannot be merged into its base model: {error}"
             ) from error
     computed = _some_logits(merged, model.config)
-    error = ((computed - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
-    if not error < MERGE_TOLERANCE:
+    difference = ((computed - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    if not difference < MERGE_TOLERANCE:
         raise ValueError(
             f"The adapter '{files.name}' ({adapter.peft_type}) computes something else once it is merged into its "
-            f"base model: logits differ by {error:.1e} of the largest. It cannot be evaluated."
+            f"base model: logits differ by {difference:.1e} of the largest. It cannot be evaluated."
         )
     return merged
 
@@ -423,7 +423,7 @@ def _untie(model: PreTrainedModel) -> None:
         config.tie_word_embeddings = False
 
 
-def _some_logits(model: PreTrainedModel, config: PretrainedConfig) -> torch.Tensor:
+def _some_logits(model: torch.nn.Module, config: PretrainedConfig) -> torch.Tensor:
     """Of a few tokens from all over the vocabulary, shape (1, tokens, vocabulary)."""
     ids = torch.linspace(0, config.get_text_config().vocab_size - 1, steps=16).long()[None]
     with torch.inference_mode():

@@ -94,7 +94,8 @@ def _pair(pair: Pair) -> list[str]:
     lines += [f'<p class="note">{_shown(note)}</p>' for note in pair.notes]
     only_first, only_second = (len(pair.solved_only_by(result)) for result in (pair.first, pair.second))
     lines.append(
-        f"<p>With at least one correct sample: {only_first} problems only by {first}, {only_second} only by {second}.</p>"
+        f"<p>Problems with at least one correct sample: {only_first} only by {first}, {only_second} only by {second}."
+        "</p>"
     )
     differing = pair.by_difference()
     for problem in differing[:SHOWN]:

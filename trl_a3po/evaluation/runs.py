@@ -310,9 +310,7 @@ def open_engine(arguments: EvaluateArguments, subject: Subject, longest: int | N
 OpenEngine = Callable[[EvaluateArguments, Subject, int | None], AbstractContextManager[Engine]]
 
 
-def evaluate(
-    arguments: EvaluateArguments, problems: Dataset, open_engine: OpenEngine = open_engine
-) -> dict[str, Any]:
+def evaluate(arguments: EvaluateArguments, problems: Dataset, open_engine: OpenEngine = open_engine) -> dict[str, Any]:
     """
     Samples and scores the problems that are not in `samples.jsonl` yet, and writes `results.json`.
 
@@ -327,7 +325,9 @@ def evaluate(
     tasks = tasks_of([row["prompt"] for row in rows], subject.chat, arguments.max_completion_length, subject.context)
     sampled = [task for task in tasks if task.not_sampled is None]
     if not sampled:
-        raise ValueError(f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'none is given'}.")
+        raise ValueError(
+            f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'none is given'}."
+        )
     identity = {
         "model": fingerprint(subject.files),
         "dataset": _hash([[row["prompt"], row["solution"]] for row in rows]),
@@ -348,7 +348,7 @@ def evaluate(
                     stop = min(start + arguments.batch_size, len(rows))
                     batch = tasks[start:stop]
                     drawn = sample(engine, subject.chat, batch, arguments.num_samples, arguments.seed)
-                    new = [_record(*each) for each in zip(rows[start:stop], batch, drawn, strict=True)]
+                    new = [_record(*each) for each in zip(rows[start:stop], drawn, batch, strict=True)]
                     file.writelines(json.dumps(each) + "\n" for each in new)
                     file.flush()
                     done += new
@@ -396,10 +396,11 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
 
 
-def _record(row: dict[str, Any], task: Task, completions: list[Completion]) -> dict[str, Any]:
+def _record(row: dict[str, Any], completions: list[Completion], task: Task | None = None) -> dict[str, Any]:
+    """A line of `samples.jsonl`."""
     texts = [completion.text for completion in completions]
     record = {
-        "problem": task.problem,
+        "problem": problem_fingerprint(row["prompt"]),
         "prompt": row["prompt"],
         "solution": row["solution"],
         "completions": texts,
@@ -407,7 +408,7 @@ def _record(row: dict[str, Any], task: Task, completions: list[Completion]) -> d
         "ended": [completion.ended for completion in completions],
         "correct": score(texts, row["solution"]),
     }
-    return record if task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
+    return record if task is None or task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
@@ -464,6 +465,32 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def sample_model(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """
+    Completions of each prompt by a model in memory, such as a trainer's, sampled by transformers from its whole
+    distribution.
+
+    Neither the model nor the global random state is changed, and the same seed draws the same random numbers for every
+    model. Prompts that do not fit into the model's context get empty completions.
+    """
+    chat = Chat.of(processor, model.config, model.generation_config)
+    tasks = tasks_of(prompts, chat, max_completion_length, chat.context)
+    sampling = Sampling(temperature, top_p=1.0, top_k=0, end_ids=chat.end_ids, suppressed_ids=chat.suppressed_ids)
+    engine = transformers_engine(model, sampling)
+    batches = (tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size))
+    return [each for batch in batches for each in sample(engine, chat, batch, num_samples, seed)]
+
+
 def evaluate_model(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | ProcessorMixin,
@@ -471,30 +498,23 @@ def evaluate_model(
     *,
     num_samples: int,
     max_completion_length: int,
-    temperature: float = 1.0,
-    batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """
-    The metrics of a model in memory, such as a trainer's, sampled by transformers from its whole distribution.
-
-    Neither the model nor the global random state is changed, and the same seed draws the same random numbers for every
-    model.
+    The metrics of a model in memory, see [`sample_model`].
 
     Raises:
         `ValueError`: math-verify can parse none of the solutions.
     """
-    chat = Chat.of(processor, model.config, model.generation_config)
-    rows = list(problems)
-    tasks = tasks_of([row["prompt"] for row in rows], chat, max_completion_length, chat.context)
-    sampling = Sampling(temperature, top_p=1.0, top_k=0, end_ids=chat.end_ids, suppressed_ids=chat.suppressed_ids)
-    engine = transformers_engine(model, sampling)
-    records = []
-    for start in range(0, len(rows), batch_size):
-        batch = tasks[start : start + batch_size]
-        drawn = sample(engine, chat, batch, num_samples, seed)
-        records += [_record(*each) for each in zip(rows[start : start + batch_size], batch, drawn, strict=True)]
-    return estimates(summary(records))
+    drawn = sample_model(
+        model,
+        processor,
+        list(problems["prompt"]),
+        num_samples=num_samples,
+        max_completion_length=max_completion_length,
+        seed=seed,
+    )
+    return estimates(summary([_record(*each) for each in zip(problems, drawn, strict=True)]))
 
 
 # Results
@@ -521,9 +541,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "samples_per_problem": min(len(problem.correct) for problem in problems.values()),
         "mean_tokens": sum(tokens) / max(1, len(tokens)),
         "reached_the_end": sum(ended) / max(1, len(ended)),
-        "rows_without_a_parseable_solution": [
-            row for row, record in enumerate(records) if None in record["correct"]
-        ],
+        "rows_without_a_parseable_solution": [row for row, record in enumerate(records) if None in record["correct"]],
         "rows_not_sampled": {
             str(row): record["not_sampled"] for row, record in enumerate(records) if "not_sampled" in record
         },
