@@ -1,5 +1,7 @@
 """Adapters of every kind that training takes, with weights that change what a tiny model says."""
 
+from copy import deepcopy
+
 import torch
 from peft import (
     IA3Config,
@@ -52,7 +54,7 @@ def save(directory, config, **model):
     """Writes an adapter into `directory/adapter`, and its base model into `directory/base`, as the trainer does."""
     base = tiny.save(directory / "base", **model)
     torch.manual_seed(1)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), deepcopy(config))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "magnitude" not in name:

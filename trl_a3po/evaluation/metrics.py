@@ -9,6 +9,7 @@ interval.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from math_verify import LatexExtractionConfig, parse, verify
@@ -67,13 +68,18 @@ def majority_is_correct(completions: Sequence[str], correct: Sequence[float]) ->
     Answers are equal if math-verify says so. A completion without an answer has no vote. If several answers have the
     most votes, the one that was given first is taken (our choice).
     """
+    return _majority(tuple(completions), tuple(correct))
+
+
+@cache  # a comparison asks again and again
+def _majority(completions: tuple[str, ...], correct: tuple[float, ...]) -> float:
     groups: list[list[int]] = []
     answers = [_answer(text) for text in completions]
     for index, answer in enumerate(answers):
         if not answer:
             continue
         for group in groups:
-            if verify(answers[group[0]], answer):
+            if answers[group[0]] == answer or verify(answers[group[0]], answer):
                 group.append(index)
                 break
         else:
