@@ -161,7 +161,7 @@ def test_a_change_of_a_file_changes_its_part_of_the_fingerprint(file, part, tmp_
 def test_what_does_not_act_is_not_in_the_fingerprint(tmp_path):
     tiny.save(tmp_path)
     before = fingerprint(find_model(str(tmp_path)))
-    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "README.md", "results.json.tmp"):
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "README.md", "results.json", "run.json"):
         (tmp_path / name).write_text("{}")
     shutil.copytree(tmp_path, tmp_path / "checkpoint-2", ignore=lambda *_: ["checkpoint-2"])
     moved = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved"))

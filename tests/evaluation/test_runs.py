@@ -16,12 +16,14 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from support import adapters, tiny
+from support.hub_server import Hub
 from transformers import AutoTokenizer
 
 import trl_a3po.demo
 from trl_a3po.cli import main as cli
 from trl_a3po.demo import arithmetic
 from trl_a3po.evaluation import runs
+from trl_a3po.evaluation.models import Chat
 from trl_a3po.evaluation.problems import to_prompt_and_solution
 from trl_a3po.evaluation.runs import EvaluateArguments, evaluate
 
@@ -141,7 +143,8 @@ def test_samples_depend_neither_on_the_order_of_problems_nor_on_their_batch(prob
 
 def test_rows_with_one_prompt_are_one_problem_with_samples_of_their_own(arguments, tmp_path):
     rows = [{"problem": "1?", "answer": "2"}] * 16 + [{"problem": "2?", "answer": "2"}] * 16
-    results = evaluate(arguments(max_completion_length=40, temperature=2.0), to_prompt_and_solution(Dataset.from_list(rows)))
+    problems = to_prompt_and_solution(Dataset.from_list(rows))
+    results = evaluate(arguments(max_completion_length=40, temperature=2.0), problems)
     assert (results["problems"], results["rows"], results["samples_per_problem"]) == (2, 32, 64)
     assert list(results["metrics"]) == ["avg@64", *(f"pass@{2**i}" for i in range(7)), "maj@64"]
     texts = [text for record in samples(tmp_path / "scores")[:16] for text in record["completions"]]
@@ -202,6 +205,19 @@ def test_a_model_that_was_moved_is_the_same(problems, arguments, tmp_path):
     evaluate(arguments(), problems, guesses)
     moved = shutil.copytree(START_MODEL, tmp_path / "moved")
     evaluate(arguments(model_name_or_path=str(moved)), problems, no_engine)
+
+
+def test_an_evaluation_may_lie_in_the_directory_of_the_model(problems, arguments, tmp_path):
+    model = shutil.copytree(START_MODEL, tmp_path / "model")
+    evaluate(arguments(name="model", model_name_or_path=str(model)), problems, guesses)
+    evaluate(arguments(name="model", model_name_or_path=str(model)), problems, no_engine)
+
+
+def test_another_tokenizer_is_refused_whatever_its_files_are(problems, arguments, tmp_path, monkeypatch):
+    evaluate(arguments(), problems, guesses)
+    monkeypatch.setattr(Chat, "encode", lambda self, prompt: [1, 2, 3])
+    with pytest.raises(ValueError, match="the model's tokens of the problems differed"):
+        evaluate(arguments(), problems, guesses)
 
 
 @pytest.mark.parametrize("change", ["longer", "shorter", "edited", "solution", "order"])
@@ -418,6 +434,28 @@ def test_arguments_of_the_chat_template_are_recorded_and_compared(tmp_path, caps
     torch.save(tiny.config(tmp_path, chat_template_kwargs={"enable_thinking": False}), model / "training_args.bin")
     assert cli.main(line) == 0
     assert "(training_args.bin)" in capsys.readouterr().out
+
+
+def test_an_adapter_on_the_hub_is_evaluated_as_the_one_on_the_disk(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.MERGED["lora"][0])
+    file = write(tmp_path / "problems.jsonl", [{"problem": f"{i}+1=", "answer": "2"} for i in range(4)])
+    line = ["--dataset_name", file, "--max_completion_length", "8", "--output_dir"]
+    assert cli.main(["eval", "--model_name_or_path", str(adapter), *line, str(tmp_path / "disk")]) == 0
+    hub = Hub({"hf_writes": "write"}, [])
+    hub.commit("user/base", "initial commit", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "user/base"}))
+    hub.commit("user/adapter", "initial commit", {path.name: path.read_bytes() for path in adapter.iterdir()})
+    with hub.serve():
+        command = [sys.executable, "-m", "trl_a3po.cli", "eval", "--model_name_or_path", "user/adapter", *line]
+        done = subprocess.run(
+            [*command, str(tmp_path / "hub")], env=hub.environment(tmp_path / "home"), capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    texts = [[record["completions"] for record in samples(tmp_path / name)] for name in ("hub", "disk")]
+    assert texts[0] == texts[1]
+    model = [json.loads((tmp_path / name / "run.json").read_text())["model"] for name in ("hub", "disk")]
+    assert {name for name in model[0] if model[0][name] != model[1][name]} == {"adapter"}  # which names its base
 
 
 def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):

@@ -133,16 +133,23 @@ def fingerprint(files: ModelFiles) -> dict[str, str]:
 
 
 def _weights(directory: Path) -> list[Path]:
-    paths = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-    return [path for path in paths if path.name != "training_args.bin"]
+    return _matching(directory, "*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
 def _tokenizer_files(directory: Path) -> list[Path]:
-    """All text beside the weights but what describes the model or the run."""
-    others = {"config.json", "generation_config.json", "adapter_config.json", "trainer_state.json", "README.md"}
-    patterns = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*")
-    paths = {path for pattern in patterns for path in directory.glob(pattern)}
-    return [path for path in paths if path.name not in others and not path.name.endswith(".index.json")]
+    """
+    By the names that transformers gives them: a run, and its evaluation, may write other files into the directory. A
+    tokenizer in files of other names is noticed by the tokens that it makes, see [`trl_a3po.evaluation.runs`].
+    """
+    return _matching(
+        directory,
+        *("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json"),
+        *("chat_template*", "additional_chat_templates/*", "processor_config.json", "preprocessor_config.json"),
+    )
+
+
+def _matching(directory: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
 
 
 def _hash_of(paths: Iterable[Path]) -> str:
@@ -367,16 +374,12 @@ def ordinary_checkpoint(
         model = _merged(files, trust_remote_code).to(getattr(torch, dtype))
         model.generation_config = GenerationConfig()  # what samples reads none
         model.save_pretrained(scratch)
-        for path in (*files.base.glob("*.py"), *_processor_files(files.tokenizer)):
+        for path in (*files.base.glob("*.py"), *_tokenizer_files(files.tokenizer)):
             shutil.copy(path, scratch)
         del model
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _processor_files(directory: Path) -> list[Path]:
-    return [path for path in _tokenizer_files(directory) if path.is_file() and path.parent == directory]
 
 
 def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:

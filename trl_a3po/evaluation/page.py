@@ -77,14 +77,18 @@ def _interval(value: Estimate, left: float, right: float) -> str:
 
 def _pair(pair: Pair) -> list[str]:
     first, second = _shown(pair.first.name), _shown(pair.second.name)
+    values = [each.estimate for each in pair.differences.values()]
+    reach = max(
+        0.01, *(abs(end) for value in values for end in (value.mean, value.low, value.high) if end is not None)
+    )
     lines = [
         f"<h2>{second} minus {first}</h2>",
-        f'<p class="note">{len(pair.shared)} problems, paired. The last but one column is the share of bootstrap '
-        "resamples in which the difference is above 0.</p>",
+        f'<p class="note">{len(pair.shared)} problems, paired. The intervals go from -{reach:.3f} to {reach:.3f}.</p>',
         "<table>",
+        "<tr><th>metric</th><th></th><th>difference</th><th>share of resamples above 0</th><th></th></tr>",
     ]
     for name, each in pair.differences.items():
-        plot = _interval(each.estimate, -1.0, 1.0)
+        plot = _interval(each.estimate, -reach, reach)
         kind = each.verdict if each.verdict in ("better", "worse") else "note"
         lines.append(
             f"<tr><th>{escape(name)}</th><td>{plot}</td><td>{each.estimate.signed}</td>"

@@ -329,7 +329,7 @@ def evaluate(arguments: EvaluateArguments, problems: Dataset, open_engine: OpenE
             f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'none is given'}."
         )
     identity = {
-        "model": fingerprint(subject.files),
+        "model": {**fingerprint(subject.files), "tokens of the problems": _hash([task.prompt_ids for task in tasks])},
         "dataset": _hash([[row["prompt"], row["solution"]] for row in rows]),
         "settings": _settings(arguments, subject),
     }
