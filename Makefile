@@ -34,7 +34,7 @@ test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest supported TRL a
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm"
 
 test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
-	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests
 
 test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on TRL, with each of TRL_VERSIONS
 	@failed=; for version in $(TRL_VERSIONS); do \

@@ -94,25 +94,30 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off what is not exact for it. All processes must call it."""
         self._checks_model = False
+        if self._trims:
+            self._packing = self._agree_on_packing()
+        if self._packing.reason is None and not self.args.dynamic_sampling:
+            return  # attention only, which depends on nothing but a row's own tokens
         if self._trims or self._may_skip or self.args.dynamic_sampling:
             self._traits = padding_traits(self.model)
-        self._trims &= not (self._traits.right_padding or self._traits.company)
-        self._may_skip &= not self._traits.company
-        if not self._trims:
-            return
-        if self.args.torch_compile:
-            self._packing = Packing("`torch_compile=True` would compile the model again for every layout")
-        elif getattr(self, "aux_loss_enabled", False):  # since TRL 1.7
-            self._packing = Packing("the router loss counts all positions")
-        else:
-            with self.accelerator.autocast():
-                self._packing = check_packing(self.model)
-        # Numbers may differ between processes, and so may what follows from them.
-        failed = torch.tensor([self._packing.reason is not None], device=self.accelerator.device)
-        if self._packing.reason is None and self.accelerator.gather(failed).any():
-            self._packing = Packing("it cannot be packed on another process")
         if self._packing.reason is not None:
-            logger.info("The rows of an update are padded, not packed: %s.", self._packing.reason)
+            self._trims &= not (self._traits.right_padding or self._traits.company)
+            self._may_skip &= not self._traits.company
+
+    def _agree_on_packing(self) -> Packing:
+        if self.args.torch_compile:
+            return Packing("`torch_compile=True` would compile the model again for every layout")
+        if getattr(self, "aux_loss_enabled", False):
+            return Packing("the router loss counts all positions")
+        with self.accelerator.autocast():
+            packing = check_packing(self.model)
+        # Numbers may differ between processes, and so may what follows from them.
+        fails = torch.tensor([packing.reason is not None], device=self.accelerator.device)
+        if self.accelerator.gather(fails).any() and packing.reason is None:
+            packing = Packing("it cannot be packed on another process")
+        if packing.reason is not None:
+            logger.info("The rows of an update are padded, not packed: %s.", packing.reason)
+        return packing
 
     def _signs_without_gradient(self) -> frozenset[int]:
         """
@@ -219,7 +224,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return PackedLayout(shapes, shape, self._packing.by_column, self.accelerator.device)
 
     def _lengths(self, prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
-        if not self._trims:
+        if not self._trims or self._packing.reason is None:  # then these rows cannot be packed, which is rare
             return [(prompt_mask.shape[1], completion_mask.shape[1])] * len(prompt_mask)
         keeps_prompt = self._traits.left_padding
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
