@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from ..rewards import accuracy_reward
 
 from .. import __version__
+from ..rewards import accuracy_reward
 from .metrics import Estimate, Solved, metrics
 from .models import (
     DTYPES,
