@@ -164,6 +164,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             and bool(self._signs_without_gradient())
             # A loss of a subclass may be a mean over the rows of its micro-batch.
             and type(self)._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
+            and type(self).compute_loss is GRPOTrainer.compute_loss
         )
 
     def _prepare_inputs(self, generation_batch):
