@@ -142,7 +142,9 @@ def assert_same(model, batch, by_column=True, tolerance=1e-5):
     largest = max(gradient.abs().max() for gradient in others[2].values())
     assert largest > 0.01
     for name, gradient in named.items():
-        torch.testing.assert_close(gradient, others[2][name], rtol=tolerance, atol=tolerance * largest, msg=name)
+        # transformers 4 keeps a parameter of Apertus in half precision.
+        within = tolerance if gradient.dtype == torch.float32 else 0.01
+        torch.testing.assert_close(gradient, others[2][name], rtol=within, atol=within * largest, msg=name)
 
 
 class TestPackedLayout:
@@ -233,6 +235,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of transformers 4 within itself
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_packed_and_exact(name):
     model = make_model(name, **CHANGES.get(name, {}))
