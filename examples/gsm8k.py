@@ -1,10 +1,10 @@
 """
-A3PO on GSM8K. As it stands, a 0.5B model on one GPU of 24 GB:
+A3PO on GSM8K. The defaults suit a 0.5B model on one GPU of 24 GB:
 
     python examples/gsm8k.py
 
-Every option of `A3POConfig` and of TRL's `ModelConfig` can be set on the command line, or in a file of YAML
-(`--config`). README.md beside this file launches the same script with LoRA, and on many GPUs and machines.
+Every option of `A3POConfig` and of TRL's `ModelConfig` can be set on the command line or in a YAML file (`--config`).
+The README.md beside this file runs the same script with LoRA, and on many GPUs and machines.
 
 Needs the extra `math-verify` (`pip install ".[math-verify]"` in a clone).
 """

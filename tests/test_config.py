@@ -39,13 +39,19 @@ def test_every_field_of_grpo_config_keeps_its_default():
         assert ours[field.name] == (field.default, field.default_factory)
 
 
-def test_every_field_is_explained_once_in_the_docstring_and_once_in_the_help():
+def test_the_docstring_and_the_help_explain_every_field_in_the_same_words():
     added = {field.name for field in dataclasses.fields(A3POConfig)} - {f.name for f in dataclasses.fields(GRPOConfig)}
     assert len(added) == 17
     for field in dataclasses.fields(A3POConfig):
         if field.name in added:
-            assert inspect.getdoc(A3POConfig).count(f"\n    {field.name} (`") == 1
-            assert field.metadata["help"]
+            (explained,) = re.findall(
+                rf"^    {field.name} \(.*?, defaults to `(.*?)`\):\n((?:        .*\n?)+)",
+                inspect.getdoc(A3POConfig),
+                flags=re.MULTILINE,
+            )
+            assert explained[0] == (f'"{field.default}"' if isinstance(field.default, str) else str(field.default))
+            words = re.sub(r'`"(\w+)"`|"(\w+)"', r"'\1\2'", " ".join(explained[1].split()))
+            assert words == field.metadata["help"]
 
 
 def test_hf_argument_parser(tmp_path):
@@ -117,31 +123,37 @@ REFUSED = [
     # What contradicts itself.
     (
         {"positive_weight": 0, "negative_weight": 0},
-        "`positive_weight` and `negative_weight` are both 0, which leaves nothing to train on. Pass (1, 0)",
+        "`positive_weight` and `negative_weight` are both 0, so there is nothing to train on. Pass (1, 0)",
     ),
     (
-        {"positive_weight": 0},
-        "`positive_low_scale=2.0` can never act, since `positive_weight=0` leaves all completions of that polarity "
-        "out. Set `positive_low_scale=1` as well, or another weight.",
+        {"positive_weight": 0, "positive_low_scale": 5.0},
+        "`positive_low_scale=5.0` has no effect because `positive_weight=0` sets the advantage of all positive "
+        "completions to 0. Set another weight, or leave `positive_low_scale` at its default of 2.0.",
     ),
-    ({"negative_weight": 0}, "`negative_high_scale=2.0` can never act, since `negative_weight=0` leaves all"),
+    ({"negative_weight": 0, "negative_high_ratio": 0.3}, "`negative_high_ratio=0.3` has no effect because `negative_"),
+    ({"negative_weight": 0, "negative_low_scale": 3}, "`negative_low_scale=3` has no effect because `negative_weight"),
     (
         {"positive_high_scale": 3},
-        "`positive_high_scale=3` can never act, since `positive_high_ratio=0` selects no token. Set a ratio, for "
-        "example `positive_high_ratio=0.2`, or `positive_high_scale=1`.",
+        "`positive_high_scale=3` has no effect because `positive_high_ratio=0` selects no tokens. Set a ratio, for "
+        "example `positive_high_ratio=0.2`, or leave `positive_high_scale` at its default of 1.0.",
     ),
     (
         {"negative_low_scale": 0},
-        "`negative_low_scale=0` can never act, since `negative_low_ratio=0` selects no token.",
+        "`negative_low_scale=0` has no effect because `negative_low_ratio=0` selects no tokens.",
     ),
     (
         {"positive_low_ratio": 0, "positive_low_scale": 5.0},
-        "`positive_low_scale=5.0` can never act, since `positive_low_ratio=0` selects no token.",
+        "`positive_low_scale=5.0` has no effect because `positive_low_ratio=0` selects no tokens.",
+    ),
+    (
+        {"positive_high_ratio": 0.3},
+        "`positive_high_ratio=0.3` has no effect because `positive_high_scale=1` changes no advantage. Set another "
+        "scale, for example `positive_high_scale=2`, or leave `positive_high_ratio` at its default of 0.0.",
     ),
     (
         {"scale_decay_steps": 500, "max_steps": 300},
-        "`scale_decay_steps=500` is longer than the training of 300 optimizer steps: the scales would never arrive at "
-        "1. Pass a fraction, for example 0.5, or not more steps than there are; to keep the scales as they are,",
+        "`scale_decay_steps=500` is longer than the training of 300 optimizer steps: the scales would never reach 1. "
+        "Pass a fraction, for example 0.5, or at most 300 steps. To keep the scales at their initial values, set",
     ),
 ]
 
@@ -158,9 +170,9 @@ def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
     config(**fields)
     config(dynamic_sampling=2, **{**fields, "num_generations": 2})
     message = (
-        "`dynamic_sampling=2` needs the completions of a prompt on one process, which has "
-        "`per_device_train_batch_size` x `steps_per_generation` = 6 of a generation batch: no multiple of "
-        "`num_generations=4`. Change one of the three, or set `dynamic_sampling=0`."
+        "`dynamic_sampling=2` needs all completions of a prompt on one process. A process has "
+        "`per_device_train_batch_size` x `steps_per_generation` = 6 completions of a generation batch, which is not a "
+        "multiple of `num_generations=4`. Change one of the three, or set `dynamic_sampling=0`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         config(dynamic_sampling=2, **fields)
@@ -169,9 +181,17 @@ def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"positive_weight": 1, "negative_weight": 0, "negative_high_scale": 1},  # PSR with the positive half of A3PO
+        # Settings at their default, and those that turn a token end off, are never the reason of an error.
+        {"negative_weight": 0},
+        {"positive_weight": 0},
+        {"negative_weight": 0, "negative_high_scale": 1},
         {"negative_weight": 0, "negative_high_ratio": 0},
-        {"positive_low_ratio": 0, "negative_high_ratio": 0},  # the scales as they are by default
+        {"negative_weight": 0, "positive_low_scale": 1},
+        {"negative_weight": 0, "positive_low_scale": 1, "scale_decay_steps": 500, "max_steps": 300},
+        {"positive_low_ratio": 0, "negative_high_ratio": 0},
+        {"positive_low_scale": 1, "negative_high_scale": 1},
+        {"positive_low_ratio": 0, "positive_low_scale": 1},
+        {"positive_high_ratio": 0.3, "positive_high_scale": 0.5},
         {"scale_decay_steps": 300, "max_steps": 300},
         {"scale_decay_steps": 500, "max_steps": 300, "scale_decay": "constant"},
         {"scale_decay_steps": 500, "max_steps": 300, "positive_low_scale": 1, "negative_high_scale": 1},

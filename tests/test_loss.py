@@ -211,7 +211,7 @@ def test_sequence_level_refuses_to_change_the_kl_term(tmp_path):
 def test_polarity_weights_alone_need_no_tokens(loss_type, level, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
     fields = {"loss_type": loss_type, "importance_sampling_level": level}
-    settings = {"positive_low_scale": 1.0, "negative_high_scale": 1.0, "positive_weight": 2.0, "negative_weight": 0.0}
+    settings = {"positive_low_scale": 1.0, "positive_weight": 2.0, "negative_weight": 0.0}
     plain = gradient(make(GRPOTrainer, tmp_path, **fields), inputs, logps, entropies, monkeypatch)
     ours = gradient(make(A3POTrainer, tmp_path, **fields, **settings), inputs, logps, entropies, monkeypatch)
     weights = torch.where(inputs["advantages"] > 0, 2.0, 0.0)[:, None]

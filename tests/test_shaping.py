@@ -212,10 +212,13 @@ def test_refuses_shapes_that_do_not_fit(shapes):
 
 def test_selects_tokens():
     off = {f"{end}_{what}": 1.0 if what == "scale" else 0.0 for end in TOKEN_ENDS for what in ("ratio", "scale")}
+    off |= {"positive_weight": 1.0, "negative_weight": 1.0}
     assert selects_tokens({**off, **A3PO})
     assert not selects_tokens(off)
     assert not selects_tokens({**off, **A3PO, "positive_low_scale": 1.0, "negative_high_scale": 1.0})
     assert not selects_tokens({**off, "positive_low_scale": 2.0})  # of no token
+    assert not selects_tokens({**off, **A3PO, "positive_weight": 0.0, "negative_high_scale": 1.0})
+    assert selects_tokens({**off, **A3PO, "positive_weight": 0.0})
 
 
 def test_gspo_token_old_logps_give_every_token_the_ratio_of_the_sequence():

@@ -1,4 +1,4 @@
-"""The configuration of [`A3POTrainer`]: every field of `trl.GRPOConfig`, and those of the shaping."""
+"""The configuration of [`A3POTrainer`]: all fields of `trl.GRPOConfig`, those of the shaping, and their checks."""
 
 import inspect
 from dataclasses import dataclass, field, fields
@@ -25,101 +25,107 @@ class A3POConfig(GRPOConfig):
     r"""
     Configuration class for the [`A3POTrainer`].
 
-    [`A3POConfig`] inherits every parameter from [`~trl.GRPOConfig`], with its default, and adds those of the
+    [`A3POConfig`] inherits every parameter of [`~trl.GRPOConfig`], with its default. It adds the parameters of the
     advantage shaping of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
-    2512.21625). With every scale and both weights 1 it is GRPO: to rounding, and with `trim_padding` and
-    `skip_zero_advantage` off to the last bit.
+    2512.21625). With all scales and both weights 1, training is GRPO: to rounding, and to the last bit if
+    `trim_padding` and `skip_zero_advantage` are off.
 
-    Ratio 0.2 and scale 2 are values of the example scripts in the authors' released code; which of the four token
-    ends are on by default is the paper's A3PO. The decay's shape and length are our choice, see
-    [`~trl_a3po.schedules.decay_scale`]. In the paper's terms of an initial scale rho and a rate alpha a step, the
-    linear decay has alpha = (rho - 1) / `scale_decay_steps`: to get a rate, set `scale_decay_steps` to
-    (rho - 1) / alpha.
+    The paper's A3PO decides which of the four token ends are on by default. Ratio 0.2 and scale 2 are from the example
+    scripts in the authors' released code. The shape and length of the decay are our choice, see
+    [`~trl_a3po.schedules.decay_scale`]. The paper speaks of an initial scale rho and a rate alpha per step. The linear
+    decay has alpha = (rho - 1) / `scale_decay_steps`, so set `scale_decay_steps` to (rho - 1) / alpha to get a rate.
+
+    A ratio or scale that you change from its default must have an effect. It has none if the ratio of its token end is
+    0, its scale is 1, or the weight of its polarity is 0. A ratio of 0 and a scale of 1 are always accepted: they turn
+    a token end off. A setting at its default never causes an error.
 
     Parameters:
         > Parameters that control the token-level advantage shaping
 
         positive_low_ratio (`float`, *optional*, defaults to `0.2`):
-            Share of the tokens of a positive completion (advantage above zero) whose advantage is scaled, taken from
+            Share of the tokens of a positive completion (advantage above zero) whose advantage is scaled: those with
             the lowest `token_metric`. Must be in [0, 1]; 0 selects none.
         positive_low_scale (`float`, *optional*, defaults to `2.0`):
-            Initial scale of the advantage of those tokens. 1 leaves them as they are.
+            Initial scale of the advantage of those tokens. 1 keeps it as it is.
         positive_high_ratio (`float`, *optional*, defaults to `0.0`):
-            As `positive_low_ratio`, from the highest `token_metric` of positive completions.
+            As `positive_low_ratio`, for the tokens with the highest `token_metric` of positive completions.
         positive_high_scale (`float`, *optional*, defaults to `1.0`):
             Initial scale of the advantage of those tokens.
         negative_low_ratio (`float`, *optional*, defaults to `0.0`):
-            As `positive_low_ratio`, from the lowest `token_metric` of negative completions (advantage below zero).
+            As `positive_low_ratio`, for the tokens with the lowest `token_metric` of negative completions (advantage
+            below zero).
         negative_low_scale (`float`, *optional*, defaults to `1.0`):
             Initial scale of the advantage of those tokens.
         negative_high_ratio (`float`, *optional*, defaults to `0.2`):
-            As `positive_low_ratio`, from the highest `token_metric` of negative completions.
+            As `positive_low_ratio`, for the tokens with the highest `token_metric` of negative completions.
         negative_high_scale (`float`, *optional*, defaults to `2.0`):
             Initial scale of the advantage of those tokens.
         token_metric (`str`, *optional*, defaults to `"prob"`):
-            What tokens are ranked by within their completion. `"prob"`: the probability under the old policy.
-            `"entropy"`: the entropy of the distribution that the token was drawn from, under the policy being
-            trained (TRL computes no entropies of the old policy; the two differ only where rollouts are reused).
+            Metric that ranks the tokens of a completion. `"prob"`: probability under the old policy. `"entropy"`:
+            entropy of the distribution that the token was sampled from, under the policy being trained. (TRL does not
+            compute entropies of the old policy; the two differ only if rollouts are reused.)
         scale_decay (`str`, *optional*, defaults to `"linear"`):
-            How every scale runs to 1, from above or below: `"linear"`, `"cosine"` or `"constant"` (not at all).
+            How every scale changes to 1, from above or below: `"linear"`, `"cosine"` or `"constant"` (it does not
+            change).
         scale_decay_steps (`float`, *optional*, defaults to `0.5`):
-            When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of optimizer
-            steps, below 1 a fraction of all steps. Not more than there are. Unused with `scale_decay="constant"`.
+            When the scales reach 1, in the format of transformers' `warmup_steps`: 1 or more is a number of optimizer
+            steps, less than 1 is a fraction of all steps. Must not exceed the steps of the training. Unused with
+            `scale_decay="constant"`.
 
         > Parameters that control the weight of the two polarities
 
         positive_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the advantage of every token of positive completions. With `negative_weight` it gives the
-            paper's polarity-level variants: PSR (positive samples alone) is (1, 0), NSR (negative samples alone) is
-            (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone. With a
-            weight of 0, those of that polarity must be 1.
+            Weight of the advantages of positive completions. With `negative_weight`, and the scales at 1, it gives the
+            paper's polarity-level variants: PSR (only positive samples) is (1, 0), NSR (only negative samples) is (0,
+            1), PxNy is (x, y), for example P2N1 (2, 1).
         negative_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the advantage of every token of negative completions.
+            Weight of the advantages of negative completions.
 
         > Parameters that control what is trained on
 
         dynamic_sampling (`int`, *optional*, defaults to `0`):
-            Rounds of dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) for a generation batch, at most. While it
-            has groups that teach nothing, as those without spread in their rewards, a round samples another
-            generation batch, of prompts drawn at random from the dataset, and groups of it that teach something take
-            their places. What then is left of such groups stays. 0 samples no round.
+            Maximum resampling rounds per generation batch (DAPO, arXiv 2503.14476, section 3.2). Each round replaces
+            groups without a learning signal (e.g. all rewards equal) by groups of new random prompts; groups still
+            without one after the last round are kept. 0 disables it.
 
-        > Parameters that control what of a rollout is computed
+        > Parameters that control which positions of a rollout are computed
 
         trim_padding (`bool`, *optional*, defaults to `True`):
-            Whether each pass over the model sees only the columns that some row of its micro-batch uses, with the
-            rows of an optimizer step grouped by length where the loss is the same for any grouping, and the shaping
+            Whether each pass over the model computes only the columns that its micro-batch uses. The rows of an
+            optimizer step are grouped by length if the loss does not depend on the grouping and `shape_advantages` is
             not your own. The update is the same to rounding. Ignored for models with images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
-            Whether the loss leaves out completions whose advantage is zero, as in groups that are all right or all
-            wrong. The update is the same to rounding. Ignored where such completions matter to the loss: with a KL
+            Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
+            all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
-            own. `entropy` is then the mean over the completions that are computed.
+            own. While completions are skipped, the metric `entropy` is the mean over the others.
 
         > Parameters that control the logging
 
         log_tokens (`int`, *optional*, defaults to `0`):
-            Number of prompts whose completions are written token by token at every log, for
-            `trl-a3po report`: the two most positive and the two most negative of each, from the batch of
-            the main process, to `tokens.jsonl` in `output_dir`. Of long completions the first 1024 tokens, at about
-            35 bytes each. 0 writes none, and costs nothing.
+            Number of prompts whose completions every log writes token by token to `tokens.jsonl` in `output_dir`, for
+            `trl-a3po report`: the two most positive and the two most negative completions of each prompt, from the
+            batch of the main process. Only the first 1024 tokens of a completion are written, at about 35 bytes each.
+            0 disables it, at no cost.
     """
 
     # Parameters that control the token-level advantage shaping
     positive_low_ratio: float = field(
         default=0.2,
         metadata={
-            "help": "Share of the tokens of a positive completion (advantage above zero) whose advantage is scaled, "
-            "taken from the lowest `token_metric`. Must be in [0, 1]; 0 selects none."
+            "help": "Share of the tokens of a positive completion (advantage above zero) whose advantage is scaled: "
+            "those with the lowest `token_metric`. Must be in [0, 1]; 0 selects none."
         },
     )
     positive_low_scale: float = field(
         default=2.0,
-        metadata={"help": "Initial scale of the advantage of those tokens. 1 leaves them as they are."},
+        metadata={"help": "Initial scale of the advantage of those tokens. 1 keeps it as it is."},
     )
     positive_high_ratio: float = field(
         default=0.0,
-        metadata={"help": "As `positive_low_ratio`, from the highest `token_metric` of positive completions."},
+        metadata={
+            "help": "As `positive_low_ratio`, for the tokens with the highest `token_metric` of positive completions."
+        },
     )
     positive_high_scale: float = field(
         default=1.0,
@@ -128,8 +134,8 @@ class A3POConfig(GRPOConfig):
     negative_low_ratio: float = field(
         default=0.0,
         metadata={
-            "help": "As `positive_low_ratio`, from the lowest `token_metric` of negative completions (advantage below "
-            "zero)."
+            "help": "As `positive_low_ratio`, for the tokens with the lowest `token_metric` of negative completions "
+            "(advantage below zero)."
         },
     )
     negative_low_scale: float = field(
@@ -138,7 +144,9 @@ class A3POConfig(GRPOConfig):
     )
     negative_high_ratio: float = field(
         default=0.2,
-        metadata={"help": "As `positive_low_ratio`, from the highest `token_metric` of negative completions."},
+        metadata={
+            "help": "As `positive_low_ratio`, for the tokens with the highest `token_metric` of negative completions."
+        },
     )
     negative_high_scale: float = field(
         default=2.0,
@@ -147,23 +155,24 @@ class A3POConfig(GRPOConfig):
     token_metric: str = field(
         default="prob",
         metadata={
-            "help": "What tokens are ranked by within their completion. 'prob': the probability under the old policy. "
-            "'entropy': the entropy of the distribution that the token was drawn from, under the policy being "
-            "trained (TRL computes no entropies of the old policy; the two differ only where rollouts are reused)."
+            "help": "Metric that ranks the tokens of a completion. 'prob': probability under the old policy. "
+            "'entropy': entropy of the distribution that the token was sampled from, under the policy being trained. "
+            "(TRL does not compute entropies of the old policy; the two differ only if rollouts are reused.)"
         },
     )
     scale_decay: str = field(
         default="linear",
         metadata={
-            "help": "How every scale runs to 1, from above or below: 'linear', 'cosine' or 'constant' (not at all)."
+            "help": "How every scale changes to 1, from above or below: 'linear', 'cosine' or 'constant' (it does not "
+            "change)."
         },
     )
     scale_decay_steps: float = field(
         default=0.5,
         metadata={
-            "help": "When the scales arrive at 1, read as transformers reads `warmup_steps`: from 1 on a number of "
-            "optimizer steps, below 1 a fraction of all steps. Not more than there are. Unused with "
-            "`scale_decay='constant'`."
+            "help": "When the scales reach 1, in the format of transformers' `warmup_steps`: 1 or more is a number of "
+            "optimizer steps, less than 1 is a fraction of all steps. Must not exceed the steps of the training. "
+            "Unused with `scale_decay='constant'`."
         },
     )
 
@@ -171,44 +180,43 @@ class A3POConfig(GRPOConfig):
     positive_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of the advantage of every token of positive completions. With `negative_weight` it gives "
-            "the paper's polarity-level variants: PSR (positive samples alone) is (1, 0), NSR (negative samples "
-            "alone) is (0, 1), PxNy is (x, y), for example P2N1 (2, 1). Set the scales to 1 for these variants alone. "
-            "With a weight of 0, those of that polarity must be 1."
+            "help": "Weight of the advantages of positive completions. With `negative_weight`, and the scales at 1, "
+            "it gives the paper's polarity-level variants: PSR (only positive samples) is (1, 0), NSR (only negative "
+            "samples) is (0, 1), PxNy is (x, y), for example P2N1 (2, 1)."
         },
     )
     negative_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the advantage of every token of negative completions."},
+        metadata={"help": "Weight of the advantages of negative completions."},
     )
 
     # Parameters that control what is trained on
     dynamic_sampling: int = field(
         default=0,
         metadata={
-            "help": "Rounds of dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) for a generation batch, at "
-            "most. While it has groups that teach nothing, as those without spread in their rewards, a round samples "
-            "another generation batch, of prompts drawn at random from the dataset, and groups of it that teach "
-            "something take their places. What then is left of such groups stays. 0 samples no round."
+            "help": "Maximum resampling rounds per generation batch (DAPO, arXiv 2503.14476, section 3.2). Each round "
+            "replaces groups without a learning signal (e.g. all rewards equal) by groups of new random prompts; "
+            "groups still without one after the last round are kept. 0 disables it."
         },
     )
 
-    # Parameters that control what of a rollout is computed
+    # Parameters that control which positions of a rollout are computed
     trim_padding: bool = field(
         default=True,
         metadata={
-            "help": "Whether each pass over the model sees only the columns that some row of its micro-batch uses, "
-            "with the rows of an optimizer step grouped by length where the loss is the same for any grouping, and "
-            "the shaping not your own. The update is the same to rounding. Ignored for models with images."
+            "help": "Whether each pass over the model computes only the columns that its micro-batch uses. The rows "
+            "of an optimizer step are grouped by length if the loss does not depend on the grouping and "
+            "`shape_advantages` is not your own. The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(
         default=True,
         metadata={
-            "help": "Whether the loss leaves out completions whose advantage is zero, as in groups that are all right "
-            "or all wrong. The update is the same to rounding. Ignored where such completions matter to the loss: "
+            "help": "Whether the loss skips completions whose advantage is zero, such as those of groups that are all "
+            "right or all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: "
             "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
-            "`shape_advantages` of your own. `entropy` is then the mean over the completions that are computed."
+            "`shape_advantages` of your own. While completions are skipped, the metric `entropy` is the mean over the "
+            "others."
         },
     )
 
@@ -216,10 +224,10 @@ class A3POConfig(GRPOConfig):
     log_tokens: int = field(
         default=0,
         metadata={
-            "help": "Number of prompts whose completions are written token by token at every log, for "
-            "`trl-a3po report`: the two most positive and the two most negative of each, from the batch of the main "
-            "process, to `tokens.jsonl` in `output_dir`. Of long completions the first 1024 tokens, at about 35 bytes "
-            "each. 0 writes none, and costs nothing."
+            "help": "Number of prompts whose completions every log writes token by token to `tokens.jsonl` in "
+            "`output_dir`, for `trl-a3po report`: the two most positive and the two most negative completions of each "
+            "prompt, from the batch of the main process. Only the first 1024 tokens of a completion are written, at "
+            "about 35 bytes each. 0 disables it, at no cost."
         },
     )
 
@@ -236,7 +244,7 @@ class A3POConfig(GRPOConfig):
         if not is_finite_number(steps) or steps <= 0 or (steps > 1 and steps != int(steps)):
             raise ValueError(
                 "`scale_decay_steps` must be a whole number of steps, or a fraction of all steps between 0 and 1, got "
-                f"{steps!r}. Pass for example 500 for 500 optimizer steps or 0.5 for half of the training; to switch "
+                f"{steps!r}. Pass for example 500 for 500 optimizer steps, or 0.5 for half of the training. To turn "
                 "the shaping off, set the scales to 1."
             )
         for name in ("trim_padding", "skip_zero_advantage"):
@@ -245,7 +253,7 @@ class A3POConfig(GRPOConfig):
         if not _is_count(self.log_tokens):
             raise ValueError(
                 f"`log_tokens` must be a number of prompts, 0 or more, got {self.log_tokens!r}. Pass for example 2 to "
-                "log completions of two prompts, or 0 to log none."
+                "log the completions of two prompts, or 0 to log none."
             )
         self._check_dynamic_sampling()
         self._check_all_act()
@@ -257,40 +265,49 @@ class A3POConfig(GRPOConfig):
         if not _is_count(rounds):
             raise ValueError(
                 f"`dynamic_sampling` must be a number of rounds, 0 or more, got {rounds!r}. Pass for example 4 to "
-                "sample up to four generation batches more for each, or 0 to sample none."
+                "resample up to four times for each generation batch, or 0 to disable it."
             )
         rows = self.per_device_train_batch_size * cast(int, self.steps_per_generation)
         if rounds and rows % cast(int, self.num_generations):
             raise ValueError(
-                f"`dynamic_sampling={rounds}` needs the completions of a prompt on one process, which has "
-                f"`per_device_train_batch_size` x `steps_per_generation` = {rows} of a generation batch: no multiple "
-                f"of `num_generations={self.num_generations}`. Change one of the three, or set `dynamic_sampling=0`."
+                f"`dynamic_sampling={rounds}` needs all completions of a prompt on one process. A process has "
+                f"`per_device_train_batch_size` x `steps_per_generation` = {rows} completions of a generation batch, "
+                f"which is not a multiple of `num_generations={self.num_generations}`. Change one of the three, or "
+                "set `dynamic_sampling=0`."
             )
 
     def _check_all_act(self) -> None:
         if self.positive_weight == self.negative_weight == 0:
             raise ValueError(
-                "`positive_weight` and `negative_weight` are both 0, which leaves nothing to train on. Pass (1, 0) "
-                "for positive samples alone, (0, 1) for negative ones alone."
+                "`positive_weight` and `negative_weight` are both 0, so there is nothing to train on. Pass (1, 0) to "
+                "train only on positive samples, or (0, 1) to train only on negative samples."
             )
         defaults = {each.name: each.default for each in fields(self)}
         for end in TOKEN_ENDS:
-            ratio, scale = getattr(self, f"{end}_ratio"), getattr(self, f"{end}_scale")
-            weight_name = f"{end.partition('_')[0]}_weight"
-            if ratio == 0 and scale not in (1, defaults[f"{end}_scale"]):
-                raise ValueError(
-                    f"`{end}_scale={scale}` can never act, since `{end}_ratio=0` selects no token. Set a ratio, for "
-                    f"example `{end}_ratio=0.2`, or `{end}_scale=1`."
+            polarity = end.partition("_")[0]
+            ratio, scale, weight = f"{end}_ratio", f"{end}_scale", f"{polarity}_weight"
+            if getattr(self, weight) == 0:
+                reason, fix = (
+                    f"`{weight}=0` sets the advantage of all {polarity} completions to 0",
+                    "Set another weight",
                 )
-            if getattr(self, weight_name) == 0 and ratio > 0 and scale != 1:
-                raise ValueError(
-                    f"`{end}_scale={scale}` can never act, since `{weight_name}=0` leaves all completions of that "
-                    f"polarity out. Set `{end}_scale=1` as well, or another weight."
-                )
+            elif getattr(self, ratio) == 0:
+                reason, fix = f"`{ratio}=0` selects no tokens", f"Set a ratio, for example `{ratio}=0.2`"
+            elif getattr(self, scale) == 1:
+                reason, fix = f"`{scale}=1` changes no advantage", f"Set another scale, for example `{scale}=2`"
+            else:
+                continue
+            for name, off in (ratio, 0), (scale, 1):
+                value = getattr(self, name)
+                if value not in (off, defaults[name]):
+                    raise ValueError(
+                        f"`{name}={value}` has no effect because {reason}. {fix}, or leave `{name}` at its default of "
+                        f"{defaults[name]}."
+                    )
 
     def check_decay_ends(self, max_steps: int) -> None:
         """
-        Refuses scales that would not have decayed when training ends.
+        Refuses a decay of the scales that is longer than the training.
 
         Raises:
             `ValueError`: naming `scale_decay_steps`, the steps of the training and the fix.

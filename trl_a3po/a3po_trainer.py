@@ -17,6 +17,7 @@ from .a3po_config import A3POConfig
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .training.checkpoints import ResumableGRPOTrainer
+from .training.finite import NaNGradients
 from .training.hub_warnings import WarnOfFailedPushes
 from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
 from .training.rollouts import RolloutGRPOTrainer
@@ -98,7 +99,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
-        self.add_callback(_TrainingHooks(self))
+        self.add_callback(_CheckDecayEnds())
+        self.add_callback(NaNGradients(self.accelerator))
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():
             self._token_log = TokenLog(args.output_dir, args.log_tokens, self.processing_class)
@@ -234,7 +236,16 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         skips = bool(self._skippable_signs())
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if skips else old_per_token_logps
         sampled = inputs.get("sampling_per_token_logps")
-        sums = polarity_sums(advantages, unselected.to(shaped.dtype), shaped, logps, entropies, mask, sampled)
+        rows = slice(scope.present)
+        sums = polarity_sums(
+            advantages[rows],
+            unselected[rows].to(shaped.dtype),
+            shaped[rows],
+            logps[rows],
+            entropies[rows],
+            mask[rows],
+            None if sampled is None else sampled[rows],
+        )
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
@@ -324,25 +335,11 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         path.write_text(f"{before}{section}{heading}{after}", encoding="utf-8")
 
 
-class _TrainingHooks(TrainerCallback):
-    """What the trainer does at points of the training loop that only callbacks reach."""
-
-    def __init__(self, trainer: A3POTrainer):
-        self._trainer = trainer
+class _CheckDecayEnds(TrainerCallback):
+    """The number of steps is known only when training begins, if it is given in epochs."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        args.check_decay_ends(state.max_steps)  # known from here on, where training is counted in epochs
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        # transformers goes on, and shows a loss of 0. With fp16, steps that overflow are left out.
-        if logs and math.isnan(logs.get("grad_norm", 0.0)) and self._trainer.accelerator.mixed_precision != "fp16":
-            raise FloatingPointError(
-                f"The gradient of step {state.global_step} is NaN, and so are all parameters from then on. Go back to "
-                "the last checkpoint with a finite `grad_norm`, and keep the policy closer to what it learns from: "
-                "lower `learning_rate`, `num_iterations` or `steps_per_generation`; in what a `rollout_func` returns, "
-                "look for tokens to which the policy gives no probability; in what a `shape_advantages` of yours "
-                "returns, for NaN."
-            )
+        args.check_decay_ends(state.max_steps)
 
 
 def _ratio_has_gradient(args: A3POConfig) -> bool:

@@ -1,272 +1,618 @@
 """
-Other ways to shape advantages, as pure functions of tensors, to compare A3PO with or to put together with it.
+Other ways to shape advantages, as pure functions of tensors: to compare A3PO with, or to combine with it.
 
-Each takes what [`A3POTrainer.shape_advantages`] is called with, and is run by a subclass that overrides it. Shapes: B
-completions, T token positions. They are put together in this order:
+Each function takes the arguments of [`A3POTrainer.shape_advantages`] and drops those that it does not use. A trainer
+for a method is a class of one line:
+
+```python
+>>> class EntropyAdvantageTrainer(A3POTrainer):
+...     def shape_advantages(self, advantages, **batch):
+...         return peers.entropy_advantage(advantages, **batch)
+```
+
+A setting goes before the batch: `peers.entropy_advantage(advantages, alpha=0.1, **batch)`. A name that is neither a
+setting nor an argument of the hook raises a `TypeError`.
+
+The tensors are those of the hook. B is the number of completions, T the number of token positions:
+
+- `advantages` (B,) or (B, T): the advantages to shape, one per completion or one per token.
+- `per_token_logps` (B, T): log-probabilities of the tokens under the policy being trained, ln p.
+- `old_per_token_logps` (B, T): the same under the old policy, ln p_old. The ratio of a token is p / p_old.
+- `entropies` (B, T): entropies of the policy being trained, in nats, H.
+- `mask` (B, T): non-zero on the unmasked tokens. Values at the other positions have no influence, not even NaN.
+- `rewards` (B,): the reward of each completion.
+- `progress`: the share of the optimizer steps that are done, from 0 to 1.
+
+The result has shape (B, T), is at least float32, and is 0 where masked. Only [`w_reinforce`] returns (B,). No function
+waits for the device. No gradient flows through a weight: the hook runs under `torch.no_grad()`.
+
+Order, to combine several:
 
 1. completions, (B,) to (B,): the estimator ([`w_reinforce`]), then the weights of the polarities
    ([`~trl_a3po.weight_polarities`]);
-2. tokens, (B,) or (B, T) to (B, T): [`~trl_a3po.shape_advantages`] first, since it needs one sign a completion, then
-   the others here, in any order: each scales what it is given.
+2. tokens, (B,) or (B, T) to (B, T): [`~trl_a3po.shape_advantages`] first, because it needs one sign per completion,
+   then the functions here, in any order.
 
-The statistics that a method takes over tokens are those of the micro-batch on one process, as in the authors' code,
-which gives some of them another meaning at another micro-batch size. Nothing here waits for the device.
+**Statistics over the micro-batch.** [`forking_tokens`], [`clip_cov`], [`steer_exponential`], [`steer_linear`],
+[`gtpo_simplified`], [`aepo`] and [`stare`] rank or average tokens over the micro-batch of one process, like the code
+that they follow. Their result depends on which rows share a micro-batch, and so on `per_device_train_batch_size`. The
+other functions treat each completion by itself.
 
-What is said of authors' code was read there: 2506.01939 at 6f5dda6, 2506.01347 at a5d4e7c, 2505.22617 at 8850579,
-2510.10150 at b31df71, 2505.12929 at cbeb333.
+**Sources.** "Read" means that the formula and the defaults were compared with the named code at the named commit. The
+equations of the papers were not compared.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .shaping import select_lowest
+from .shaping import is_finite_number, select_lowest
 
 
-def w_reinforce(rewards: Tensor, *, positive_weight: float = 0.1, correct_above: float = 0.5) -> Tensor:
+# The arguments of the hook. A method ignores those that it does not name.
+_HOOK_ARGUMENTS = {"per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards", "progress"}
+
+
+# One value per completion
+
+
+def w_reinforce(
+    advantages: Tensor,
+    *,
+    rewards: Tensor | None,
+    positive_weight: float = 0.1,
+    correct_above: float = 0.5,
+    **unused: Any,
+) -> Tensor:
     """
-    W-REINFORCE (arXiv 2506.01347): λ for a completion that is correct, -1 for one that is wrong.
+    W-REINFORCE (arXiv 2506.01347): λ for a correct completion, -1 for a wrong one, in place of `advantages`.
 
-    The group does not enter, so that groups that are all right or all wrong teach as well, where GRPO's advantage is
-    0. With `positive_weight=0` it is the paper's NSR, negative samples alone.
+    The group does not matter: groups that are all right or all wrong have a learning signal too, where GRPO's
+    advantage is 0. With `positive_weight=0` it is NSR of the same paper, negative samples only.
 
-    From the paper and the authors' code: λ = 0.1, no normalisation. The code takes a score of 1 for correct and 0 for
-    wrong; the threshold is ours, and holds for rewards of 1 and -1 too.
+    Source: TianHongZXY/RLVR-Decomposed at a5d4e7c, read: λ = 0.1 and no normalization. There, a score is 1 for correct
+    and 0 for wrong. The threshold is ours, so that rewards of 1 and -1 work too.
 
     Args:
-        rewards (`torch.Tensor` of shape `(B,)`): Reward of each completion.
         positive_weight (`float`, *optional*, defaults to `0.1`): λ, not negative.
-        correct_above (`float`, *optional*, defaults to `0.5`): A completion is correct if its reward is larger. With
-            other rewards besides correctness, put it where these alone cannot reach.
+        correct_above (`float`, *optional*, defaults to `0.5`): A completion is correct if its reward is larger. If
+            other rewards are added to correctness, choose a value that they cannot reach without it.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: the advantages, in place of GRPO's; 0 where the reward is NaN.
+        `torch.Tensor` of shape `(B,)`: 0 where the reward is NaN.
+
+    Raises:
+        `ValueError`: `rewards` is `None`, because a method of the trainer scores completions in place of TRL's.
     """
-    _check("positive_weight", positive_weight, 0.0, math.inf)
+    _refuse_unknown(unused)
+    _check("positive_weight", positive_weight, 0.0)
+    if rewards is None:
+        raise ValueError(
+            "`w_reinforce` needs `rewards`, got None: the trainer overrides the method of TRL that scores "
+            "completions, so that the hook has no rewards. Pass them: `w_reinforce(advantages, rewards=...)`."
+        )
     return torch.where(rewards > correct_above, positive_weight, -1.0).masked_fill(rewards.isnan(), 0.0)
 
 
-def forking_tokens(advantages: Tensor, entropies: Tensor, mask: Tensor, *, top_ratio: float = 0.2) -> Tensor:
+# Each token by itself
+
+
+def advantage_reweighting(
+    advantages: Tensor, *, old_per_token_logps: Tensor, mask: Tensor, alpha: float = 0.2, **unused: Any
+) -> Tensor:
     """
-    Trains on the tokens of the highest entropy alone (arXiv 2506.01939, "forking tokens"), in the authors' scale.
+    Advantage Reweighting (arXiv 2505.12929): damps rare tokens, A (α p_old + 1 - α).
 
-    From the authors' code: the ceil(ratio * N) highest entropies among the N tokens of the micro-batch, under the
-    policy being trained, and the mean loss of those tokens. Here the same mean comes of a factor N / kept, with
-    `loss_type="bnpo"` exactly and with `"dapo"` but for the rounding of the counts; both are means over all tokens.
+    On positive completions it does the opposite of A3PO, which makes it a control.
 
-    TRL's `top_entropy_quantile` keeps the same share, but divides by all tokens: at 0.2 its gradient is a fifth of
-    this one. Its threshold is that of the micro-batches of all processes, which it gathers.
+    Source: zhyang2226/AR-Lopti at cbeb333, read: the formula under the old policy, and α = 0.2 in the script
+    `train_kklogic_AR_4x80GB.sh`. Together with Lopti, which needs two updates per batch and is not here, it is 0.3.
 
     Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`): The advantages.
-        entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
-        top_ratio (`float`, *optional*, defaults to `0.2`): Share of the tokens that is kept, in [0, 1]; at least one.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`.
+        alpha (`float`, *optional*, defaults to `0.2`): α, from 0 to 1. 0 changes nothing.
     """
+    _refuse_unknown(unused)
+    _check("alpha", alpha, 0.0, 1.0)
+    advantages, mask, old_logps = _unmasked(advantages, mask, old_per_token_logps)
+    return advantages * (alpha * old_logps.exp() + (1 - alpha))
+
+
+def entropy_advantage(
+    advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 0.4, kappa: float = 2.0, **unused: Any
+) -> Tensor:
+    """
+    Entropy advantage (arXiv 2506.14758): a bonus for uncertain tokens, A + min(α H, abs(A) / κ).
+
+    The sign of an advantage stays, and 0 stays 0: positive tokens are reinforced more, negative ones punished less.
+
+    Source: the authors' code was not found. Two forks of verl were read instead, the actor of one and the document
+    "Entropy-Based Advantage Shaping" of the other: both have this formula, with the entropy detached. α = 0.4 and
+    κ = 2 are the values of their scripts; whether they are the paper's was not verified.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `0.4`): α, not negative. 0 changes nothing.
+        kappa (`float`, *optional*, defaults to `2.0`): κ, at least 1. The bonus is at most abs(A) / κ.
+    """
+    _refuse_unknown(unused)
+    _check("alpha", alpha, 0.0)
+    _check("kappa", kappa, 1.0)
+    advantages, mask, entropies = _unmasked(advantages, mask, entropies)
+    return advantages + torch.minimum(alpha * entropies, advantages.abs() / kappa)
+
+
+def aspo(
+    advantages: Tensor,
+    *,
+    per_token_logps: Tensor,
+    old_per_token_logps: Tensor,
+    mask: Tensor,
+    max_weight: float = 3.0,
+    **unused: Any,
+) -> Tensor:
+    """
+    ASPO (arXiv 2510.06062): on positive tokens, the inverse of the ratio weighs the gradient, in place of the ratio.
+
+    In GRPO, the gradient of ln p has the weight A r, with r = p / p_old. Here, it is A min(1 / r, c) where A > 0, and
+    A min(r, c) where A < 0. The loss multiplies by r, so the shaped advantage is this weight divided by r. ASPO is the
+    identity while rollout and update are aligned. It needs a loss that clips the ratio: `loss_type` `"grpo"`,
+    `"bnpo"`, `"dr_grpo"` or `"dapo"`, with `importance_sampling_level="token"`.
+
+    Source: wizard-III/Archer2.0 at b08d963, `compute_policy_loss_archer` in verl/trainer/ppo/core_algos.py, read: the
+    weight, c = 3 for both signs, and a log-ratio that is clamped to [-20, 20]. The clipping is that of the loss: the
+    authors clip at 0.2 or at 0.4, depending on the token's entropy, which `epsilon` and `epsilon_high` cannot express.
+
+    Args:
+        max_weight (`float`, *optional*, defaults to `3.0`): c, at least 1.
+    """
+    _refuse_unknown(unused)
+    _check("max_weight", max_weight, 1.0)
+    advantages, mask, logps, old_logps = _unmasked(advantages, mask, per_token_logps, old_per_token_logps)
+    log_ratio = (logps - old_logps).clamp(min=-20.0, max=20.0)
+    weight = torch.where(advantages > 0, -log_ratio, log_ratio).exp().clamp(max=max_weight)
+    return advantages * weight * (-log_ratio).exp()
+
+
+# Each completion by itself
+
+
+def position_bonus(
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    progress: float,
+    alpha: float = 0.1,
+    begin: float = 0.0,
+    end: float = 1.0,
+    **unused: Any,
+) -> Tensor:
+    """
+    Position bonus (arXiv 2508.02260 and its follow-up 2508.07534): more advantage for the end of a completion.
+
+    Token number j of N, counted from 0, is at t = j / N. It gets A + sign(A) min(α sigmoid(15 (t - 0.5)), abs(A) / 2).
+
+    Source: RUCAIBox/Slow_Thinking_with_LLMs at 834e1b7, read: the formula in `compute_policy_loss` of
+    entropy2performance/verl/verl/trainer/ppo/core_algos.py, and α = 0.1 in scripts/location.sh. There, ray_trainer.py
+    turns it on after step 200 and off before step 300. Here, `begin` and `end` are shares of the training, and the
+    default is all of it.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `0.1`): α, not negative. 0 changes nothing.
+        begin, end (`float`, *optional*, defaults to `0.0` and `1.0`): On while `begin <= progress <= end`.
+    """
+    _refuse_unknown(unused)
+    _check("alpha", alpha, 0.0)
+    _check("end", end, 0.0, 1.0)
+    _check("begin", begin, 0.0, end)
+    advantages, mask = _unmasked(advantages, mask)
+    if not begin <= progress <= end:
+        return advantages
+    position = (mask.cumsum(1) - 1) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, T)
+    bonus = torch.minimum(alpha * torch.sigmoid(15 * (position - 0.5)), 0.5 * advantages.abs())
+    return advantages + advantages.sign() * bonus
+
+
+def fipo(
+    advantages: Tensor,
+    *,
+    per_token_logps: Tensor,
+    old_per_token_logps: Tensor,
+    mask: Tensor,
+    half_life: float = 32.0,
+    lower: float = 1.0,
+    upper: float = 1.2,
+    delta: float | None = None,
+    safety_threshold: float = 4.0,
+    **unused: Any,
+) -> Tensor:
+    """
+    FIPO (arXiv 2603.19835): more advantage for tokens after which the policy has moved towards the completion.
+
+    The token at position t is weighted by f = exp(sum over k >= t of γ^(k - t) (ln p_k - ln p_old_k)), clamped to
+    [`lower`, `upper`], with γ = 2^(-1 / half_life). Masked tokens, and those with a ratio above `delta`, count as 0 in
+    the sum. Where A < 0 and the ratio is above `safety_threshold`, f is clamped to [0.8, 1] as well. FIPO is the
+    identity while rollout and update are aligned.
+
+    Source: the authors' code (`compute_policy_loss_future_kl` in verl/trainer/ppo/core_algos.py, commit 4d52d01 of
+    qwenpilot/FIPO, in the history of a fork), and modelscope/ms-swift at 3602360 (`_compute_fipo_influence` in
+    swift/rlhf_trainers/grpo_trainer.py), both read: the formula, and a log-ratio that is clamped to [-20, 20]
+    (authors). The defaults are ms-swift's; half-life and clamp are those of the authors' 32B script too, which sets
+    10 for `delta` (the bound of the dual clip) and for `safety_threshold`. Not here: the authors skip a whole
+    completion in which the dual clip cuts more than one token.
+
+    Args:
+        half_life (`float`, *optional*, defaults to `32.0`): Tokens after which the weight of a term has halved.
+        lower, upper (`float`, *optional*, defaults to `1.0` and `1.2`): Where f is clamped. The authors' code says
+            that a lower bound of 0.8 works well for smaller models.
+        delta (`float`, *optional*): Largest ratio of a token that counts in the sum, at least 1. To have one bound for
+            sum and loss, pass `self.args.delta`.
+        safety_threshold (`float`, *optional*, defaults to `4.0`): Ratio above which negative tokens are not amplified.
+    """
+    _refuse_unknown(unused)
+    _check("half_life", half_life, 1e-3)
+    _check("upper", upper, 0.0)
+    _check("lower", lower, 0.0, upper)
+    _check("safety_threshold", safety_threshold, 0.0)
+    advantages, mask, logps, old_logps = _unmasked(advantages, mask, per_token_logps, old_per_token_logps)
+    log_ratio = (logps - old_logps).clamp(min=-20.0, max=20.0)
+    future = log_ratio
+    if delta is not None:
+        _check("delta", delta, 1.0)
+        future = future.masked_fill(log_ratio > math.log(delta), 0.0)
+    # After a round, each position has the discounted sum of the next `reach` terms: log2(T) rounds have them all.
+    discount, reach = 2.0 ** (-1.0 / half_life), 1
+    while reach < future.shape[1]:
+        future = future + discount**reach * pad(future[:, reach:], (0, reach))
+        reach *= 2
+    influence = future.exp().clamp(min=lower, max=upper)
+    is_unsafe = (advantages < 0) & (log_ratio.exp() > safety_threshold)
+    return advantages * torch.where(is_unsafe, influence.clamp(min=0.8, max=1.0), influence)
+
+
+# Over the tokens of the micro-batch
+
+
+def forking_tokens(
+    advantages: Tensor, *, entropies: Tensor, mask: Tensor, top_ratio: float = 0.2, **unused: Any
+) -> Tensor:
+    """
+    Forking tokens (arXiv 2506.01939): trains on the tokens of the highest entropy only, in the authors' scale.
+
+    The ceil(ratio N) highest entropies of the N tokens in the micro-batch keep their advantage; the loss is the mean
+    over those. Here, a factor N / kept gives the same mean: exactly with `loss_type="bnpo"`, and up to the rounding of
+    the counts with `"dapo"`.
+
+    TRL's `top_entropy_quantile` keeps the same share, but divides by all tokens: at 0.2, its gradient is a fifth of
+    this one. Its threshold is over the micro-batches of all processes, which it gathers.
+
+    Source: Shenzhi-Wang/Beyond-the-80-20-Rule-RLVR at 6f5dda6, read: the set, its size, and the mean.
+
+    Args:
+        top_ratio (`float`, *optional*, defaults to `0.2`): Share of the tokens to keep, from 0 to 1; at least one.
+    """
+    _refuse_unknown(unused)
     _check("top_ratio", top_ratio, 0.0, 1.0)
-    advantages, mask = _per_token(advantages, mask)
+    advantages, mask, entropies = _unmasked(advantages, mask, entropies)
     number = mask.sum()
-    # The authors' rounding up, to whom a product just above a whole number is that number.
-    kept = (number.double() * top_ratio + 0.9999).floor().clamp(min=1)
-    most = max(1, math.floor(mask.numel() * top_ratio + 0.9999))
-    is_kept = _select_lowest_of_all(-entropies, mask, kept, most)
+    kept = _share(number, top_ratio, rounded_up_by=0.9999).clamp(min=1)
+    is_kept = _select_lowest_of_all(-entropies, mask, kept, mask.numel() * top_ratio + 1)
     return torch.where(is_kept, advantages * (number / kept).to(advantages.dtype), 0.0)
 
 
 def clip_cov(
     advantages: Tensor,
+    *,
     per_token_logps: Tensor,
     old_per_token_logps: Tensor,
     mask: Tensor,
-    *,
     clip_ratio: float = 0.0002,
     lower: float = 1.0,
     upper: float = 5.0,
     epsilon_low: float = 1.0,
     epsilon_high: float = 1.0,
     generator: torch.Generator | None = None,
+    **unused: Any,
 ) -> Tensor:
     """
     Clip-Cov (arXiv 2505.22617): takes the gradient from a few random tokens that drive entropy down the most.
 
-    From the authors' code: the covariance of a token is (A - mean A) * (log p - mean log p), with the means over the
-    tokens of the micro-batch and p under the policy being trained. Of the tokens whose covariance is in (1, 5) and
-    that the ratio does not clip already, max(1, floor(0.0002 * N)) of N are drawn, all alike, and get no gradient; the
-    loss is still the mean over all N. Their scripts clip the ratio at 0 and 2: set `epsilon` and `epsilon_high` of the
-    configuration to 1.0 for that.
+    The covariance of a token is (A - mean A) (ln p - mean ln p), with means over the tokens of the micro-batch. Of the
+    tokens whose covariance is between `lower` and `upper`, and that the ratio does not clip already,
+    max(1, floor(ratio N)) are drawn at random and get no gradient. The loss is still the mean over all N.
+
+    Source: PRIME-RL/Entropy-Mechanism-of-RL at 8850579, read: all of it. Its scripts clip the ratio at 0 and 2: set
+    `epsilon=1.0, epsilon_high=1.0` in the configuration for that.
 
     Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`): The advantages.
-        per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the policy being trained.
-        old_per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the old policy.
-        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
-        clip_ratio (`float`, *optional*, defaults to `0.0002`): Share of the tokens to draw, in [0, 1]; at least one.
+        clip_ratio (`float`, *optional*, defaults to `0.0002`): Share of the tokens to draw, from 0 to 1; at least one.
         lower, upper (`float`, *optional*, defaults to `1.0` and `5.0`): Between which covariances tokens are drawn.
-        epsilon_low, epsilon_high (`float`, *optional*, defaults to `1.0`): Where the loss clips the ratio, as the
-            trainer's attributes of that name.
-        generator (`torch.Generator`, *optional*): On the device of the tensors. Without it torch's own is used,
-            which TRL seeds by process, and which checkpoints keep.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`.
+        epsilon_low, epsilon_high (`float`, *optional*, defaults to `1.0`): Where the loss clips the ratio. Pass
+            the trainer's attributes of these names.
+        generator (`torch.Generator`, *optional*): On the device of the tensors. The default is torch's own generator,
+            which TRL seeds by process and which checkpoints save.
     """
+    _refuse_unknown(unused)
     _check("clip_ratio", clip_ratio, 0.0, 1.0)
-    advantages, mask = _per_token(advantages, mask)
-    number = mask.sum()
-    mean_advantage, mean_logp = (
-        torch.where(mask, values, 0.0).sum() / number.clamp(min=1) for values in (advantages, per_token_logps)
-    )
-    covariance = (advantages - mean_advantage) * (per_token_logps - mean_logp)
-    ratio = (per_token_logps - old_per_token_logps).exp()
+    advantages, mask, logps, old_logps = _unmasked(advantages, mask, per_token_logps, old_per_token_logps)
+    covariance = (advantages - _mean(advantages, mask)) * (logps - _mean(logps, mask))
+    ratio = (logps - old_logps).exp()
     is_clipped = torch.where(advantages > 0, ratio > 1 + epsilon_high, (advantages < 0) & (ratio < 1 - epsilon_low))
     is_candidate = mask & (covariance > lower) & (covariance < upper) & ~is_clipped
-    # Those with the lowest of as many random numbers: any number of candidates is drawn from without counting them.
+    # The candidates with the lowest random numbers: this draws from any number of them without counting them.
     lots = torch.rand(mask.shape, generator=generator, device=mask.device)
-    drawn = (number.double() * clip_ratio).floor().clamp(min=1)
-    most = max(1, math.floor(mask.numel() * clip_ratio))
-    return advantages.masked_fill(_select_lowest_of_all(lots, is_candidate, drawn, most), 0.0)
+    drawn = _share(mask.sum(), clip_ratio).clamp(min=1)
+    is_drawn = _select_lowest_of_all(lots, is_candidate, drawn, mask.numel() * clip_ratio + 1)
+    return advantages.masked_fill(is_drawn, 0.0)
 
 
 def steer_exponential(
     advantages: Tensor,
+    *,
     per_token_logps: Tensor,
     old_per_token_logps: Tensor,
     entropies: Tensor,
     mask: Tensor,
-    *,
     min_weight: float = 0.8,
+    **unused: Any,
 ) -> Tensor:
     """
     STEER (arXiv 2510.10150), exponential: the more a token would change the entropy, the lower its weight.
 
-    The weight is exp(-k Ω) with k = -ln(min_weight) / max(0.02, largest Ω of the micro-batch): from 1 where nothing
-    changes to `min_weight` for the largest change. From the authors' code: Ω of [`entropy_change`], the 0.02, and 0.8
-    in the script `run_exp.sh`, which clips the ratio at 0.8 and 1.28.
+    The weight is `min_weight` to the power Ω / max(0.02, largest Ω in the micro-batch), with Ω of [`entropy_change`]:
+    1 where nothing changes, `min_weight` for the largest change.
+
+    Source: zz-haooo/STEER at b31df71, read: Ω, the 0.02, and 0.8 in the script `run_exp.sh`, which clips the ratio at
+    0.8 and 1.28.
 
     Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`): The advantages.
-        per_token_logps, old_per_token_logps, entropies, mask (`torch.Tensor` of shape `(B, T)`): As in
-            [`entropy_change`].
-        min_weight (`float`, *optional*, defaults to `0.8`): Weight of the largest change, in [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`.
+        min_weight (`float`, *optional*, defaults to `0.8`): Weight of the largest change, from 0 to 1.
     """
+    _refuse_unknown(unused)
     _check("min_weight", min_weight, 0.0, 1.0)
-    advantages, mask = _per_token(advantages, mask)
-    change = entropy_change(advantages, per_token_logps, old_per_token_logps, entropies, mask)
+    change = entropy_change(
+        advantages,
+        per_token_logps=per_token_logps,
+        old_per_token_logps=old_per_token_logps,
+        entropies=entropies,
+        mask=mask,
+    )
+    advantages, mask = _unmasked(advantages, mask)
     return advantages * min_weight ** (change / change.amax().clamp(min=0.02))
 
 
 def steer_linear(
     advantages: Tensor,
+    *,
     per_token_logps: Tensor,
     old_per_token_logps: Tensor,
     entropies: Tensor,
     mask: Tensor,
-    *,
     min_weight: float = 0.8,
     max_weight: float = 1.2,
+    **unused: Any,
 ) -> Tensor:
     """
     STEER (arXiv 2510.10150), linear: as [`steer_exponential`], with weights that fall linearly.
 
-    The weight runs from `max_weight` for the smallest change in the micro-batch to `min_weight` for the largest; where
-    all are equal it is the mean of the two. The defaults are those of the authors' script `run_linear.sh`.
+    The weight is `max_weight` for the smallest change in the micro-batch and `min_weight` for the largest. Where all
+    changes are equal, it is the mean of the two.
+
+    Source: zz-haooo/STEER at b31df71, read: the weights, and 0.8 and 1.2 in the script `run_linear.sh`.
 
     Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`): The advantages.
-        per_token_logps, old_per_token_logps, entropies, mask (`torch.Tensor` of shape `(B, T)`): As in
-            [`entropy_change`].
         min_weight, max_weight (`float`, *optional*, defaults to `0.8` and `1.2`): Weights of the largest and the
             smallest change, not negative.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`.
     """
-    _check("max_weight", max_weight, 0.0, math.inf)
+    _refuse_unknown(unused)
+    _check("max_weight", max_weight, 0.0)
     _check("min_weight", min_weight, 0.0, max_weight)
-    advantages, mask = _per_token(advantages, mask)
-    change = entropy_change(advantages, per_token_logps, old_per_token_logps, entropies, mask)
+    change = entropy_change(
+        advantages,
+        per_token_logps=per_token_logps,
+        old_per_token_logps=old_per_token_logps,
+        entropies=entropies,
+        mask=mask,
+    )
+    advantages, mask = _unmasked(advantages, mask)
     smallest, largest = change.masked_fill(~mask, math.inf).amin(), change.amax()
     share = torch.where(largest > smallest, (change - smallest) / (largest - smallest), 0.5)
     return advantages * (max_weight - share * (max_weight - min_weight))
 
 
 def entropy_change(
-    advantages: Tensor, per_token_logps: Tensor, old_per_token_logps: Tensor, entropies: Tensor, mask: Tensor
+    advantages: Tensor,
+    *,
+    per_token_logps: Tensor,
+    old_per_token_logps: Tensor,
+    entropies: Tensor,
+    mask: Tensor,
+    **unused: Any,
 ) -> Tensor:
     """
-    How much an update on each token alone would change the entropy at its position, estimated (arXiv 2510.10150).
+    STEER's estimate of how much an update on one token only would change the entropy at its position (2510.10150).
 
-    Ω = |A / p_old * p (1 - p) (ln p + H)|, with p and H under the policy being trained. From the authors' code:
-    probabilities are no lower than 1e-8, and an Ω that is not finite is 0.
+    Ω = abs(A / p_old p (1 - p) (ln p + H)). Not a shaping: [`steer_exponential`] and [`steer_linear`] are made of it.
 
-    Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`): The advantages A.
-        per_token_logps (`torch.Tensor` of shape `(B, T)`): ln p.
-        old_per_token_logps (`torch.Tensor` of shape `(B, T)`): ln p_old.
-        entropies (`torch.Tensor` of shape `(B, T)`): H, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, 0 where `mask` is 0.
+    Source: zz-haooo/STEER at b31df71, read: the formula; no probability is below 1e-8, and an Ω that is not finite
+    is 0.
     """
-    advantages, mask = _per_token(advantages, mask)
-    probs, old_probs = (logps.exp().clamp(min=1e-8) for logps in (per_token_logps, old_per_token_logps))
+    _refuse_unknown(unused)
+    advantages, mask, logps, old_logps, entropies = _unmasked(
+        advantages, mask, per_token_logps, old_per_token_logps, entropies
+    )
+    probs, old_probs = (each.exp().clamp(min=1e-8) for each in (logps, old_logps))
     change = (advantages / old_probs * probs * (1 - probs) * (probs.log() + entropies)).abs()
     return torch.where(mask & change.isfinite(), change, 0.0)
 
 
-def advantage_reweighting(
-    advantages: Tensor, old_per_token_logps: Tensor, mask: Tensor, *, alpha: float = 0.2
+def gtpo_simplified(
+    advantages: Tensor, *, entropies: Tensor, mask: Tensor, beta: float = 0.1, **unused: Any
 ) -> Tensor:
     """
-    Advantage Reweighting (arXiv 2505.12929): damps rare tokens, A * (α p_old + 1 - α).
+    GTPO (arXiv 2508.04349), simplified: A max(0, 1 + β (H / mean H - 1)), with the mean over the micro-batch.
 
-    On positive completions it does the opposite of A3PO, which makes it a control. From the authors' code: the formula
-    under the old policy, and α = 0.2 in the script `train_kklogic_AR_4x80GB.sh`; with Lopti, which is not here (it
-    needs two updates a batch), 0.3.
+    Not the paper's method, which shapes rewards over whole groups and treats wrong completions separately: a group may
+    be spread over several micro-batches.
+
+    Source: teilomillet/textpolicy at e88fc30, `apply_entropy_weighting` in textpolicy/algorithms/grpo.py, read: the
+    formula, β = 0.1 (the paper's α₂, it says), and no change where the mean is below 1e-7. In its module for Tinker,
+    the mean is that of the completion. That is not the code of the paper's authors, which was not found.
 
     Args:
-        advantages (`torch.Tensor` of shape `(B,)` or `(B, T)`): The advantages.
-        old_per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the old policy.
-        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
-        alpha (`float`, *optional*, defaults to `0.2`): α in [0, 1]; 0 changes nothing.
+        beta (`float`, *optional*, defaults to `0.1`): β, not negative. 0 changes nothing.
+    """
+    _refuse_unknown(unused)
+    _check("beta", beta, 0.0)
+    advantages, mask, entropies = _unmasked(advantages, mask, entropies)
+    mean = _mean(entropies, mask)
+    relative = torch.where(mean < 1e-7, 1.0, entropies / mean)
+    return advantages * (1 + beta * (relative - 1)).clamp(min=0.0)
+
+
+def aepo(advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 0.2, **unused: Any) -> Tensor:
+    """
+    Entropy-aware advantage of AEPO (arXiv 2510.14545): A (1 + α z), with z the standardized entropy of a token.
+
+    z = (H - mean H) / std H over the tokens of the micro-batch, with the unbiased standard deviation. It is not
+    clamped: with α = 0.2, an entropy of more than five deviations below the mean flips the sign of the advantage. The
+    other half of AEPO, its rollout and its clipping, is not here.
+
+    Source: multi-agent-deep-research/ARPO at 870d54c, a copy of the authors' repository,
+    `compute_policy_loss_entropy_balanced_clipping` in AEPO/verl_aepo_entropy/verl/trainer/ppo/core_algos.py, read: the
+    formula, α = 0.2, and a deviation of 0 that becomes 1. The snapshots of the authors' own repository that could be
+    had are older than AEPO. In that code, the entropy is computed only if `entropy_coeff` is not 0; otherwise the
+    method is silently off.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `0.2`): α, not negative. 0 changes nothing.
+    """
+    _refuse_unknown(unused)
+    _check("alpha", alpha, 0.0)
+    advantages, mask, entropies = _unmasked(advantages, mask, entropies)
+    deviation = torch.where(mask, entropies - _mean(entropies, mask), 0.0)
+    std = (deviation.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()
+    return advantages * (1 + alpha * deviation / torch.where(std == 0, 1.0, std))
+
+
+def stare(
+    advantages: Tensor,
+    *,
+    per_token_logps: Tensor,
+    mask: Tensor,
+    entropy_of_last_step: float,
+    top_ratio: float = 0.1,
+    positive_weight: float = 1.1,
+    negative_weight: float = 1.0,
+    target_entropy: float = 0.3,
+    **unused: Any,
+) -> Tensor:
+    """
+    STARE (arXiv 2606.19236): while the entropy is below a target, amplifies surprising tokens of positive completions.
+
+    Of the N tokens with A > 0 in the micro-batch, the ceil(ratio N) of the lowest ln p get A `positive_weight`; of
+    those with A < 0, as large a share gets A `negative_weight`. At or above `target_entropy`, nothing changes.
+
+    It is close to A3PO's `positive_low`, with a quantile over the micro-batch in place of the completion, the current
+    policy in place of the old one, and a gate in place of the decay.
+
+    Source: hp-luo/STARE at bffb9e7, `compute_stare_token_weights` and `STAREController` in
+    verl/trainer/ppo/core_algos.py, read: the sets, the weights, and the gate. The defaults are those of its
+    configuration, variant O1; variant C2 has `negative_weight=0.9`. Its README recommends 1.05 and 0.95 for models of
+    14B and 32B. Not here: the adaptive weights, which are off by default. One difference: the authors measure the
+    entropy on the rollout, before its updates; here, it is that of the last step, which is what a trainer knows.
+
+    Args:
+        entropy_of_last_step (`float`): Mean entropy of the last step over all processes, in nats: in a trainer,
+            `peers.logged_entropy(self.state.log_history)`. NaN if there is none yet: then the gate is open, as the
+            authors' is at the start.
+        top_ratio (`float`, *optional*, defaults to `0.1`): Share of the tokens of each sign to select, from 0 to 1.
+        positive_weight (`float`, *optional*, defaults to `1.1`): Weight of selected tokens with A > 0, not negative.
+        negative_weight (`float`, *optional*, defaults to `1.0`): Weight of selected tokens with A < 0, not negative.
+        target_entropy (`float`, *optional*, defaults to `0.3`): Target, in nats.
+    """
+    _refuse_unknown(unused)
+    _check("top_ratio", top_ratio, 0.0, 1.0)
+    _check("positive_weight", positive_weight, 0.0)
+    _check("negative_weight", negative_weight, 0.0)
+    _check("target_entropy", target_entropy, 0.0)
+    advantages, mask, logps = _unmasked(advantages, mask, per_token_logps)
+    if entropy_of_last_step >= target_entropy:
+        return advantages
+    shaped = advantages
+    for candidates, weight in ((advantages > 0, positive_weight), (advantages < 0, negative_weight)):
+        if weight != 1:
+            count = _share(candidates.sum(), top_ratio, rounded_up_by=0.999999)
+            selected = _select_lowest_of_all(logps, candidates, count, mask.numel() * top_ratio + 1)
+            shaped = torch.where(selected, advantages * weight, shaped)
+    return shaped
+
+
+def logged_entropy(log_history: Sequence[Mapping[str, Any]]) -> float:
+    """
+    The mean entropy that a trainer has logged last, for [`stare`].
+
+    TRL logs it over the steps since the log before: `logging_steps=1` makes it that of the last step. It is the same
+    on every process, and a checkpoint keeps it.
+
+    Args:
+        log_history (sequence of `dict`): `self.state.log_history` of the trainer.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`.
+        `float`: In nats. NaN if no entropy was logged yet.
     """
-    _check("alpha", alpha, 0.0, 1.0)
-    advantages, _ = _per_token(advantages, mask)
-    return advantages * (alpha * old_per_token_logps.exp() + (1 - alpha))
+    logged = (entry["entropy"] for entry in reversed(log_history) if entry.get("entropy") is not None)
+    return next(logged, math.nan)
 
 
-def _per_token(advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) advantages, 0 where masked and at least in float32, and the (B, T) mask as booleans."""
+def _unmasked(advantages: Tensor, mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """(B, T) advantages, the (B, T) mask as booleans, and the (B, T) tensors: at least float32, 0 where masked."""
     if advantages.shape not in (mask.shape, mask.shape[:1]) or mask.dim() != 2:
         raise ValueError(
             "Expected `mask` of shape (B, T), and `advantages` of shape (B,) or (B, T). Got "
             f"{tuple(mask.shape)} and {tuple(advantages.shape)}."
         )
-    advantages = advantages.to(torch.promote_types(advantages.dtype, torch.float32))
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
     mask = mask.bool()
-    return torch.where(mask, advantages, 0.0), mask
+
+    def clean(tensor: Tensor) -> Tensor:
+        return torch.where(mask, tensor.to(torch.promote_types(tensor.dtype, torch.float32)), 0.0)
+
+    per_token = advantages if advantages.dim() == 2 else advantages[:, None]
+    return clean(per_token), mask, *(clean(tensor) for tensor in tensors)
 
 
-def _select_lowest_of_all(values: Tensor, candidates: Tensor, count: Tensor, most: int) -> Tensor:
-    """(B, T) boolean tensor: of the values (B, T) that are candidates the `count` lowest, or all if they are fewer."""
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the unmasked tokens of values (B, T) that are 0 where masked; 0 if there is no token."""
+    return values.sum() / mask.sum().clamp(min=1)
+
+
+def _share(number: Tensor, ratio: float, *, rounded_up_by: float = 0.0) -> Tensor:
+    """floor(number * ratio + rounded_up_by), in float64, which is how Python computes it for one number."""
+    return (number.double() * ratio + rounded_up_by).floor()
+
+
+def _select_lowest_of_all(values: Tensor, candidates: Tensor, count: Tensor, most: float) -> Tensor:
+    """
+    (B, T) boolean tensor: the `count` lowest of the values (B, T) that are candidates, or all if there are fewer.
+
+    `most` is a bound of `count` that the host knows.
+    """
     values = values.masked_fill(~candidates, math.nan)
+    most = min(max(1, math.floor(most)), values.numel())
     return select_lowest(values.view(1, -1), count.int().view(1), most).view_as(values)
 
 
-def _check(name: str, value: float, smallest: float, largest: float) -> None:
-    if not smallest <= value <= largest:
+def _refuse_unknown(unused: dict[str, Any]) -> None:
+    for name in unused.keys() - _HOOK_ARGUMENTS:
+        raise TypeError(
+            f"Unknown argument `{name}`: it is neither a setting of this method nor an argument of "
+            "`A3POTrainer.shape_advantages`. Check the spelling."
+        )
+
+
+def _check(name: str, value: float, smallest: float, largest: float = math.inf) -> None:
+    if not (is_finite_number(value) and smallest <= value <= largest):
         allowed = f"from {smallest:g} to {largest:g}" if largest < math.inf else f"of {smallest:g} or more"
         raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")

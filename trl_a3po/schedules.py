@@ -1,4 +1,4 @@
-"""How the scales decay to 1, as pure functions of progress."""
+"""Decay of the scales to 1, as pure functions of the optimizer step."""
 
 import math
 
@@ -14,10 +14,10 @@ SCALE_DECAYS = tuple(_REMAINING)
 
 def resolve_decay_steps(scale_decay_steps: float, max_steps: int) -> int:
     """
-    Number of optimizer steps over which the scales decay, read as transformers reads `warmup_steps`.
+    Computes the number of optimizer steps over which the scales decay, in the format of transformers' `warmup_steps`.
 
     Args:
-        scale_decay_steps (`float`): From 1 on, a number of steps; below 1, a fraction of `max_steps`, rounded up.
+        scale_decay_steps (`float`): 1 or more is a number of steps; below 1 is a fraction of `max_steps`, rounded up.
         max_steps (`int`): Optimizer steps of the whole training.
 
     Returns:
@@ -45,24 +45,24 @@ def check_decay_ends(scale_decay_steps: float, max_steps: int) -> None:
     Refuses a decay that is longer than the training.
 
     Raises:
-        `ValueError`: naming the decay, the training and the fix.
+        `ValueError`: the error names the decay, the training and the fix.
     """
     if scale_decay_steps > max(1, max_steps):
         raise ValueError(
             f"`scale_decay_steps={scale_decay_steps}` is longer than the training of {max_steps} optimizer steps: the "
-            "scales would never arrive at 1. Pass a fraction, for example 0.5, or not more steps than there are; to "
-            "keep the scales as they are, `scale_decay='constant'`."
+            f"scales would never reach 1. Pass a fraction, for example 0.5, or at most {max_steps} steps. To keep the "
+            "scales at their initial values, set `scale_decay='constant'`."
         )
 
 
 def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "linear") -> float:
     """
-    The scale in force at a step: from `scale` at step 0 to 1 at `decay_steps`, and 1 from then on.
+    Computes the scale at a step: from `scale` at step 0 to 1 at `decay_steps`, and 1 from then on.
 
-    The paper (arXiv 2512.21625) has the scales decay to 1, so that training ends as the method it is built on does.
-    Neither its schedule nor its rate were to be found, and the authors' released code has none. `"linear"` is our
-    reading, s = max(rho - alpha * step, 1) with rho the initial scale and alpha = (rho - 1) / decay_steps;
-    `"cosine"` (half a period) and `"constant"` are our additions. A scale below 1 rises to 1.
+    In the paper (arXiv 2512.21625) the scales decay to 1, so that training ends as the method it builds on does. We
+    found neither its schedule nor its rate, and the authors' released code has no decay. `"linear"` is our reading:
+    s = max(rho - alpha * step, 1) with the initial scale rho and alpha = (rho - 1) / decay_steps. `"cosine"` (half a
+    period) and `"constant"` are our additions. A scale below 1 rises to 1.
 
     Args:
         scale (`float`): Initial scale.
@@ -71,7 +71,7 @@ def decay_scale(scale: float, step: int, decay_steps: int, scale_decay: str = "l
         scale_decay (`str`, *optional*, defaults to `"linear"`): One of `SCALE_DECAYS`.
 
     Returns:
-        `float`: Exactly `scale` at step 0; and, unless constant, exactly 1.0 from `decay_steps` on.
+        `float`: Exactly `scale` at step 0 and, unless constant, exactly 1.0 from `decay_steps` on.
 
     Raises:
         `ValueError`: `scale_decay` is not one of `SCALE_DECAYS`.

@@ -1,19 +1,19 @@
 """
 Token-level advantage shaping as pure functions of tensors.
 
-Shapes: B completions, T token positions. A completion is *positive* where its advantage is above zero, *negative*
-where it is below: the sign decides, whatever the rewards were.
+Shapes: B completions, T token positions. A completion is *positive* if its advantage is above zero and *negative* if
+it is below. The sign decides, whatever the rewards are.
 
 The method is that of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
-2512.21625). In two stages, in this order:
+2512.21625). It has two stages, in this order:
 
-1. polarity: A_i becomes A_i * positive_weight, or A_i * negative_weight;
-2. tokens: of the N tokens of a completion that count, the max(1, floor(ratio * N)) with the lowest, or the highest,
-   metric have that advantage multiplied by a scale. A token selected at both ends gets both scales.
+1. polarity: A_i becomes A_i * positive_weight or A_i * negative_weight;
+2. tokens: a completion has N unmasked tokens. The advantage of the max(1, floor(ratio * N)) tokens with the lowest (or
+   highest) metric is multiplied by a scale. A token selected at both ends gets both scales.
 
-From the authors' released code: the selection within one completion, the count, the metric (the *old* probability, or
+From the authors' released code: the selection within one completion, the count, the metric (the *old* probability or
 the entropy), the product on overlaps. Chosen here: ties go to the earlier position, a NaN metric is never selected,
-and every other token that counts is ranked (the released code leaves out metrics that are exactly zero).
+and all other unmasked tokens are ranked (the released code ignores metrics that are exactly zero).
 """
 
 import math
@@ -27,7 +27,7 @@ from torch import Tensor
 # Each has a ratio and a scale: `positive_low_ratio`, `positive_low_scale`, ...
 TOKEN_ENDS = ("positive_low", "positive_high", "negative_low", "negative_high")
 
-# How many tokens a thread of a CPU shapes at a time, for them and what is computed between to stay in its caches.
+# Number of tokens that a CPU thread shapes at a time, so that they and the intermediate results stay in its caches.
 CACHED_TOKENS = 2**16
 
 
@@ -50,34 +50,32 @@ def shape_advantages(
     """
     Gives each token of a completion its own advantage.
 
-    A3PO itself is `positive_low_ratio=0.2, positive_low_scale=2, negative_high_ratio=0.2, negative_high_scale=2`,
-    with the scales decaying to 1 as training goes on (see [`~trl_a3po.schedules.decay_scale`]).
+    A3PO is `positive_low_ratio=0.2, positive_low_scale=2, negative_high_ratio=0.2, negative_high_scale=2`, with scales
+    that decay to 1 during training (see [`~trl_a3po.schedules.decay_scale`]).
 
-    Nothing here waits for the device: on a GPU the host runs ahead.
+    The function never waits for the device.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`):
             Group-normalised advantage of each completion.
         token_metric (`torch.Tensor` of shape `(B, T)`):
-            What the tokens are ranked by, in any floating dtype: the log-probability of each sampled token under the
-            old policy (its order is that of the probability), or the entropy at its position.
+            Metric that ranks the tokens, in any floating dtype: the log-probability of each sampled token under the
+            old policy (ordered as the probability), or the entropy at its position.
         mask (`torch.Tensor` of shape `(B, T)`):
-            Non-zero on the tokens that count. May have holes, as the output of tools leaves.
+            Non-zero on unmasked tokens. May have holes, for example where tools wrote.
         positive_low_ratio, positive_high_ratio, negative_low_ratio, negative_high_ratio (`float`, defaults to `0.0`):
-            Share of a completion's tokens to select at each end, in [0, 1]. Where it is above 0, at least one token
-            is selected.
+            Share of a completion's tokens to select at each end, in [0, 1]. A share above 0 selects at least one
+            token.
         positive_low_scale, positive_high_scale, negative_low_scale, negative_high_scale (`float`, defaults to `1.0`):
-            What the advantage of the selected tokens is multiplied by, finite and not negative. At 1 nothing is
-            selected at that end.
+            Factor for the advantage of the selected tokens, finite and not negative. 1 selects nothing at that end.
         positive_weight, negative_weight (`float`, defaults to `1.0`):
-            What every token of a positive, or of a negative, completion is multiplied by, finite and not negative.
+            Factor for the advantage of every token of positive or negative completions, finite and not negative.
 
     Returns:
         `torch.Tensor` of shape `(B, T)` in the dtype of `advantages`: the shaped advantages, 0 where `mask` is 0.
 
     Raises:
-        `ValueError`: a shape that does not fit, a ratio outside [0, 1], a scale or weight that is negative or not
-        finite.
+        `ValueError`: a shape does not fit, a ratio is outside [0, 1], or a scale or weight is negative or not finite.
     """
     if advantages.dim() != 1 or token_metric.shape != mask.shape or token_metric.shape[:-1] != advantages.shape:
         raise ValueError(
@@ -100,8 +98,8 @@ def shape_advantages(
     mask = mask.bool()
     if mask.device.type != "cpu" or mask.numel() < CACHED_TOKENS:
         return _shape_rows(advantages, token_metric, mask, settings)
-    # A CPU is held up by its memory, and can read how long the completions are without waiting for anything: those of
-    # like length go together, without their padding, as many at a time as the caches hold.
+    # On a CPU, memory access takes the time, and reading the lengths of completions waits for nothing. So completions
+    # of similar length are shaped together without their padding, as many at a time as fit into the caches.
     shaped = torch.zeros_like(mask, dtype=advantages.dtype)
     positions = torch.arange(1, mask.shape[1] + 1, dtype=torch.int32)
     by_length = mask.sum(-1, dtype=torch.int32).argsort()
@@ -113,10 +111,10 @@ def shape_advantages(
 
 
 def _shape_rows(advantages: Tensor, token_metric: Tensor, mask: Tensor, settings: Mapping[str, float]) -> Tensor:
-    """What [`shape_advantages`] returns, by arguments that it has checked."""
+    """Computes [`shape_advantages`] for arguments that it has checked."""
     positive = advantages > 0
-    # Negating the metric of the negative completions turns their high end into a low one. A completion has one
-    # polarity only, so one selection serves `positive_low` and `negative_high`, a second one the other two ends.
+    # The metric of negative completions is negated, which turns their high end into a low one. A completion has only
+    # one polarity, so one selection serves `positive_low` and `negative_high`, and a second one the other two ends.
     sign = torch.ones_like(token_metric[:, :1]).masked_fill(~positive[:, None], -1.0)  # (B, 1)
     signed_metric = (token_metric * sign).masked_fill_(~mask, math.nan)
 
@@ -134,23 +132,24 @@ def _shape_rows(advantages: Tensor, token_metric: Tensor, mask: Tensor, settings
         most = max(1, math.floor(max(positive_ratio, negative_ratio) * mask.shape[1]))
         selected = select_lowest(-signed_metric if flip else signed_metric, counts, most)
         scale = _per_polarity(positive, positive_scale, negative_scale, shaped.dtype)
-        # Looked up, as torch.where of a tensor and a number takes several times as long.
+        # A lookup, because torch.where of a tensor and a number takes several times as long.
         shaped *= torch.stack([torch.ones_like(scale), scale], dim=-1).gather(1, selected.long())
     return shaped.to(advantages.dtype)
 
 
 def weight_polarities(advantages: Tensor, positive_weight: float = 1.0, negative_weight: float = 1.0) -> Tensor:
     """
-    Weighs positive and negative completions against each other (arXiv 2512.21625, polarity-level shaping).
+    Weights positive and negative completions against each other (arXiv 2512.21625, polarity-level shaping).
 
-    `(1, 0)` is the paper's PSR (positive samples alone), `(0, 1)` its NSR, `(x, y)` its PxNy.
+    `(1, 0)` is the paper's PSR (only positive samples), `(0, 1)` its NSR (only negative samples), `(x, y)` its PxNy.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): One advantage per completion.
         positive_weight, negative_weight (`float`, defaults to `1.0`): The weights.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`, at least in float32: with both weights 1, the advantages to the last bit.
+        `torch.Tensor` of shape `(B,)`, at least in float32. With both weights 1 it equals the advantages to the last
+        bit.
     """
     dtype = torch.promote_types(advantages.dtype, torch.float32)
     return advantages.to(dtype) * _per_polarity(advantages > 0, positive_weight, negative_weight, dtype)
@@ -158,15 +157,15 @@ def weight_polarities(advantages: Tensor, positive_weight: float = 1.0, negative
 
 def gspo_token_old_logps(per_token_logps: Tensor, old_per_token_logps: Tensor, mask: Tensor) -> Tensor:
     """
-    Old log-probabilities that turn token-level ratios into GSPO-token's (arXiv 2507.18071, section 4.3).
+    Computes old log-probabilities that turn token-level ratios into GSPO-token's (arXiv 2507.18071, section 4.3).
 
-    With them, exp(log-prob - old log-prob) has the value of the sequence's ratio at every token, while each token
-    keeps its own gradient, and with it its own advantage. GSPO's plain ratio hands every token the mean instead.
+    With them, exp(log-prob - old log-prob) has the value of the sequence's ratio at every token, but each token keeps
+    its own gradient, and so its own advantage. With GSPO's plain ratio, every token gets the mean instead.
 
     Args:
         per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the current policy.
         old_per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the old policy.
-        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
+        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on unmasked tokens.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, without gradient.
@@ -177,21 +176,24 @@ def gspo_token_old_logps(per_token_logps: Tensor, old_per_token_logps: Tensor, m
 
 
 def selects_tokens(settings: Mapping[str, float]) -> bool:
-    """Whether arguments of [`shape_advantages`] tell any token of a completion from the others."""
-    return any(settings[f"{end}_ratio"] > 0 and settings[f"{end}_scale"] != 1 for end in TOKEN_ENDS)
+    """Whether these arguments of [`shape_advantages`] treat some tokens of a completion differently from others."""
+    return any(
+        settings[f"{end}_ratio"] > 0 and settings[f"{end}_scale"] != 1 and settings[f"{end.split('_')[0]}_weight"] > 0
+        for end in TOKEN_ENDS
+    )
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number, finite, and not a truth value."""
+    """Whether a value is a finite number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_settings(**settings: float) -> None:
     """
-    Refuses a ratio, scale or weight that has no meaning, by the name it is passed under.
+    Refuses a ratio, scale or weight without a meaning. The keyword names the setting.
 
     Raises:
-        `ValueError`: naming the setting, its value, what is allowed and the fix.
+        `ValueError`: the error names the setting, its value, what is allowed and the fix.
     """
     for name, value in settings.items():
         is_ratio = name.endswith("_ratio")
@@ -202,37 +204,37 @@ def check_settings(**settings: float) -> None:
                 f"`{name}` must be a number from 0 to 1, got {value!r}. It is the share of a completion's tokens to "
                 "select: pass 0.2 for 20 %, or 0 to select none."
             )
-        neutral = "leave the selected tokens" if name.endswith("_scale") else "leave completions of that polarity"
+        neutral = "keep the selected tokens" if name.endswith("_scale") else "keep completions of that polarity"
         raise ValueError(
             f"`{name}` must be a finite number that is not negative, got {value!r}. It multiplies advantages, whose "
-            f"sign must stay: pass 1 to {neutral} as they are, or 0 to leave them out."
+            f"sign must stay: pass 1 to {neutral} as they are, or 0 to ignore them."
         )
 
 
 def _per_polarity(positive: Tensor, if_positive: float, if_negative: float, dtype: torch.dtype) -> Tensor:
-    """(B,) tensor of one value for the positive rows and another for the rest."""
+    """Returns a (B,) tensor with one value for the positive rows and another for the rest."""
     return torch.full_like(positive, if_negative, dtype=dtype).masked_fill(positive, if_positive)
 
 
 def _token_counts(lengths: Tensor, ratio: float) -> Tensor:
-    """(B,) number of tokens to select; the product is taken in float64, as Python takes it for one completion."""
+    """Returns the (B,) numbers of tokens to select, computed in float64 as in Python for a single completion."""
     return (lengths.double() * ratio).floor().clamp(min=1).int() if ratio > 0 else torch.zeros_like(lengths)
 
 
 def select_lowest(metric: Tensor, counts: Tensor, most: int) -> Tensor:
     """
-    (B, T) boolean tensor: in each row of `metric` (B, T), the `counts` (B,) lowest, none of which is NaN.
+    Selects the `counts` (B,) lowest values in each row of `metric` (B, T), never a NaN, as a boolean tensor (B, T).
 
-    `most` is the largest count there can be, known to the host.
+    `most` is an upper bound of the counts that the host knows.
     """
-    # A row's threshold is its `counts`-th lowest metric. Top-k takes one k for all rows, so that each gets as many
-    # columns of -inf as it selects fewer tokens than `most`. Unsorted, top-k is a selection in linear time.
+    # The threshold of a row is its `counts`-th lowest metric. Top-k takes one k for all rows, so a row that selects
+    # fewer than `most` tokens gets columns of -inf for the difference. Unsorted top-k takes linear time.
     is_filler = torch.arange(most, device=metric.device) < (most - counts)[:, None]
     filler = torch.full_like(is_filler, math.nan, dtype=metric.dtype).masked_fill(is_filler, -math.inf)
     lowest = torch.cat([metric, filler], dim=-1).topk(most, dim=-1, largest=False, sorted=False).values  # NaN is last
-    # NaN, where a row has fewer numbers than it selects: then all of them are selected.
+    # The threshold is NaN if a row has fewer numbers than it selects; then all of them are selected.
     threshold = lowest.amax(-1, keepdim=True).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # (B, 1)
-    # The tokens that tie with the threshold fill the remaining places from the left.
+    # Tokens that tie with the threshold fill the remaining places from the left.
     below = metric < threshold
     tied = metric == threshold
     places = counts[:, None] - below.sum(-1, keepdim=True, dtype=torch.int32)

@@ -1,11 +1,13 @@
 """
-Scales that follow what is measured in place of a schedule: ours, made to be compared with the schedules.
+Scales that follow a measurement instead of a schedule. They are ours, to compare with the schedules.
 
-The paper (arXiv 2512.21625) decays the scales so that training and sampling do not drift apart. Here, once a log, the
-mean entropy, or the mean distance of the sampler's log-probabilities from the trained policy's over the amplified
-tokens, is divided by its bound, and the damping of the scales by that excess: by two at most, and likewise up where it
-is below 1. A scale of s is 1 + (s - 1) * damping in force. Both means are over all processes, so that the damping is
-the same on all, and what the log holds is all there is to resume.
+The paper (arXiv 2512.21625) decays the scales so that training and sampling do not drift apart. Here, a damping moves
+them towards 1: a scale of s is 1 + (s - 1) * damping in force. At every log, the damping is divided by the ratio of a
+measurement to its bound, at most by two and at least by a half, and never rises above 1. The measurement is the mean
+entropy, or the mean distance of the sampler's log-probabilities from the trained policy's over the amplified tokens.
+
+Both are means over all processes, so that the damping is the same on all of them. The log holds everything that a
+resumed run needs.
 """
 
 import math
@@ -15,12 +17,12 @@ from transformers import TrainerCallback
 from trl_a3po import A3POTrainer
 
 
-# Not 0: where nothing is amplified, nothing can be measured on amplified tokens.
+# Not 0: without amplification, there are no amplified tokens to measure.
 LEAST_DAMPING = 1 / 64
 
 
 def next_damping(damping: float, value: float, bound: float) -> float:
-    """The damping from now on, from `LEAST_DAMPING` to 1; the same as before if the value is NaN."""
+    """The next damping, from `LEAST_DAMPING` to 1. A value of NaN leaves it as it is."""
     if math.isnan(value):
         return damping
     return min(1.0, max(LEAST_DAMPING, damping / min(2.0, max(0.5, value / bound))))
@@ -35,7 +37,7 @@ class ClosedLoop(A3POTrainer):
         self.add_callback(_Damper(self))
 
     def measured(self, log: dict[str, float]) -> float:
-        """What is bounded, from the metrics of one log; NaN where it is not known."""
+        """The measurement, from the metrics of one log. NaN if it is not known."""
         raise NotImplementedError
 
     def current_shaping_settings(self):
@@ -58,32 +60,32 @@ class _Damper(TrainerCallback):
         self._damp(logs or {})
 
     def _damp(self, log: dict[str, float]) -> None:
-        if "a3po/zero/fraction" in log:  # neither an evaluation's nor the summary at the end
+        if "a3po/zero/fraction" in log:  # not the log of an evaluation, and not the summary at the end
             self._trainer.damping = next_damping(
                 self._trainer.damping, self._trainer.measured(log), self._trainer.bound
             )
 
 
 class EntropyLoop(ClosedLoop):
-    """Damps while there is exploration enough."""
+    """Damps while the entropy is above the bound: then there is enough exploration."""
 
-    bound = 0.65  # nats: nine tenths of what the start model has
+    bound = 0.65  # nats: nine tenths of the start model's entropy
 
     def measured(self, log):
         return _mean_over_polarities(log, "entropy", ("fraction", "mean_length"))
 
 
 class MismatchLoop(ClosedLoop):
-    """Damps while the sampler, which must report its log-probabilities, is off on the amplified tokens."""
+    """Damps while the sampler differs on the amplified tokens. The sampler must report its log-probabilities."""
 
-    bound = 0.05  # in log-probability: about what a sampler ten rollouts behind is off by, amplified or not
+    bound = 0.05  # in log-probability: about the distance of a sampler ten rollouts behind, amplified or not
 
     def measured(self, log):
         return _mean_over_polarities(log, "selected_mismatch", ("fraction", "mean_length", "selected_fraction"))
 
 
 def _mean_over_polarities(log: dict[str, float], metric: str, shares: tuple[str, ...]) -> float:
-    """Mean of a metric that is logged by polarity, each weighted by the product of its shares; NaN if none has it."""
+    """Mean of a metric over the polarities, each weighted by the product of its shares. NaN if no polarity has it."""
     total = weights = 0.0
     for polarity in ("positive", "negative", "zero"):
         if f"a3po/{polarity}/{metric}" in log:

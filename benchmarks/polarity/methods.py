@@ -2,7 +2,7 @@
 The methods, each as what it changes of the base settings, and whose setting that is.
 
 The base is DAPO as far as TRL has it: its loss and its asymmetric clipping, without dynamic sampling and overlong
-penalty. All others but GRPO's stand on it, so that a difference is that of the shaping alone.
+penalty. All methods but GRPO's share it, so that they differ in the shaping only.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from closed_loop import EntropyLoop, MismatchLoop
 
-from trl_a3po import A3POTrainer
-from trl_a3po.peers import advantage_reweighting, clip_cov, forking_tokens, steer_exponential, w_reinforce
+from trl_a3po import A3POTrainer, peers
 
 
 # epsilon_high: DAPO (arXiv 2503.14476). No shaping, and all rows and columns: A3POTrainer is then GRPOTrainer, to the
@@ -40,43 +39,75 @@ SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
 
 
 class RandomTokens(A3POTrainer):
-    """A3PO that ranks the tokens of a completion by lot: as many are amplified, as much, for as long."""
+    """A3PO that ranks the tokens of a completion at random: as many are amplified, as much, for as long."""
 
     def shape_advantages(self, advantages, **batch):
         lots = torch.rand_like(batch["per_token_logps"])
         return super().shape_advantages(advantages, **{**batch, "old_per_token_logps": lots})
 
 
-class OfficialForkTokens(A3POTrainer):
-    def shape_advantages(self, advantages, *, entropies, mask, **batch):
-        return forking_tokens(advantages, entropies, mask)
+class ForkingTokens(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.forking_tokens(advantages, **batch)
 
 
 class WReinforce(A3POTrainer):
-    def shape_advantages(self, advantages, *, rewards, **batch):
-        return w_reinforce(rewards)
+    def shape_advantages(self, advantages, **batch):
+        return peers.w_reinforce(advantages, **batch)
 
 
 class ClipCov(A3POTrainer):
-    def shape_advantages(self, advantages, *, per_token_logps, old_per_token_logps, mask, **batch):
-        return clip_cov(
-            advantages,
-            per_token_logps,
-            old_per_token_logps,
-            mask,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-        )
+    def shape_advantages(self, advantages, **batch):
+        return peers.clip_cov(advantages, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, **batch)
 
 
 class Steer(A3POTrainer):
-    def shape_advantages(self, advantages, *, per_token_logps, old_per_token_logps, entropies, mask, **batch):
-        return steer_exponential(advantages, per_token_logps, old_per_token_logps, entropies, mask)
+    def shape_advantages(self, advantages, **batch):
+        return peers.steer_exponential(advantages, **batch)
 
 
 class AdvantageReweighting(A3POTrainer):
-    def shape_advantages(self, advantages, *, old_per_token_logps, mask, **batch):
-        return advantage_reweighting(advantages, old_per_token_logps, mask)
+    def shape_advantages(self, advantages, **batch):
+        return peers.advantage_reweighting(advantages, **batch)
+
+
+class EntropyAdvantage(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.entropy_advantage(advantages, **batch)
+
+
+class Aspo(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.aspo(advantages, **batch)
+
+
+class PositionBonus(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.position_bonus(advantages, **batch)
+
+
+class Fipo(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.fipo(advantages, **batch)
+
+
+class Gtpo(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.gtpo_simplified(advantages, **batch)
+
+
+class Aepo(A3POTrainer):
+    def shape_advantages(self, advantages, **batch):
+        return peers.aepo(advantages, **batch)
+
+
+class Stare(A3POTrainer):
+    # The authors' target, 0.3 nats, is below the entropy of every method here, and would never open the gate.
+    target_entropy = EntropyLoop.bound
+
+    def shape_advantages(self, advantages, **batch):
+        entropy = peers.logged_entropy(self.state.log_history)  # over the steps between two logs
+        return peers.stare(advantages, entropy_of_last_step=entropy, target_entropy=self.target_entropy, **batch)
 
 
 @dataclass(frozen=True)
@@ -98,9 +129,7 @@ METHODS = {
     "grpo": Method({"loss_type": "grpo", "epsilon_high": 0.2}),  # TRL's GRPO with the paper's symmetric clipping
     "dapo": Method(),
     "dapo_fork_trl": Method({"top_entropy_quantile": 0.2}),  # share: arXiv 2506.01939; divides by all tokens: TRL
-    "dapo_fork": Method(
-        trainer=OfficialForkTokens
-    ),  # the same, divided by the tokens that are kept: the authors' code
+    "dapo_fork": Method(trainer=ForkingTokens),  # the same, divided by the tokens that are kept: the authors' code
     # Weights of the polarities: arXiv 2512.21625. W-REINFORCE's lambda 0.1: arXiv 2506.01347
     "psr": Method({"negative_weight": 0.0}),
     "nsr": Method({"positive_weight": 0.0}),
@@ -128,7 +157,7 @@ METHODS = {
     "positive_high": one_end("positive_high"),
     "negative_low": one_end("negative_low"),
     "negative_high": one_end("negative_high"),
-    # Controls that should not help: the two ends that A3PO leaves alone, and tokens drawn by lot
+    # Controls that should not help: the two ends that A3PO does not use, and random tokens
     "reversed": Method(
         {
             "positive_high_ratio": 0.2,
@@ -138,13 +167,20 @@ METHODS = {
         }
     ),
     "random": Method(A3PO, RandomTokens),
-    # Peers, each with the values of its authors' scripts, on the base clipping
+    # Peers, each with the values of the code that it follows, on the base clipping
     "clip_cov": Method(trainer=ClipCov),  # arXiv 2505.22617
     "steer": Method(trainer=Steer),  # arXiv 2510.10150
     "ar": Method(trainer=AdvantageReweighting),  # arXiv 2505.12929
+    "entropy_advantage": Method(trainer=EntropyAdvantage),  # arXiv 2506.14758
+    "aspo": Method(trainer=Aspo),  # arXiv 2510.06062
+    "position_bonus": Method(trainer=PositionBonus),  # arXiv 2508.02260, in all of the training
+    "fipo": Method(trainer=Fipo),  # arXiv 2603.19835
+    "gtpo": Method(trainer=Gtpo),  # arXiv 2508.04349, simplified
+    "aepo": Method(trainer=Aepo),  # arXiv 2510.14545, its advantage
+    "stare": Method(trainer=Stare),  # arXiv 2606.19236, with a target of ours
     # The closed loop, ours
     "a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant"}, EntropyLoop),
-    # With a sampler that lags behind by up to 40 optimizer steps, for which nothing corrects
+    # With a sampler that lags behind by up to 40 optimizer steps, without a correction for that
     "stale_dapo": Method(stale=10),
     "stale_a3po": Method(A3PO, stale=10),
     "stale_a3po_constant": Method({**A3PO, "scale_decay": "constant"}, stale=10),

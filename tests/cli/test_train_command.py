@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import trl
 import yaml
+from support import tiny
 from trl.scripts import grpo
 
-from trl_a3po import A3POConfig
+from trl_a3po import A3POConfig, rewards
 from trl_a3po.cli import main as cli
 from trl_a3po.cli import train
+from trl_a3po.cli.parser import recipes
 
 
 GSM8K = [{"question": f"what is {i} + 1?", "answer": f"one more.\n#### {i + 1}"} for i in range(8)]
@@ -35,11 +37,6 @@ SMALL = {
 
 def parity_reward(completion_ids, **kwargs):
     return [float(sum(ids) % 2) for ids in completion_ids]
-
-
-@pytest.fixture(autouse=True)
-def _trl_as_it_was(monkeypatch):
-    monkeypatch.setattr(trl, "GRPOTrainer", trl.GRPOTrainer)
 
 
 @pytest.fixture
@@ -78,7 +75,9 @@ def test_problems_in_a_file(rows, file, tmp_path):
 
 def test_a_dataset_without_prompts_is_refused(file, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
-    with pytest.raises(ValueError, match=r"columns \['question', 'answer'\], and no `prompt`.* pass `--problems`"):
+    with pytest.raises(
+        train.UsageError, match=r"columns \['question', 'answer'\], and no `prompt`.* pass `--problems`"
+    ):
         train.train(["--config", file(), "--dataset_name", dataset, "--reward_funcs", "accuracy_reward"])
 
 
@@ -132,17 +131,78 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             "`scale_decay_steps=9.0` is longer than the training of 5",
         ),
         ("train {small} --accelerate_config nowhere", "nowhere is neither a file nor a valid config"),
-        ("train --config nowhere.yaml", "No such file or directory: 'nowhere.yaml'"),
+        ("train --config nowhere.yaml", r"no file 'nowhere.yaml' for `--config`\. The recipes are .*a3po-gsm8k-lora"),
+        ("train --config a3po-gsm8k", r"no file 'a3po-gsm8k' for `--config`\. The recipes are .*a3po-gsm8k-lora"),
+        ("train --config", "`--config` needs the name of a file"),
+        ("train --config=nowhere.yaml", "no file 'nowhere.yaml'"),
+        ("train --config {list}", "'.*list.yaml' must hold options, one `name: value` a line"),
+        ("train --config {broken}", "'.*broken.yaml' is not YAML: .*line 1"),
+        ("train --config {null} {small}", "An option has a value of the wrong type"),
+        ("train {small} --problems", "--model_name_or_path"),
+        ("train {model} --problems", "no dataset. Pass `--dataset_name`, or `datasets`"),
+        ("train {model} {data}", "no reward. Pass `--reward_funcs`, or `--problems`"),
+        ("train {model} --problems --dataset_name none.jsonl", "no file 'none.jsonl'"),
+        ("train {model} --problems --dataset_name {empty}", "'.*empty.jsonl' is empty"),
+        ("train {model} --problems --dataset_name {list}", r"'.*list.yaml' is not a \.jsonl, \.json, \.parquet file"),
+        (
+            "train {model} {data} --problems --eval_strategy steps --eval_steps 1",
+            "`eval_strategy` needs a test split, and the file '.*' has none. Pass `--test_split_size 0.1`",
+        ),
+        ("train {model} {data} --problems --dataset_train_split test", "'test', but a file has one split, `train`"),
+        (
+            "train {model} {data} --problems --dataset_train_split train+test",
+            "a split or a slice of one.*'train.test'",
+        ),
+        ("train {model} {data} --problems --dataset_train_split train[:x]", "Unrecognized|train.:x"),
+        ("train {model} {data} --problems --dataset_streaming", "A stream has no length: pass `--max_steps`"),
+        (
+            "train {model} {data} --problems --dataset_streaming --max_steps 5 --test_split_size 0.1",
+            "`test_split_size` cannot split a stream",
+        ),
+        (
+            "train {model} {data} --problems --dataset_streaming --max_steps 5 --dataset_train_split train[:2]",
+            "A stream has no slices",
+        ),
+        ("train {model} {data} --problems --config {mixture}", "`dataset_name` and `datasets` both name data"),
+        ("train {model} --problems --config {mixture} --dataset_train_split a", "no effect on `datasets`"),
+        (
+            "train {model} --problems --config {mixture} --eval_strategy steps --eval_steps 1",
+            "`datasets` has none. Pass `--test_split_size 0.1`",
+        ),
+        ("train {model} --problems --config {wrong_mixture}", "wrong type: .*'file'"),
+        ("demo --config {small_file}", "has options that `trl-a3po demo` does not have: dataset_nam"),
+        ("demo --eval_size 0", "`eval_size` must be 1 or more, got 0"),
+        ("demo --dataset_name none.jsonl", "no file 'none.jsonl'"),
+        ("demo {data}", "Cannot hold out 256 of 8 rows"),
+        ("demo {data} --eval_size 2", "The training dataset has 6 rows, fewer than the 16 prompts"),
+        ("demo {data} --eval_size 2 --num_generations 64 --model_name_or_path ./nowhere", "nowhere"),
     ],
 )
 def test_bad_lines_are_refused_before_anything_starts(arguments, message, tmp_path, capsys):
+    texts = {
+        "list.yaml": "[1]",
+        "broken.yaml": "{",
+        "null.yaml": "num_generations: null",
+        "mixture.yaml": yaml.safe_dump({"datasets": [{"path": "json", "data_files": "a.jsonl"}]}),
+        "wrong_mixture.yaml": yaml.safe_dump({"datasets": [{"file": "a.jsonl"}]}),
+        "small_file.yaml": "dataset_nam: a.jsonl",
+        "empty.jsonl": "",
+    }
+    files = {}
+    for name, text in texts.items():
+        files[name.partition(".")[0]] = tmp_path / name
+        (tmp_path / name).write_text(text)
     small = f"--output_dir {tmp_path} --use_cpu --bf16 False"
+    data = f"--dataset_name {write_rows(tmp_path / 'rows.jsonl', GSM8K)}"
+    model = f"{small} --model_name_or_path nowhere"
     with pytest.raises(SystemExit) as error:
-        cli.main(arguments.format(small=small).split())
+        cli.main(arguments.format(small=small, data=data, model=model, **files).split())
     assert error.value.code == 2
-    usage, refusal = capsys.readouterr().err.split("\n", 1)
+    printed = capsys.readouterr().err
+    usage, refusal = printed[printed.index("usage:") :].split("\n", 1)
     assert len(usage) < 100
     assert re.search(message, refusal)
+    assert refusal.count("\n") == 1 or arguments in ("", "trian")
 
 
 def test_help_lists_the_options_of_the_shaping_together(capsys):
@@ -157,6 +217,253 @@ def test_help_lists_the_options_of_the_shaping_together(capsys):
         *("positive_weight", "negative_weight", "dynamic_sampling"),
         *("trim_padding", "no_trim_padding", "skip_zero_advantage", "no_skip_zero_advantage", "log_tokens"),
     ]
+
+
+# Datasets
+
+
+def logs(output_dir):
+    return json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+
+
+EVALUATES = ["--problems", "--eval_strategy", "steps", "--eval_steps", "1", "--per_device_eval_batch_size", "8"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--test_split_size", "0.25"],
+        ["--dataset_train_split", "train[:75%]", "--dataset_test_split", "train[75%:]"],
+    ],
+    ids=["test_split_size", "slices"],
+)
+def test_a_file_is_split_for_evaluation(options, file, tmp_path, capsys):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    train.train(["--config", file(), "--dataset_name", dataset, *EVALUATES, *options])
+    assert "6 problems to train on, 2 to evaluate on" in capsys.readouterr().out
+    assert any("eval_reward" in log for log in logs(tmp_path / "output"))
+
+
+def test_a_folder_has_a_test_split(file, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", GSM8K)
+    write_rows(tmp_path / "data" / "test.jsonl", GSM8K[:3])
+    train.train(["--config", file(), "--dataset_name", str(tmp_path / "data"), *EVALUATES])
+    assert "8 problems to train on, 3 to evaluate on" in capsys.readouterr().out
+
+
+def test_a_missing_split_is_named(file, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", GSM8K)
+    with pytest.raises(train.UsageError, match=r"has no split 'test', only train\. .*`--test_split_size 0.1`"):
+        train.train(["--config", file(), "--dataset_name", str(tmp_path / "data"), *EVALUATES])
+
+
+def test_files_of_a_mixture(file, tmp_path, capsys):
+    datasets = [{"path": write_rows(tmp_path / name, GSM8K[:5])} for name in ("a.jsonl", "b.jsonl")]
+    train.train(["--config", file(datasets=datasets), "--problems", "--test_split_size", "2"])
+    assert "8 problems to train on" in capsys.readouterr().out
+
+
+def test_a_file_is_streamed(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    line = ["--config", file(), "--dataset_name", dataset, "--problems", "--dataset_streaming"]
+    if "Iterable datasets are not yet supported" in inspect.getsource(trl.GRPOTrainer):
+        with pytest.raises(train.UsageError, match="Iterable datasets are not yet supported"):
+            train.train(line)
+    else:
+        train.train(line)
+        assert_trained(tmp_path / "output")
+
+
+def test_a_dataset_smaller_than_a_generation_batch(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K[:3])
+    line = ["--config", file(num_generations=2), "--dataset_name", dataset, "--problems"]
+    with pytest.raises(train.UsageError, match="The training dataset has 3 rows, fewer than the 4 prompts"):
+        train.train(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ('{"question": 1\n', [], "Cannot read the dataset '.*problems.jsonl': .*JSON"),
+        ('{"question": "1+1?", "answer": ""}\n', [], "None of the 1 problems has both a text and an answer"),
+        ('{"question": "1+1?", "answer": "$no.$ $x$"}\n', ["--reward_funcs", "nowhere.reward"], "No module named"),
+        ('{"text": "1+1?"}\n', [], r"has the columns \['text'\]"),
+        (json.dumps(GSM8K[0]) + "\n", ["--reward_funcs", f"{__name__}.no_reward"], "has no such function"),
+        (json.dumps(GSM8K[0]) + "\n", ["--reward_funcs", "no_reward"], "Could not load reward function 'no_reward'"),
+        (
+            json.dumps(GSM8K[0]) + "\n",
+            ["--per_device_train_batch_size", "2", "--num_generations", "2", "--model_name_or_path", "./nowhere"],
+            "nowhere",
+        ),
+    ],
+)
+def test_mistakes_that_are_found_while_loading(content, options, message, file, tmp_path):
+    dataset = tmp_path / "problems.jsonl"
+    dataset.write_text(content)
+    with pytest.raises(train.UsageError, match=message) as error:
+        train.train(["--config", file(), "--dataset_name", str(dataset), "--problems", *options])
+    assert "\n" not in str(error.value)
+
+
+def test_resuming_without_a_checkpoint(file, tmp_path):
+    if "resume_from_checkpoint" not in inspect.getsource(grpo.main):
+        pytest.skip("this TRL's script does not resume")
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    line = ["--config", file(), "--dataset_name", dataset, "--problems", "--resume_from_checkpoint", "True"]
+    with pytest.raises(train.UsageError, match="checkpoint"):
+        train.train(line)
+
+
+def failing_reward(completion_ids, **kwargs):
+    raise ValueError("of the reward")
+
+
+def test_errors_of_training_keep_their_traceback(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    line = ["--config", file(reward_funcs=[f"{__name__}.failing_reward"]), "--dataset_name", dataset, "--problems"]
+    with pytest.raises(ValueError, match="of the reward") as error:
+        train.train(line)
+    assert not isinstance(error.value, train.UsageError)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [["--num_processes", "1", "--cpu"], pytest.param(["--num_processes", "2"], marks=pytest.mark.slow)],
+    ids=["one", "two"],
+)
+def test_a_mistake_ends_in_one_line_without_a_traceback(launcher, file, tmp_path):
+    (tmp_path / "problems.jsonl").write_text('{"question": 1\n')
+    config = file(accelerate_config="single_gpu" if "--cpu" in launcher else "fsdp2")
+    command = [sys.executable, "-m", "trl_a3po.cli", "train", "--config", config, "--problems", *launcher]
+    command += ["--dataset_name", str(tmp_path / "problems.jsonl")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    (message,) = re.findall("^trl-a3po train: error: (.*)$", result.stderr, re.MULTILINE)
+    assert re.match("Cannot read the dataset .*problems.jsonl.*JSON", message)
+
+
+@pytest.mark.parametrize(("code", "status", "message"), [(1, 1, ""), (2, 2, ""), (-9, 137, "SIGKILL.*memory")])
+def test_the_launcher_adds_no_traceback(code, status, message, file, tmp_path, monkeypatch, capsys):
+    def launch(arguments):
+        raise subprocess.CalledProcessError(code, "python")
+
+    monkeypatch.setattr(train, "launch_command", launch)
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    assert cli.main(["train", "--config", file(), "--dataset_name", dataset, "--problems"]) == status
+    assert re.search(message, capsys.readouterr().err)
+
+
+# Answers
+
+
+def test_any_accepted_answer_is_rewarded(file, tmp_path, monkeypatch):
+    """Every completion says the second of two accepted answers."""
+    seen = []
+
+    def say_it(completions, solution, **kwargs):
+        said = [[{"role": "assistant", "content": "\\boxed{0.25}"}] for _ in completions]
+        seen.extend(zip(solution, original(said, solution, **kwargs), strict=True))
+        return [reward for _, reward in seen[-len(said) :]]
+
+    original = rewards.accuracy_reward
+    monkeypatch.setattr(rewards, "accuracy_reward", say_it)
+    truths = [["1/2", "0.25"], ["1/2", "3"]] * 4
+    rows = [{"prompt": f"{i}+1=", "reward_model": {"ground_truth": truth}} for i, truth in enumerate(truths)]
+    dataset = write_rows(tmp_path / "problems.jsonl", rows)
+    train.train(["--config", file(), "--dataset_name", dataset, "--problems"])
+    assert seen
+    assert all(reward == float("$0.25$" in solution) for solution, reward in seen)
+
+
+def test_rows_without_a_reward_are_counted(file, tmp_path, caplog):
+    rows = [*GSM8K[:6], {"question": "a", "answer": "####"}, {"question": "b", "answer": "$\\ $ $"}]
+    dataset = write_rows(tmp_path / "problems.jsonl", rows)
+    train.train(["--config", file(num_generations=4), "--dataset_name", dataset, "--problems"])
+    assert "Skipped 1 of 8 problems: row 6" in caplog.text
+
+
+# TRL's script
+
+
+def test_trl_is_left_as_it_was(file, tmp_path):
+    trainer, init = trl.GRPOTrainer, trl.GRPOTrainer.__init__
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    train.train(["--config", file(), "--dataset_name", dataset, "--problems"])
+    assert trl.GRPOTrainer is trainer
+    assert trl.GRPOTrainer.__init__ is init
+    with pytest.raises(ZeroDivisionError), train.trains_with(lambda: None):
+        _ = 1 / 0
+    assert trl.GRPOTrainer is trainer
+    assert trl.GRPOTrainer.__init__ is init
+
+
+def test_a_script_with_a_trainer_of_its_own_is_refused_before_it_trains(file, tmp_path, monkeypatch):
+    """As if TRL's script imported GRPOTrainer at the top of its module."""
+    from trl import GRPOTrainer
+
+    steps = []
+
+    def script(script_args, training_args, model_args, dataset_args):
+        trainer = GRPOTrainer(model_args.model_name_or_path, parity_reward, training_args, tiny.prompts())
+        steps.append(trainer.train())
+
+    monkeypatch.setattr(grpo, "main", script)
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    with pytest.raises(RuntimeError, match=rf"does not work with TRL {trl.__version__}.*would train with GRPO"):
+        train.train(["--config", file(), "--dataset_name", dataset, "--problems"])
+    assert not steps
+    monkeypatch.setattr(grpo, "main", lambda *arguments: None)
+    with pytest.raises(RuntimeError, match="does not work with TRL"):
+        train.train(["--config", file(), "--dataset_name", dataset, "--problems"])
+
+
+def test_the_installed_script_trains_with_our_trainer(file, tmp_path):
+    made = []
+
+    class StopError(Exception):
+        pass
+
+    def make_trainer(**keywords):
+        made.append(keywords)
+        raise StopError
+
+    dataset = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1="}])
+    line = ["--config", file(), "--dataset_name", dataset, "--reward_funcs", "accuracy_reward"]
+    script, config, model, mixture, _ = train.make_parser().parse_args_and_config(line, return_remaining_strings=True)
+    train._resolve(script, config, mixture)
+    with pytest.raises(StopError), train.trains_with(make_trainer):
+        grpo.main(script, config, model, mixture)
+    assert {"train_dataset", "eval_dataset", "args", "model"} <= made[0].keys()
+
+
+# Recipes
+
+
+def test_a_recipe_is_found_by_its_name(capsys):
+    assert recipes().keys() == {recipe.stem for recipe in RECIPES}
+    words = train.make_parser().find_config(["--config", "a3po-gsm8k-lora", "--seed", "1"])
+    assert Path(words[1]).samefile(next(recipe for recipe in RECIPES if recipe.stem == "a3po-gsm8k-lora"))
+    assert words[2:] == ["--seed", "1"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"the name of a recipe that comes with the package: {', '.join(recipes())}." in text.replace("- ", "-")
+
+
+def test_recipes_of_the_installed_package_are_found(tmp_path, monkeypatch):
+    (tmp_path / "trl_a3po" / "recipes").mkdir(parents=True)
+    (tmp_path / "trl_a3po" / "recipes" / "mine.yaml").write_text("seed: 1")
+    monkeypatch.setattr("trl_a3po.cli.parser.PACKAGE", tmp_path / "trl_a3po")
+    assert list(recipes()) == ["mine"]
+
+
+def test_a_file_of_a_recipes_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a3po-gsm8k-lora").write_text("seed: 1")
+    assert train.make_parser().find_config(["--config=a3po-gsm8k-lora"]) == ["--config", "a3po-gsm8k-lora"]
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.yaml"))

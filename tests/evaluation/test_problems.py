@@ -1,10 +1,29 @@
 """Published datasets become prompts and solutions that the reward can read."""
 
-import pytest
-from datasets import Dataset
-from trl.rewards import accuracy_reward
+import json
+import logging
 
-from trl_a3po.evaluation.problems import final_answer, load_problems, split_off_last, to_prompt_and_solution
+import numpy as np
+import pytest
+from datasets import Dataset, IterableDataset
+
+from trl_a3po.evaluation.problems import (
+    accepted_answers,
+    final_answer,
+    load_problems,
+    split_off_last,
+    to_prompt_and_solution,
+    unparseable_rows,
+)
+from trl_a3po.rewards import accuracy_reward
+
+
+def score(answer, solution):
+    """What a completion that ends in `\\boxed{answer}` is rewarded with."""
+    return accuracy_reward([[{"role": "assistant", "content": f"So it is \\boxed{{{answer}}}."}]], [solution])[0]
+
+
+# One answer
 
 
 @pytest.mark.parametrize(
@@ -14,8 +33,24 @@ from trl_a3po.evaluation.problems import final_answer, load_problems, split_off_
         ("#### -3", "$-3$"),
         ("\\frac{1}{2}", "$\\frac{1}{2}$"),
         ("$\\pi$", "$\\pi$"),
-        ("First \\boxed{1}, then $x=\\boxed{\\frac{3}{4}}$.", "\\boxed{\\frac{3}{4}}$."),
+        ("First \\boxed{1}, then $x=\\boxed{\\frac{3}{4}}$.", "\\boxed{\\frac{3}{4}}"),
+        ("\\boxed{\\{1, 2\\}}, not \\{3\\}", "\\boxed{\\{1, 2\\}}"),
+        (
+            "\\boxed{\\begin{pmatrix} 1 \\\\\n 2 \\\\\\end{pmatrix}} {}",
+            "\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\\\\\end{pmatrix}}",
+        ),
+        ("so $\\boxed 5$ it is", "\\boxed{5}"),
+        ("so $\\fbox{5}$ it is", "\\boxed{5}"),
         (204, "$204$"),
+        (204.0, "$204$"),
+        (1e-05, "$0.00001$"),
+        (np.int64(3), "$3$"),
+        ("$18", "$\\$18$"),
+        ("\\$18.50", "$\\$18.50$"),
+        ("\\frac{1}{2}.", "$\\frac{1}{2}$"),
+        ("\\[2\\]", "\\[2\\]"),
+        ("\\(2\\)", "\\(2\\)"),
+        (" 7 ", "$7$"),
     ],
 )
 def test_final_answer(answer, expected):
@@ -23,18 +58,104 @@ def test_final_answer(answer, expected):
 
 
 @pytest.mark.parametrize(
-    ("answer", "completion"),
+    "answer",
     [
-        ("#### 1,024", "1024"),
-        ("#### -3", "-3"),
-        ("\\frac{1}{2}", "0.5"),
-        ("so $x=\\boxed{\\frac{3}{4}}$.", "\\frac{3}{4}"),
-        (204, "204"),
+        None,
+        "",
+        " \n",
+        "$$",
+        "$ $",
+        float("nan"),
+        "Five less.\n####",
+        "#### ",
+        "\\boxed{}",
+        "\\boxed{ }",
+        "\\boxed{1",
+        ".",
     ],
 )
-def test_final_answers_are_what_accuracy_reward_parses(answer, completion):
-    assert accuracy_reward([[{"content": f"\\boxed{{{completion}}}"}]], [final_answer(answer)]) == [1.0]
-    assert accuracy_reward([[{"content": "\\boxed{7}"}]], [final_answer(answer)]) == [0.0]
+def test_no_final_answer(answer):
+    assert final_answer(answer) == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("#### 1,024", "1024", "1"),
+        ("1,024,000", "1{,}024{,}000", "1"),
+        ("\\frac{1}{2}", "0.5", "1"),
+        ("so $x=\\boxed{\\frac{3}{4}}$.", "\\frac{3}{4}", "3"),
+        ("\\frac{1}{2}.", "\\frac{1}{2}", "1"),
+        (1e-05, "0.00001", "1"),
+        (0.25, "\\frac{1}{4}", "25"),
+        ("\\$18", "18", "1"),
+        ("$18", "\\$18", "1"),
+        ("50%", "50\\%", "5"),
+        ("50\\%", "50", "5"),
+        ("10 cm", "10", "1"),
+        ("10\\text{ cm}", "10", "1"),
+        ("90^\\circ", "90", "9"),
+        ("\\text{Evelyn}", "Evelyn", "\\text{Bob}"),
+        ("Evelyn", "\\text{Evelyn}", "\\text{Bob}"),
+        ("(B)", "\\text{B}", "C"),
+        ("[1, 2]", "[1,2]", "(1,2)"),
+        ("(1, 2)", "(1,2)", "[1,2]"),
+        ("\\{1, 2\\}", "\\{2, 1\\}", "1"),
+        (True, "True", "False"),
+        (True, "\\text{true}", "\\text{false}"),
+        (np.False_, "false", "true"),
+        ("Yes", "\\text{Yes}", "No"),
+        # As MATH is packed for verl, whose `target` has lost a backslash of every line break.
+        (
+            {
+                "target": "\\begin{pmatrix}6\\3\\end{pmatrix}",
+                "solution": "So it is \\[\\boxed{\\begin{pmatrix} 6 \\\\ 3 \\end{pmatrix}}.\\]",
+            },
+            "\\begin{pmatrix} 6 \\\\ 3 \\end{pmatrix}",
+            "\\begin{pmatrix} 3 \\\\ 6 \\end{pmatrix}",
+        ),
+    ],
+)
+def test_answers_are_what_the_reward_parses(answer, right, wrong):
+    accepted = accepted_answers(answer)
+    assert score(right, accepted) == 1.0
+    assert score(wrong, accepted) == 0.0
+
+
+# Several answers, and answers within something
+
+
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [
+        (["1/2", "0.25"], ["$1/2$", "$0.25$"]),
+        (("1/2", 0.25, None, ""), ["$1/2$", "$0.25$"]),
+        ([["1"], ["2", "1"]], ["$1$", "$2$"]),
+        ([1, 2], ["$1$", "$2$"]),
+        (np.array(["1/2", "0.25"], dtype=object), ["$1/2$", "$0.25$"]),
+        (np.array([np.array(["1"]), np.array(["2"])], dtype=object), ["$1$", "$2$"]),
+        ('["1/2", "0.25"]', ["$1/2$", "$0.25$"]),
+        ('["\\\\frac{1}{2}"]', ["$\\frac{1}{2}$"]),
+        ("[1, 2]", ["$[1, 2]$"]),
+        ("[0.5, \\infty)", ["$[0.5, \\infty)$"]),
+        ("{1, 2}", ["${1, 2}$"]),
+        ("['1/2', '0.25']", ["$['1/2', '0.25']$"]),
+        ('{"target": "3"}', ["$3$"]),
+        ({"target": ["1", "2"]}, ["$1$", "$2$"]),
+        ({"target": None, "answer": "2"}, ["$2$"]),
+        ({"target": " ", "answer": [], "solution": "3"}, ["$3$"]),
+        ({"target": "12{}13", "solution": "So $\\boxed{12\\text{ and }13}$"}, ["\\boxed{12\\text{ and }13}"]),
+        ({"target": "3", "solution": "Count to three."}, ["$3$"]),
+        ({"target": "3", "solution": "\\boxed{}"}, ["$3$"]),
+        ([], []),
+        ("[]", []),
+        ({}, []),
+        ({"target": None}, []),
+        ([None, " "], []),
+    ],
+)
+def test_accepted_answers(truth, expected):
+    assert accepted_answers(truth) == expected
 
 
 @pytest.mark.parametrize(
@@ -42,29 +163,104 @@ def test_final_answers_are_what_accuracy_reward_parses(answer, completion):
     [
         ({"question": "1+1?", "answer": "One and one.\n#### 2"}, "1+1?", "$2$"),
         ({"problem": "1+1?", "answer": "2"}, "1+1?", "$2$"),
-        ({"problem": "1+1?", "solution": "It is $\\boxed{2}$"}, "1+1?", "\\boxed{2}$"),
+        ({"problem": "1+1?", "answer": 2}, "1+1?", "$2$"),
+        ({"problem": "1+1?", "solution": "It is $\\boxed{2}$"}, "1+1?", "\\boxed{2}"),
         ({"problem": "1+1?", "solution": "Count to two.", "answer": "2"}, "1+1?", "$2$"),
+        ({"problem": "1+1?", "solution": "It is $\\boxed{2}$", "answer": ""}, "1+1?", "\\boxed{2}"),
+        ({"problem": "1+1?", "solution": "It is $\\boxed{2}$", "answer": None}, "1+1?", "\\boxed{2}"),
         ({"prompt": "1+1?", "solution": "$2$", "level": 1}, "1+1?", "$2$"),
         ({"prompt": [{"role": "user", "content": "1+1?"}], "solution": "2"}, "1+1?", "$2$"),
         ({"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}, "1+1?", "$2$"),
         ({"prompt": "1+1?", "reward_model": {"ground_truth": {"question": "1+1?", "target": "2"}}}, "1+1?", "$2$"),
+        ({"prompt": "1+1?", "reward_model": {"ground_truth": ["2"]}}, "1+1?", "$2$"),
+        ({"prompt": "1+1?", "reward_model": '{"ground_truth": "2"}'}, "1+1?", "$2$"),
+        ({"prompt": "1+1?", "reward_model": {"ground_truth": ["2", "10_2"]}}, "1+1?", ["$2$", "$10_2$"]),
+        ({"prompt": "1+1?", "solution": ["2", "10_2"]}, "1+1?", ["$2$", "$10_2$"]),
         (
             {"prompt": "1+1?", "reward_model": {"ground_truth": {"solution": "So $\\boxed{2}$"}}, "solution": "?"},
             "1+1?",
-            "\\boxed{2}$",
+            "\\boxed{2}",
         ),
     ],
 )
 def test_columns_are_mapped(row, content, solution):
-    mapped = to_prompt_and_solution(Dataset.from_list([row]))
-    assert list(mapped) == [{"prompt": [{"role": "user", "content": content}], "solution": solution}]
+    expected = {"prompt": [{"role": "user", "content": content}], "solution": solution}
+    assert list(to_prompt_and_solution(Dataset.from_list([row]))) == [expected]
+    assert list(to_prompt_and_solution(IterableDataset.from_generator(lambda: iter([row])))) == [expected]
+
+
+def test_one_row_with_several_answers_makes_every_solution_a_list():
+    problems = to_prompt_and_solution(
+        Dataset.from_list([{"prompt": "a", "solution": ["1"]}, {"prompt": "b", "solution": ["1/2", "0.25"]}])
+    )
+    assert list(problems["solution"]) == [["$1$"], ["$1/2$", "$0.25$"]]
+    assert [score("0.25", solution) for solution in problems["solution"]] == [0.0, 1.0]
+
+
+def test_lists_in_parquet_are_read(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": ["1/2", "0.25"]}}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "problems.parquet")
+    (row,) = load_problems(str(tmp_path / "problems.parquet"), "train")
+    assert row["solution"] == ["$1/2$", "$0.25$"]
 
 
 def test_other_columns_are_refused():
     with pytest.raises(ValueError, match=r"\['text', 'label'\].*`prompt` with `solution`.*`question`"):
         to_prompt_and_solution(Dataset.from_list([{"text": "1+1?", "label": "2"}]))
-    with pytest.raises(ValueError, match=r"`reward_model.ground_truth` has \['style'\]\. Accepted are `target`"):
+    with pytest.raises(ValueError, match=r"ground truth has \['style'\]\. Accepted are `target`"):
         to_prompt_and_solution(Dataset.from_list([{"prompt": "1+1?", "reward_model": {"ground_truth": {"style": 1}}}]))
+    with pytest.raises(ValueError, match=r"`reward_model` has \['style'\]\. Accepted is `ground_truth`"):
+        to_prompt_and_solution(Dataset.from_list([{"prompt": "1+1?", "reward_model": {"style": "rule"}}]))
+
+
+# Rows without an answer
+
+
+def test_rows_without_an_answer_are_skipped_and_named(caplog):
+    answers = ["#### 1", "####", None, "  ", "#### 5", "\\boxed{}"]
+    dataset = Dataset.from_list([{"question": f"{i}?", "answer": answer} for i, answer in enumerate(answers)])
+    with caplog.at_level(logging.WARNING):
+        problems = to_prompt_and_solution(dataset)
+    assert list(problems["solution"]) == ["$1$", "$5$"]
+    assert [prompt[0]["content"] for prompt in problems["prompt"]] == ["0?", "4?"]
+    assert "Skipped 4 of 6 problems: rows 1, 2, 3, 5 (counted from 0) without a text or an answer." in caplog.text
+
+
+def test_many_skipped_rows_are_counted(caplog):
+    dataset = Dataset.from_list([{"question": "?", "answer": "1" if i == 0 else ""} for i in range(21)])
+    to_prompt_and_solution(dataset)
+    assert "Skipped 20 of 21 problems: rows 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 10 more (counted" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", [None, "", " ", []])
+def test_rows_without_a_text_are_skipped(prompt, caplog):
+    whole = "1+1?" if not isinstance(prompt, list) else [{"role": "user", "content": "1+1?"}]
+    dataset = Dataset.from_list([{"prompt": whole, "solution": "2"}, {"prompt": prompt, "solution": "2"}])
+    assert len(to_prompt_and_solution(dataset)) == 1
+    assert "Skipped 1 of 2 problems: row 1 (counted from 0)" in caplog.text
+
+
+def test_rows_without_an_answer_in_a_stream(caplog):
+    rows = [{"question": "a", "answer": ""}, {"question": "b", "answer": "2"}]
+    (row,) = to_prompt_and_solution(IterableDataset.from_generator(lambda: iter(rows)))
+    assert row["solution"] == "$2$"
+    assert "Skipped row 0 (counted from 0)" in caplog.text
+
+
+def test_no_problem_left_is_refused():
+    with pytest.raises(ValueError, match="None of the 2 problems has both a text and an answer"):
+        to_prompt_and_solution(Dataset.from_list([{"question": "?", "answer": ""}] * 2))
+    with pytest.raises(ValueError, match="has no rows"):
+        to_prompt_and_solution(Dataset.from_dict({"question": [], "answer": []}))
+
+
+def test_unparseable_solutions_are_found():
+    solutions = ["$1$", "no answer", ["no answer", "$1$"], ["", "no answer"]]
+    for index, solution in enumerate(solutions):
+        assert unparseable_rows(Dataset.from_list([{"solution": solution}])) == ([0] if index in (1, 3) else [])
+
+
+# Instructions, files, splits
 
 
 def test_an_instruction_follows_the_problem():
@@ -74,6 +270,13 @@ def test_an_instruction_follows_the_problem():
     assert row["prompt"] == [conversation[0], {"role": "user", "content": "1+1?\nBox it."}]
 
 
+def test_an_instruction_follows_a_problem_in_parts():
+    parts = [{"type": "text", "text": "1+1?"}]
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}], "solution": "2"}])
+    (row,) = to_prompt_and_solution(dataset, "Box it.")
+    assert row["prompt"][0]["content"] == [*parts, {"type": "text", "text": "\nBox it."}]
+
+
 @pytest.mark.parametrize("extension", ["jsonl", "json", "parquet"])
 def test_local_files_are_read(tmp_path, extension):
     dataset = Dataset.from_list([{"question": "1+1?", "answer": "#### 2"}] * 3)
@@ -81,6 +284,37 @@ def test_local_files_are_read(tmp_path, extension):
     write = {"jsonl": dataset.to_json, "json": dataset.to_json, "parquet": dataset.to_parquet}
     write[extension](path)
     assert load_problems(str(path), "train")["solution"] == ["$2$"] * 3
+    assert len(load_problems(str(path), "test[1:]")) == 2
+
+
+def test_a_folder_is_read(tmp_path):
+    for split, answer in [("train", "1"), ("test", "2")]:
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "?", "answer": answer}) + "\n")
+    assert list(load_problems(str(tmp_path), "test")["solution"]) == ["$2$"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "There is no file '.*none.jsonl'"),
+        ("empty.jsonl", "", "'.*empty.jsonl' is empty"),
+        ("rows.csv", "question,answer\n1,2\n", r"'.*rows.csv' is not a \.jsonl, \.json, \.parquet file"),
+        ("broken.jsonl", '{"question": 1\n', "Cannot read the dataset '.*broken.jsonl': .*JSON"),
+        ("broken.parquet", "no parquet", "Cannot read the dataset '.*broken.parquet': .*[Pp]arquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused_in_one_line(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        load_problems(str(tmp_path / name), "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_of_a_file_has_no_effect(tmp_path, caplog):
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "answer": "1"}\n')
+    load_problems(str(tmp_path / "rows.jsonl"), "train", "main")
+    assert "`dataset_config='main'` has no effect on the file" in caplog.text
 
 
 def test_the_last_rows_are_held_out():

@@ -61,11 +61,15 @@ def test_the_loop_settles_at_its_bound():
 
 
 class Recorder(A3POTrainer):
-    """Keeps what the shaping was called with, and returned."""
+    """Keeps the arguments of the hook, and its result."""
+
+    def _compute_loss(self, model, inputs):
+        self.inputs = inputs
+        return super()._compute_loss(model, inputs)
 
     def shape_advantages(self, advantages, **batch):
         shaped = super().shape_advantages(advantages, **batch)
-        self.calls = [*getattr(self, "calls", []), (self._loss_inputs, advantages, shaped, batch)]
+        self.calls = [*getattr(self, "calls", []), (self.inputs, advantages, shaped, batch)]
         return shaped
 
 
@@ -142,7 +146,7 @@ def test_scales_follow_what_is_measured(loop, measure, bound, acts, tmp_path):
         assert weights.unique().tolist() == pytest.approx([1.0, scales[-1]], rel=1e-5)
 
 
-def test_a_resumed_run_goes_on_with_the_damping_it_had(tmp_path):
+def test_a_resumed_run_continues_with_its_damping(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2}
     whole = train(tmp_path / "whole", MismatchLoop, 0.2, **fields)
     resumed = make(tmp_path / "resumed", MismatchLoop, 0.2, **fields)

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The code, command lines, links and lists of the documents work as they are written."""
 
 import inspect
 import json
@@ -22,6 +22,12 @@ REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 GUIDE = (REPOSITORY / "docs" / "guide.md").read_text(encoding="utf-8")
 SHAPING = (REPOSITORY / "docs" / "shaping.md").read_text(encoding="utf-8")
+TRLS_OWN = {"tests/test_grpo_trainer.py"}
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+    REPOSITORY / "benchmarks" / "polarity" / "README.md",
+]
 
 
 def test_the_trainer_that_the_readme_writes_trains(tmp_path):
@@ -113,9 +119,12 @@ def test_the_command_lines_run(text, model_dir, tmp_path, monkeypatch, capsys):
     assert Path("report.html").exists()
 
 
-def test_the_readme_names_every_option_and_metric(tmp_path):
+def test_the_readme_names_every_option():
     added = trl_a3po.A3POConfig.__annotations__
     assert all(f"`{name}`" in README for name in added)
+
+
+def test_the_guide_names_every_metric(tmp_path):
     trainer = trl_a3po.A3POTrainer(
         tiny.model(),
         tiny.parity_reward,
@@ -126,7 +135,49 @@ def test_the_readme_names_every_option_and_metric(tmp_path):
     trainer.train()
     metrics = {name.split("/")[-1] for name in trainer.state.log_history[0] if name.startswith("a3po/")}
     documented = {"positive_low", "negative_high"}  # as {end}
-    assert all(name in documented or f"/{name}`" in README for name in metrics)
+    assert all(name in documented or f"/{name}`" in GUIDE for name in metrics)
+
+
+def test_the_readme_is_short_and_its_map_names_every_file_and_room():
+    assert len(README.splitlines()) <= 170
+    (tree,) = re.findall(r"```text\n(trl_a3po/.*?)```", README, flags=re.DOTALL)
+    package = REPOSITORY / "trl_a3po"
+    there = {path.name for path in package.glob("[!_]*.py")} | {
+        f"{path.parent.name}/" for path in package.glob("*/__init__.py")
+    }
+    assert there == set(re.findall(r"^  (\w+(?:/|\.py)) ", tree, flags=re.MULTILINE))
+    mentioned = re.findall(r"(\w+\.py)", tree)
+    assert all(list(package.rglob(name)) for name in mentioned)
+
+
+def test_the_api_page_has_what_is_public_and_nothing_else():
+    documented = re.findall(r"^::: (\S+)$", (REPOSITORY / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    names = {f"trl_a3po.{name}" for name in trl_a3po.__all__ if not name.startswith("_")}
+    at_the_top = {f"trl_a3po.{path.stem}" for path in (REPOSITORY / "trl_a3po").glob("[!_]*.py")}
+    exported_from = {getattr(trl_a3po, name.rpartition(".")[2]).__module__ for name in names}
+    assert sorted(documented) == sorted(names | (at_the_top - exported_from))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES])
+def test_links_between_documents_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(REPOSITORY)) for page in PAGES])
+def test_the_files_that_documents_name_exist(page):
+    paths = r"\b(?:trl_a3po|tests|benchmarks|docs|examples|requirements)/[\w./-]+\.\w+"
+    named = {path for path in re.findall(paths, page.read_text(encoding="utf-8")) if "/github.com/" not in path}
+    assert {path for path in named if not (REPOSITORY / path).exists()} <= TRLS_OWN
 
 
 def test_one_version():

@@ -139,16 +139,16 @@ def test_every_method_trains(start, name):
 def test_methods_differ_by_what_the_loss_reads(start, monkeypatch):
     """The advantages of one and the same micro-batch, method by method: no two alike that should not be."""
     seen = {}
-    original = A3POTrainer._shape_loss_inputs
+    original = A3POTrainer._before_loss_reads
 
-    def spy(self, inputs, **others):
-        before = inputs["advantages"].clone()
-        original(self, inputs, **others)
+    def spy(self, scope, **others):
+        before = scope.inputs["advantages"].clone()
+        original(self, scope, **others)
         if self.is_in_train and name not in seen:  # not the check of the contract, before training
-            mask, shaped = inputs["completion_mask"].bool(), inputs["advantages"]
+            mask, shaped = scope.inputs["completion_mask"].bool(), scope.inputs["advantages"]
             seen[name] = torch.where(mask, shaped if shaped.dim() == 2 else shaped[:, None], 0.0), before
 
-    monkeypatch.setattr(A3POTrainer, "_shape_loss_inputs", spy)
+    monkeypatch.setattr(A3POTrainer, "_before_loss_reads", spy)
     monkeypatch.setattr(run, "is_right", lambda text, numbers, target: len(text) % 2 == 0)
     monkeypatch.setattr(run, "right_answers", lambda model, tokenizer, held_out, *others, **more: [0] * len(held_out))
     names = [
@@ -181,7 +181,7 @@ def test_methods_differ_by_what_the_loss_reads(start, monkeypatch):
         ["dapo", "a3po", "a3po_entropy", "reversed", "random", "w_reinforce"], 2
     ):
         assert not torch.equal(seen[left][0], seen[right][0]), f"{left} and {right} do the same"
-    # By lot as many are amplified, as much.
+    # At random, as many are amplified, as much.
     assert seen["random"][0].abs().sum() == pytest.approx(seen["a3po"][0].abs().sum().item(), rel=0.2)
 
 

@@ -190,7 +190,7 @@ def test_filters_by_step_and_by_reward(show, tmp_path):
     choose(page, "most", "0.5")
     assert [text.startswith("reward 0 ") for text in texts(page, "article")] == [True]
     choose(page, "most", "-1")
-    assert texts(page, "#prompts") == ["No completion of this step has such a reward."]
+    assert texts(page, "#prompts") == ["No completion of this step has a reward in this range."]
 
 
 def test_the_completions_of_each_run(show, tmp_path):
@@ -209,7 +209,7 @@ def test_a_run_whose_tokens_were_not_logged_says_how(show, tmp_path):
     (run / "tokens.jsonl").unlink()
     page = show(run)
     assert texts(page, "#left-out") == [
-        "None were logged. A3POConfig(log_tokens=2) logs those of two prompts at every log."
+        "No completions were logged. A3POConfig(log_tokens=2) logs those of two prompts at every log."
     ]
     assert page.run("getComputedStyle(document.querySelector('.filters')).display") == "none"
 
@@ -220,7 +220,8 @@ def test_what_was_left_out_is_said(show, tmp_path):
     with (tmp_path / "run" / "tokens.jsonl").open("ab") as file:
         file.write(b"torn")
     page = show(tmp_path / "run")
-    assert texts(page, "#left-out") == ["195 of 400 logged steps are shown. 1 lines of the token log cannot be read."]
+    (note,) = texts(page, "#left-out")
+    assert note == "195 of 400 logged steps are shown. 1 lines of the token log could not be read."
     assert "first 1024 of 5000 tokens" in texts(page, ".facts")[0]
 
 

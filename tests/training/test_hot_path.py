@@ -7,7 +7,7 @@ import torch
 from support import tiny
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_a3po import A3POTrainer, peers, shape_advantages
+from trl_a3po import A3POTrainer, shape_advantages
 from trl_a3po.shaping import TOKEN_ENDS, gspo_token_old_logps, weight_polarities
 from trl_a3po.training.polarity_metrics import polarity_sums
 
@@ -30,22 +30,6 @@ def test_the_host_waits_for_nothing():
     assert shaped.is_meta
     assert sums.is_meta
     assert shaped.shape == (4, 16)
-
-
-def test_the_host_waits_for_no_peer():
-    rewards, advantages = torch.empty(4, device="meta"), torch.empty(4, device="meta")
-    logps = old_logps = entropies = torch.empty(4, 16, device="meta")
-    mask = torch.empty(4, 16, device="meta", dtype=torch.long)
-    assert peers.w_reinforce(rewards).is_meta
-    for shaped in (
-        peers.forking_tokens(advantages, entropies, mask),
-        peers.clip_cov(advantages, logps, old_logps, mask),
-        peers.steer_exponential(advantages, logps, old_logps, entropies, mask),
-        peers.steer_linear(advantages, logps, old_logps, entropies, mask),
-        peers.advantage_reweighting(advantages, old_logps, mask),
-    ):
-        assert shaped.is_meta
-        assert shaped.shape == (4, 16)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,24 @@ def test_what_a_killed_run_leaves_on_the_hub_is_whole(hub, output):
     assert steps[-1] == 45
 
 
+@pytest.mark.slow
+def test_with_one_checkpoint_kills_in_a_save_lose_no_more_than_a_step(model_dir, tmp_path):
+    """Each process dies in its second save, each at another moment: in the writing, between, or in the deleting."""
+    worker = Path(__file__).with_name("kill_in_save_worker.py")
+    done = subprocess.run([sys.executable, worker, model_dir, tmp_path], capture_output=True, text=True, timeout=400)
+    assert (tmp_path / "report.json").exists(), done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["uninterrupted"] == 0
+    *killed, last = report["attempts"].values()
+    assert [attempt["exit"] for attempt in killed] == [-signal.SIGKILL] * 8, report
+    assert last["exit"] == 0
+    # Of two saves of each process, both are whole once the mark is gone, and the first one is before that.
+    steps = [step_of(attempt["last"]) for attempt in killed]
+    assert steps == [1, 2, 3, 4, 5, 7, 9, 11]
+    assert report["digests"][0] == report["digests"][1] is not None
+    assert report["left"] == ["checkpoint-18"]
+
+
 def make(model_dir, output_dir, **fields):
     fields = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", **fields}
     args = tiny.config(output_dir, save_strategy="steps", **fields)

@@ -1,5 +1,7 @@
 """Rows packed, each prompt once: every position in its place, log-probabilities and gradients as one row at a time."""
 
+import copy
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +9,12 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from trl_a3po.update.attention import restore_attention
 from trl_a3po.update.layout import PackedLayout, RowShape, packed_positions, row_shapes
 from trl_a3po.update.packed_forward import PackedForward, trl_has_fused_head
+from trl_a3po.update.probe import check_packing
 
 
 if not trl_has_fused_head():
@@ -50,7 +55,9 @@ def make_model(name: str, attention: str | None = None, **changes):
         pytest.skip(f"this transformers has no {name}")
     kind = transformers.CONFIG_MAPPING[name]
     default = kind()
-    sizes = {key: value for key, value in SIZES.items() if getattr(default, key, None) is not None}
+    sizes = {key: value for key, value in SIZES.items() if hasattr(default, key)}
+    if getattr(default, "sliding_window", None) is None:
+        sizes.pop("sliding_window", None)
     if "kv_lora_rank" in sizes:
         sizes.pop("head_dim", None)
         sizes["num_key_value_heads"] = 4
@@ -210,62 +217,27 @@ class TestRowShapes:
         assert row_shapes(ids, prompt, completion) is None
 
 
-# Families that are packed, with what each needs to be built tiny beyond SIZES.
-FAMILIES = {
-    **dict.fromkeys(
-        [
-            "apertus",
-            "arcee",
-            "cohere",
-            "cohere2",
-            "deepseek_v2",
-            "deepseek_v3",
-            "dots1",
-            "ernie4_5",
-            "exaone4",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "glm",
-            "glm4",
-            "gpt2",
-            "gpt_bigcode",
-            "gpt_neox",
-            "gpt_oss",
-            "granite",
-            "granitemoe",
-            "hunyuan_v1_dense",
-            "llama",
-            "ministral",
-            "ministral3",
-            "mistral",
-            "mixtral",
-            "nemotron",
-            "olmo2",
-            "olmo3",
-            "olmoe",
-            "opt",
-            "phi",
-            "phi3",
-            "phimoe",
-            "qwen2",
-            "qwen3",
-            "qwen3_moe",
-            "seed_oss",
-            "smollm3",
-            "stablelm",
-            "starcoder2",
-        ],
-        {},
-    ),
+FAMILIES = (
+    *("apertus", "arcee", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "exaone4", "gemma"),
+    *("gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj", "granite"),
+    *("granitemoe", "hunyuan_v1_dense", "llama", "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo2"),
+    *("olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
+    *("stablelm", "starcoder2"),
+)
+# What some need, beyond SIZES, to be built tiny or to show all that they can do.
+CHANGES = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": {"attn_logit_softcapping": 1.0},
+    "gptj": {"rotary_dim": 4},
+    "dots1": {"n_shared_experts": 1},
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_packed_and_exact(name):
-    model = make_model(name, **FAMILIES[name])
+def test_a_family_is_packed_and_exact(name):
+    model = make_model(name, **CHANGES.get(name, {}))
+    if name == "gptj" and not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
+        pytest.skip("this transformers gives GPT-J attention classes of its own")
     packing = check_packing(model)
     assert packing.reason is None
     assert packing.by_column == (name != "opt")
@@ -275,16 +247,204 @@ def test_every_family_is_packed_and_exact(name):
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("bloom", {}, "log-probabilities differ"),
-        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "NoneType"),
+        ("bloom", {}, "log-probabilities differ"),  # its attention asks for no function
+        ("bert", {}, "log-probabilities differ"),  # attends to both sides
         ("doge", {}, "mask of its own"),
         ("rwkv", {"attention_hidden_size": 32}, "log-probabilities differ"),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "AttributeError"),
         ("qwen3_next", {}, "linear_attention"),
         ("minimax", {}, "linear_attention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "conv"),
     ],
 )
 def test_others_are_not_packed(name, changes, reason):
-    packing = check_packing(make_model(name, **changes))
+    model = make_model(name, **changes)
+    packing = check_packing(model)
     assert packing.reason is not None
     assert reason in packing.reason
+    assert model.config._attn_implementation in ("eager", "sdpa")
+
+
+class TestCheck:
+    def test_prompt_tuning(self):
+        model = get_peft_model(make_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        assert check_packing(model).reason == "an adapter puts virtual tokens before each row"
+
+    def test_a_model_that_fails_on_made_up_rows_is_not_packed(self):
+        model = make_model("llama")
+        model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in check_packing(model).reason
+
+    def test_the_numbers_decide(self):
+        """A layer that mixes along the row, which no rule knows of."""
+        model = make_model("llama")
+        model.model.layers[1].register_forward_hook(lambda _, args, output: output + 0.1 * output.cumsum(1))
+        assert "log-probabilities differ" in check_packing(model).reason
+
+    def test_a_long_window_has_to_reach_the_attention(self, monkeypatch):
+        assert check_packing(make_model("mistral", sliding_window=100_000)).reason is None
+        model = make_model("mistral", sliding_window=100_000)
+        for layer in model.model.layers:
+            forward = layer.self_attn.forward
+            layer.self_attn.config = copy.copy(model.config)
+            layer.self_attn.config.sliding_window = None
+            layer.self_attn.forward = forward
+        assert "ask for windows of {None}, its configuration for {100000}" in check_packing(model).reason
+
+    @pytest.mark.parametrize(("kind", "limit"), [("dynamic", 128), ("longrope", 64), ("default", None)])
+    def test_rotations_that_depend_on_the_longest_row_set_a_limit(self, kind, limit):
+        parameters = {"rope_type": kind, "rope_theta": 10000.0}
+        if kind == "dynamic":
+            parameters["factor"] = 2.0
+        if kind == "longrope":
+            parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+        packing = check_packing(make_model("llama", rope_parameters=parameters))
+        assert (packing.reason, packing.limit) == (None, limit)
+
+    def test_leaves_the_model_as_it_was(self):
+        model = make_model("llama", attention_dropout=0.3).train()
+        model.model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
+        state = torch.get_rng_state()
+        assert check_packing(model).reason is None
+        assert [module.training for module in model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_runs_the_model_as_often_whatever_the_result(self):
+        for fails in (False, True):
+            model = make_model("llama")
+            calls = []
+            model.model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            if fails:
+                model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+            assert (check_packing(model).reason is not None) == fails
+            assert len(calls) == 4
+
+
+class TestPackedForward:
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_the_attention_of_the_model_makes_no_difference(self, attention):
+        assert_same(make_model("qwen2", attention), make_batch(SHAPES))
+
+    def test_rows_that_the_layout_does_not_have_are_zero(self):
+        model, batch = make_model("llama"), make_batch(SHAPES, batch=9)
+        assert_same(model, batch)
+        logps, _ = packed(model, batch)
+        assert (logps[7:] == 0).all()
+        assert (logps[:7] != 0).sum() == sum(completion for _, completion, _ in SHAPES)
+
+    def test_without_rows_all_parameters_take_part(self):
+        model, batch = make_model("llama"), make_batch(SHAPES)
+        batch.rows = []
+        logps, _, named = gradients(model, packed, batch)
+        assert named.keys() == dict(model.named_parameters()).keys()
+        assert not logps.any()
+        assert not any(gradient.any() for gradient in named.values())
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradient_checkpointing(self, reentrant):
+        model = make_model("gemma3_text", **CHANGES["gemma3_text"])
+        expected = gradients(model, packed, make_batch(SHAPES))
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        actual = gradients(model, packed, make_batch(SHAPES))
+        for name, gradient in expected[2].items():
+            torch.testing.assert_close(actual[2][name], gradient, rtol=0, atol=1e-6)
+        assert model.config._attn_implementation == "sdpa"
+
+    def test_checkpoints_see_the_layout_of_their_own_pass(self):
+        model = make_model("llama").train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        one, other = make_batch(SHAPES), make_batch(SHAPES[::-1])
+        expected = [gradients(model, packed, batch)[2] for batch in (one, other)]
+
+        def both(model, one, other):
+            return tuple(torch.cat(each) for each in zip(packed(model, one), packed(model, other), strict=True))
+
+        model.zero_grad()
+        weights = torch.linspace(-1, 1.5, 63).view(7, 9)
+        (logps, entropies), (other_logps, other_entropies) = packed(model, one), packed(model, other)
+        loss = (weights * (logps + other_logps)).sum() + (weights.flip(0) * (entropies + other_entropies)).sum()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[0][name] + expected[1][name], rtol=1e-5, atol=1e-4)
+
+    def test_lora(self):
+        model = make_model("llama")
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+        assert check_packing(model).reason is None
+        assert_same(model.eval(), make_batch(SHAPES))
+
+    def test_a_nested_configuration(self):
+        kind = transformers.CONFIG_MAPPING["gemma3"]
+        sizes = {**{key: SIZES[key] for key in SIZES if key not in ("n_embd", "n_layer", "n_head", "n_inner")}}
+        config = kind(
+            text_config=sizes,
+            vision_config={"hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28},
+        )
+        torch.manual_seed(0)
+        model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+        before = {name: part._attn_implementation for name, part in configurations(config).items()}
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        assert_same(model, make_batch(SHAPES))
+        assert {name: part._attn_implementation for name, part in configurations(config).items()} == before
+
+    def test_in_half_precision_as_near_as_padding(self):
+        model = make_model("llama").bfloat16()
+        assert check_packing(model).reason is None
+        batch = make_batch(SHAPES)
+        with torch.no_grad():
+            exact = one_by_one(make_model("llama"), batch)[0]
+            padded = model(**batch.inputs).log_probs[:, -batch.columns :]
+            errors = [(each.float() - exact).square().mean().sqrt() for each in (padded, packed(model, batch)[0])]
+        assert errors[1] < 1.5 * errors[0]
+
+    def test_under_autocast(self):
+        model, batch = make_model("llama"), make_batch(SHAPES)
+        exact = packed(model, batch)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert check_packing(model).reason is None
+            logps = packed(model, batch)[0]
+        assert 0 < (logps - exact).abs().max() < 0.1
+
+    @pytest.mark.parametrize("name", ["llama", "gemma2"])
+    def test_dropout_of_the_attention(self, name):
+        model, batch = make_model(name, attention_dropout=0.1), make_batch(SHAPES)
+        with torch.no_grad():
+            exact = packed(model, batch)[0]
+            draws = torch.stack([packed(model.train(), batch)[0] for _ in range(20)])
+        assert draws.std(0)[exact != 0].min() > 0
+        assert (draws.mean(0) - exact).abs().mean() < (draws - exact).abs().mean() / 2
+
+    def test_generation_after_a_pass_is_as_before(self):
+        model, batch = make_model("llama"), make_batch(SHAPES)
+        options = {"do_sample": False, "max_new_tokens": 8}
+        prompts = batch.inputs["input_ids"][:3, : batch.width]
+        before = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+        gradients(model, packed, batch)
+        assert torch.equal(model.generate(prompts, attention_mask=torch.ones_like(prompts), **options), before)
+
+    def test_an_error_in_a_pass_leaves_the_attention_of_the_model(self):
+        model, batch = make_model("llama"), make_batch(SHAPES)
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            packed(model, batch)
+        assert model.config._attn_implementation == "sdpa"
+        handle.remove()
+        logps, _ = packed(model, batch)
+        model.model.embed_tokens.weight.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logps.sum().backward()
+        restore_attention(model)
+        assert model.config._attn_implementation == "sdpa"
+        assert type(model.config._attn_implementation) is str
+
+    def test_arguments_that_rows_cannot_carry_are_refused(self):
+        model, batch = make_model("llama"), make_batch(SHAPES)
+        with pytest.raises(TypeError, match="output_router_logits"):
+            PackedForward(model, PackedLayout(batch.rows, batch.shape))(**batch.inputs, output_router_logits=True)
+
+
+def configurations(config):
+    return {"": config, **{name: getattr(config, name) for name in config.sub_configs}}

@@ -1,4 +1,4 @@
-"""The command line, `trl-a3po`: one command after another is imported when it is called."""
+"""The command line, `trl-a3po`. It imports a command only when that command is called."""
 
 import argparse
 import importlib
@@ -10,37 +10,35 @@ from .. import __version__
 
 
 if TYPE_CHECKING:
-    from trl import TrlParser
+    from .parser import Parser
 
 
-# The module of each command, and what it does.
+# The module of each command, and what the command does.
 COMMANDS = {
     "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
-    "eval": ("eval", "avg@k, pass@k and maj@k of a model, with intervals"),
-    "report": ("report", "one HTML file of what runs logged, token by token where they did"),
+    "eval": ("eval", "measure avg@k, pass@k and maj@k of a model, with 95 %% intervals"),
+    "report": ("report", "write what runs logged as one HTML file, token by token if `log_tokens` was set"),
     "demo": ("demo", "train a tiny model on arithmetic, on a CPU, and show what it learned"),
 }
 
 
-def parser_of(command: str, description: str | None, dataclasses: list[Any]) -> "TrlParser":
-    """The parser of a command whose options are the fields of dataclasses."""
-    from trl import TrlParser  # takes seconds
+def parser_of(command: str, description: str | None, dataclasses: list[Any], **options: Any) -> "Parser":
+    """The [`Parser`] of a command whose options are the fields of dataclasses."""
+    from .parser import Parser  # imports TRL, which takes seconds
 
-    return TrlParser(
-        dataclasses,
-        prog=f"trl-a3po {command}",
-        usage=f"trl-a3po {command} [--config FILE] [options]",
-        description=description,
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """With defaults, and the description as it stands."""
+    return Parser(command, description, dataclasses, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
+
+    Returns:
+        `int`: the exit status: 0, or 2 if the line or its input is wrong.
+    """
     parser = argparse.ArgumentParser(
         prog="trl-a3po",
         description="A3PO as a drop-in replacement for TRL's GRPOTrainer.",

@@ -1,4 +1,4 @@
-"""Write a report on what runs have logged: `trl-a3po report RUN_DIR [RUN_DIR ...]`."""
+"""Write a report on what runs logged: `trl-a3po report RUN_DIR [RUN_DIR ...]`."""
 
 import argparse
 import sys
@@ -13,25 +13,27 @@ def main(arguments: list[str] | None = None) -> int:
     The command line.
 
     Args:
-        arguments (`list[str]`, *optional*): In place of those that the program was started with.
+        arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
 
     Returns:
-        `int`: the exit status, 0, or 2 where there is nothing to report.
+        `int`: the exit status: 0, or 2 if there is nothing to report.
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po report",
-        description="Write a report on what runs have logged, as one HTML file: metrics over time, all runs in the "
-        "same charts, and completions token by token, where A3POConfig's `log_tokens` is set.",
+        description="Write one HTML file on what runs logged: the metrics of all runs in the same charts, and "
+        "completions token by token if the run had `log_tokens` set.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="`output_dir` of a run")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write (report.html)")
     parser.add_argument(
-        "--tokens", action="store_true", help="print completions of one prompt to the terminal instead; needs rich"
+        "--output", type=Path, default=Path("report.html"), help="file to write (default: report.html)"
     )
-    parser.add_argument("--step", type=int, help="with --tokens: the step to print of (the last)")
+    parser.add_argument(
+        "--tokens", action="store_true", help="print the completions of one prompt in the terminal instead; needs rich"
+    )
+    parser.add_argument("--step", type=int, help="with --tokens: the step to print (default: the last)")
     parsed = parser.parse_args(arguments)
     if parsed.step is not None and not parsed.tokens:
-        parser.error("--step goes with --tokens")
+        parser.error("--step needs --tokens")
     try:
         if parsed.tokens:
             for run_dir in parsed.run_dirs:
@@ -55,8 +57,8 @@ def _print_tokens(run_dir: Path, step: int | None) -> None:
     if not completions:
         of_step = "" if step is None else f" of step {step}"
         raise ReportError(
-            f"'{run_dir}' holds no completions{of_step}. `log_tokens` of A3POConfig logs some, of those that have an "
-            "advantage."
+            f"'{run_dir}' has no logged completions{of_step}. Set `log_tokens` in A3POConfig. Only completions with a "
+            "non-zero advantage are logged."
         )
     last = [each for each in completions if each.step == completions[-1].step]
     of_one_prompt = [each for each in last if (each.group, each.prompt) == (last[0].group, last[0].prompt)]

@@ -1,30 +1,48 @@
 r"""
-Train a model with A3PO: what `trl grpo` is for GRPO, with its options, those of A3POConfig and of `accelerate launch`.
+Train a model with A3PO. The options are those of `trl grpo`, of A3POConfig and of `accelerate launch`.
 
   trl-a3po train --model_name_or_path Qwen/Qwen2.5-1.5B --dataset_name openai/gsm8k --dataset_config main \
       --problems --output_dir gsm8k-a3po --accelerate_config fsdp2 --num_processes 8
 
-All of them may stand in a YAML file (`--config`), with environment variables under `env:`.
+All of them can also stand in a YAML file (`--config`), with environment variables under `env:`.
 """
 
 import argparse
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import trl
 from accelerate.commands.launch import launch_command, launch_command_parser
-from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, TrlParser
+from datasets import get_dataset_split_names
+from datasets.exceptions import DatasetGenerationError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
-from trl.scripts.utils import DatasetConfig
 
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
-from ..evaluation.problems import LOADERS, to_prompt_and_solution
+from ..evaluation.problems import rows, to_prompt_and_solution, unparseable_rows, unreadable
+from ..training.dataset_checks import check_dataset_sizes
+from .dataset_options import resolve_datasets, take_slice
 from .main import parser_of
+from .parser import Parser, group_options
+
+
+logger = logging.getLogger(__name__)
+
+# TRL's rewards that take one answer, and ours that take several and are named alike.
+OUR_REWARDS = {name: f"trl_a3po.rewards.{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward")}
 
 
 @dataclass
@@ -34,33 +52,38 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
 
     Args:
         problems (`bool`, *optional*, defaults to `False`):
-            Whether the dataset has problems with checkable answers, to be mapped to `prompt` and `solution` by
-            [`~trl_a3po.evaluation.problems.to_prompt_and_solution`]. The reward is then `accuracy_reward`, unless
-            another is named.
+            Whether the dataset has problems with checkable answers. Their columns are mapped to `prompt` and
+            `solution` by [`~trl_a3po.evaluation.problems.to_prompt_and_solution`]. The reward is `accuracy_reward`,
+            unless you name another.
         instruction (`str`, *optional*):
-            Appended to each of the problems.
+            Text appended to each problem.
     """
 
     problems: bool = field(
         default=False,
         metadata={
-            "help": "Whether the dataset has problems with checkable answers, in columns as of GSM8K, MATH, AIME, "
-            "DAPO-Math-17k or verl, to be mapped to `prompt` and `solution`. The reward is then `accuracy_reward`, "
-            "unless another is named."
+            "help": "Whether the dataset has problems with checkable answers, with columns as in GSM8K, MATH, AIME, "
+            "DAPO-Math-17k or verl. They are mapped to `prompt` and `solution`. The reward is `accuracy_reward`, "
+            "unless you name another."
         },
     )
     instruction: str | None = field(
         default=None,
-        metadata={"help": "Appended to each of the problems, such as 'Put your final answer within \\boxed{}.'"},
+        metadata={"help": "Text appended to each problem, such as 'Put your final answer within \\boxed{}.'"},
     )
 
 
-def make_parser() -> TrlParser:
-    parser = parser_of("train", __doc__, [A3POScriptArguments, A3POConfig, ModelConfig, DatasetMixtureConfig])
-    _group(parser, "dataset and rewards", _names(A3POScriptArguments))
-    _group(parser, "what A3POConfig adds to GRPOConfig", _names(A3POConfig) - _names(GRPOConfig))
-    _group(parser, "model", _names(ModelConfig))
-    _group(parser, "dataset mixture", _names(DatasetMixtureConfig))
+class UsageError(ValueError):
+    """A mistake in the options, or in what they name. The message is one line, and no traceback helps."""
+
+
+def make_parser() -> Parser:
+    dataclasses = [A3POScriptArguments, A3POConfig, ModelConfig, DatasetMixtureConfig]
+    parser = parser_of("train", __doc__, dataclasses, with_recipes=True)
+    group_options(parser, "dataset and rewards", _names(A3POScriptArguments))
+    group_options(parser, "what A3POConfig adds to GRPOConfig", _names(A3POConfig) - _names(GRPOConfig))
+    group_options(parser, "model", _names(ModelConfig))
+    group_options(parser, "dataset mixture", _names(DatasetMixtureConfig))
     return parser
 
 
@@ -68,63 +91,226 @@ def _names(dataclass_type: Any) -> set[str]:
     return {each.name for each in fields(dataclass_type)}
 
 
-def _group(parser: argparse.ArgumentParser, title: str, names: set[str]) -> None:
-    """Has the help list some options under a title of their own."""
-    listed = parser._optionals._group_actions
-    parser.add_argument_group(title)._group_actions += [action for action in listed if action.dest in names]
-    parser._optionals._group_actions = [action for action in listed if action.dest not in names]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks the arguments, and starts as many processes of [`train`] as they say, by `accelerate launch`."""
+    """
+    Checks the arguments, and starts as many processes of [`train`] as they say, by `accelerate launch`.
+
+    Args:
+        arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
+
+    Returns:
+        `int`: the exit status: 0, 2 if the options or their files are wrong, or that of the process that failed.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, launcher = make_parser(), launch_command_parser()
     try:
-        *_, in_file, on_line = parser.parse_args_and_config(
+        arguments = parser.find_config(arguments)
+        script, config, model, mixture, in_file, on_line = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
         )
         for_launcher = [*resolve_accelerate_config_argument([*in_file, *on_line]), "--module", __name__]
+        known, unknown = launcher.parse_known_args(for_launcher)
+        if unknown or known.training_script != __name__:
+            parser.error(f"unrecognized arguments: {' '.join(unknown or [known.training_script])}")
+        if model.model_name_or_path is None:
+            parser.error("the following arguments are required: --model_name_or_path")
+        _resolve(script, config, mixture)
+        return _launch(launcher.parse_args([*for_launcher, *arguments]))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
-    known, unknown = launcher.parse_known_args(for_launcher)
-    if unknown or known.training_script != __name__:
-        parser.error(f"unrecognized arguments: {' '.join(unknown or [known.training_script])}")
-    launch_command(launcher.parse_args([*for_launcher, *arguments]))
+        parser.error(_one_line(error))
+
+
+def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig):
+    """Fills in what the options leave open, and raises what can be known to be wrong. Returns the splits' slices."""
+    if not script.reward_funcs and not script.reward_model_name_or_path:
+        if not script.problems:
+            raise UsageError(
+                "There is no reward. Pass `--reward_funcs`, or `--problems` for a dataset of problems with checkable "
+                "answers."
+            )
+        script.reward_funcs = ["accuracy_reward"]
+    if _checks_answers(script) and importlib.util.find_spec("math_verify") is None:
+        raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl-a3po[math-verify]'")
+    return resolve_datasets(script, mixture, config.eval_strategy != "no", config.max_steps)
+
+
+def _checks_answers(script: A3POScriptArguments) -> bool:
+    return not OUR_REWARDS.keys().isdisjoint(script.reward_funcs or ())
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    """Starts the processes. They have reported their own errors: the launcher's traceback says nothing more."""
+    # It reports how each process ended, as errors of its own.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as error:
+        return _exit_status([error.returncode])
+    except ChildFailedError as error:
+        return _exit_status([failure.exitcode for failure in error.failures.values()])
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 
+def _exit_status(codes: Sequence[int]) -> int:
+    if 2 in codes:  # a process has said what is wrong with the options
+        return 2
+    if codes[0] < 0:
+        number = -codes[0]
+        hint = " The machine may have run out of memory." if number == signal.SIGKILL else ""
+        print(f"error: training was ended by {signal.Signals(number).name}.{hint}", file=sys.stderr)
+        return 128 + number
+    return codes[0]
+
+
 def train(arguments: Sequence[str] | None = None) -> None:
-    """Trains, in one of the processes that [`main`] starts."""
-    # What is left over has been taken by the launcher.
-    script, config, model, mixture, _ = make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
-    if script.problems and not (script.reward_funcs or script.reward_model_name_or_path):
-        script.reward_funcs = ["accuracy_reward"]
+    """
+    Trains, in one of the processes that [`main`] starts.
+
+    Raises:
+        `UsageError`: the options name what does not exist or does not work; always before the first step.
+        `RuntimeError`: the script of the installed TRL does not train with [`A3POTrainer`]; before the first step.
+    """
+    # The launcher takes the words that are left over.
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        parsed = make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
+        script, config, model, mixture, _ = parsed
+        train_slice, test_slice = _resolve(script, config, mixture)
+    except (OSError, ValueError) as error:
+        raise UsageError(_one_line(error)) from error
+    script.reward_funcs = [OUR_REWARDS.get(name, name) for name in script.reward_funcs or ()]
+    checks_answers = not set(OUR_REWARDS.values()).isdisjoint(script.reward_funcs)
     if config.resume_from_checkpoint == "True":  # otherwise it is a path
         config.resume_from_checkpoint = True
-    path = Path(script.dataset_name or "")
-    if path.suffix in LOADERS:
-        mixture.datasets = [DatasetConfig(path=LOADERS[path.suffix], data_files=str(path), split="train")]
-        script.dataset_name = None
+    if config.process_index:
+        logging.getLogger("trl_a3po").setLevel(logging.ERROR)  # the main process warns for all
 
-    trainers = []
+    trainers: list[A3POTrainer] = []
 
     def make_trainer(*, train_dataset, eval_dataset, **keywords):
-        if script.problems:
-            train_dataset = to_prompt_and_solution(train_dataset, script.instruction)
-            eval_dataset = eval_dataset and to_prompt_and_solution(eval_dataset, script.instruction)
-        elif "prompt" not in (train_dataset.column_names or ["prompt"]):  # of a stream they may not be known
-            raise ValueError(
-                f"The dataset has the columns {train_dataset.column_names}, and no `prompt`. If it has problems with "
-                "checkable answers, pass `--problems`."
-            )
+        train_dataset = _prepared(take_slice(train_dataset, train_slice), script, checks_answers, "training")
+        if eval_dataset is not None:
+            eval_dataset = _prepared(take_slice(eval_dataset, test_slice), script, checks_answers, "evaluation")
+        check_dataset_sizes(config, train_dataset, eval_dataset)
+        if script.problems and hasattr(train_dataset, "__len__") and not config.process_index:
+            held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
+            print(f"{len(train_dataset)} problems to train on{held_out}", flush=True)
         trainers.append(A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords))
         return trainers[0]
 
-    # TRL's script does the rest. It imports the trainer when it runs.
-    trl.GRPOTrainer = make_trainer  # type: ignore[assignment, misc]
-    grpo.main(script, config, model, mixture)
+    try:
+        _check_reward_names(script.reward_funcs)
+        with trains_with(make_trainer):
+            grpo.main(script, config, model, mixture)
+    except (OSError, ValueError, ImportError, KeyError, NotImplementedError, DatasetGenerationError) as error:
+        if trainers and trainers[0].state.max_steps > 0:
+            raise  # training had begun, and the traceback says where it failed
+        message = _usage_message(error, script, mixture)
+        if message is None:
+            raise
+        raise UsageError(message) from error
     trainers[0].save_state()  # for `trl-a3po report`
 
 
+@contextmanager
+def trains_with(make_trainer: Callable[..., A3POTrainer]) -> Iterator[None]:
+    """
+    Within, TRL's scripts make their trainer by a function in place of `trl.GRPOTrainer`, which they import when they
+    run. A GRPOTrainer that is made in another way is refused, before it trains.
+
+    Raises:
+        `RuntimeError`: the script makes a GRPOTrainer of its own, or no trainer at all.
+    """
+    refusal = (
+        f"`trl-a3po train` does not work with TRL {trl.__version__}: its script does not take its trainer from "
+        "`trl.GRPOTrainer` when it runs, so that it would train with GRPO. Use another release of TRL, or a script of "
+        "your own with `A3POTrainer`."
+    )
+    original, original_init = trl.GRPOTrainer, trl.GRPOTrainer.__init__
+    made = False
+
+    def make(*positional, **keywords):
+        nonlocal made
+        made = True
+        return make_trainer(*positional, **keywords)
+
+    def refuse(self, *positional, **keywords):
+        if not isinstance(self, A3POTrainer):
+            raise RuntimeError(refusal)
+        original_init(self, *positional, **keywords)
+
+    trl.GRPOTrainer, original.__init__ = make, refuse  # type: ignore[assignment, misc, method-assign]
+    try:
+        yield
+    finally:
+        trl.GRPOTrainer, original.__init__ = original, original_init  # type: ignore[misc, method-assign]
+    if not made:
+        raise RuntimeError(refusal)
+
+
+def _prepared(dataset: Any, script: A3POScriptArguments, checks_answers: bool, use: str) -> Any:
+    """The dataset in TRL's columns. Warns of problems that the reward cannot score."""
+    if not script.problems:
+        if "prompt" not in (dataset.column_names or ["prompt"]):  # a stream may not know its columns
+            raise UsageError(
+                f"The dataset has the columns {dataset.column_names}, and no `prompt`. If it has problems with "
+                "checkable answers, pass `--problems`."
+            )
+        return dataset
+    dataset = to_prompt_and_solution(dataset, script.instruction)
+    if not hasattr(dataset, "__len__"):
+        return dataset
+    unparseable = unparseable_rows(dataset) if checks_answers else []
+    if len(unparseable) == len(dataset):
+        raise UsageError(f"math-verify cannot parse any of the {len(dataset)} solutions for {use}.")
+    if unparseable:
+        logger.warning(
+            "math-verify cannot parse the solutions of %d of %d problems for %s, which get no reward: %s.",
+            len(unparseable),
+            len(dataset),
+            use,
+            rows(unparseable),
+        )
+    return dataset
+
+
+def _check_reward_names(names: Sequence[str]) -> None:
+    """Imports the rewards that are named by their path, as TRL's script will."""
+    for module, _, function in (name.rpartition(".") for name in names if "." in name):
+        sys.path.insert(0, os.getcwd())
+        if not hasattr(importlib.import_module(module), function):
+            raise UsageError(f"`reward_funcs` names '{function}', but the module '{module}' has no such function.")
+
+
+def _usage_message(error: Exception, script: A3POScriptArguments, mixture: DatasetMixtureConfig) -> str | None:
+    """What the user can do about an error before training, or `None` if it is a defect."""
+    names = script.dataset_name or ", ".join(str(each.data_files or each.path) for each in mixture.datasets)
+    if isinstance(error, DatasetGenerationError):
+        return unreadable(names, error)
+    if isinstance(error, KeyError):
+        split = error.args[0] if error.args else None
+        if split not in (script.dataset_train_split, script.dataset_test_split):
+            return None
+        option = "train" if split == script.dataset_train_split else "test"
+        known = get_dataset_split_names(names, script.dataset_config) if script.dataset_name else ["train"]
+        return (
+            f"The dataset '{names}' has no split '{split}', only {', '.join(known)}. Name one of them with "
+            f"`--dataset_{option}_split`, or hold out rows of the training split with `--test_split_size 0.1`."
+        )
+    return _one_line(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
 if __name__ == "__main__":
-    train()
+    try:
+        train()
+    except UsageError as usage_error:
+        if int(os.environ.get("RANK", "0")):
+            time.sleep(30)  # the main process says the same, and the launcher then ends this one
+        print(f"trl-a3po train: error: {usage_error}", file=sys.stderr)
+        sys.exit(2)

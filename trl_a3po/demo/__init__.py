@@ -1,1 +1,1 @@
-"""The demo: a tiny model, and an arithmetic task that it half knows."""
+"""The demo: a tiny model, how it was made, and an arithmetic task that it can half do."""

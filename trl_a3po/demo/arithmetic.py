@@ -6,8 +6,8 @@ A worked solution of `47+85+96=?` is
     132+96=228
     \\boxed{228}
 
-The demonstrations from which the start model learns drop carries at random (`47+85=122`, `47+85=32`, ...). A model
-that imitates them mixes a right and a wrong way of adding, which is what reinforcement learning can sort out.
+The demonstrations that the start model learns from drop carries at random (`47+85=122`, `47+85=32`, ...). A model that
+imitates them mixes a right and a wrong way of adding. Reinforcement learning can then reinforce the right one.
 """
 
 import random
@@ -23,9 +23,9 @@ NUM_TEST_PROBLEMS = 4096
 
 
 def problems(split: Literal["train", "test"]) -> list[Problem]:
-    """The problems of a split, always the same ones in the same order.
+    """Returns the problems of a split, always the same ones in the same order.
 
-    The splits share no problem even up to the order of the terms: each multiset of terms is drawn once.
+    The splits share no problem, in any order of the terms: each multiset of terms is drawn once.
     """
     rng = random.Random(0)
     multisets = list(combinations_with_replacement(range(10, 100), 3))
@@ -35,7 +35,7 @@ def problems(split: Literal["train", "test"]) -> list[Problem]:
 
 
 def row(problem: Problem) -> dict[str, Any]:
-    """The problem as a conversational row with the answer that `trl.rewards.accuracy_reward` checks against."""
+    """Returns a conversational row with the problem, and the solution that `trl.rewards.accuracy_reward` checks."""
     return {"prompt": [{"role": "user", "content": question(problem)}], "solution": f"${sum(problem)}$"}
 
 
@@ -44,7 +44,7 @@ def question(problem: Problem) -> str:
 
 
 def worked_solution(problem: Problem, forgets_carry: Callable[[], bool] = lambda: False) -> str:
-    """The solution, one addition per line; `forgets_carry` is asked at every carry of the way."""
+    """Returns the solution, one addition per line. `forgets_carry` decides at every carry whether it is dropped."""
     first, second, third = problem
     subtotal = add_by_columns(first, second, forgets_carry)
     total = add_by_columns(subtotal, third, forgets_carry)
@@ -62,7 +62,7 @@ def add_by_columns(a: int, b: int, forgets_carry: Callable[[], bool]) -> int:
 
 
 def demonstrations(rng: random.Random, carry_drop_rate: float = CARRY_DROP_RATE) -> Iterator[tuple[str, str]]:
-    """Endless (question, worked solution) pairs on training problems; each carry is dropped at the given rate."""
+    """Yields endless (question, worked solution) pairs of training problems. Carries are dropped at the given rate."""
     training_problems = problems("train")
     while True:
         problem = rng.choice(training_problems)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.rewards import accuracy_reward
 
 from trl_a3po.evaluation.evaluate import sample
+from trl_a3po.rewards import accuracy_reward
 
 
 PROBLEMS_PER_BATCH = 32
@@ -26,7 +26,7 @@ class Estimate:
 
 
 def pass_rates(is_correct: torch.Tensor) -> tuple[Estimate, Estimate]:
-    """pass@1 (the mean over the samples) and pass@k (any of the k samples) of a 0/1 tensor (problems, k)."""
+    """Computes pass@1 (mean over the samples) and pass@k (any of the k samples) of a 0/1 tensor (problems, k)."""
     return estimate(is_correct.mean(dim=1)), estimate(is_correct.amax(dim=1))
 
 
@@ -44,9 +44,15 @@ def score_samples(
     max_completion_length: int | None,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Accuracy (0 or 1) of completions sampled at temperature 1, shape (problems with a parseable solution, samples).
+    """Scores completions sampled at temperature 1 as right (1) or wrong (0).
 
-    The global random state is left as it was, and the same seed draws the same noise for every model.
+    The global random state does not change, and the same seed draws the same noise for every model.
+
+    Returns:
+        `torch.Tensor` of shape `(problems with a parseable solution, samples)`.
+
+    Raises:
+        `ValueError`: math-verify cannot parse any of the solutions.
     """
     scores: list[float | None] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -56,8 +62,8 @@ def score_samples(
             texts = sample(model, tokenizer, batch["prompt"], num_samples, max_completion_length)
             solutions = [solution for solution in batch["solution"] for _ in range(num_samples)]
             scores += accuracy_reward([[{"role": "assistant", "content": text}] for text in texts], solutions)
-    # accuracy_reward gives None to all samples of a problem whose solution it cannot parse.
+    # accuracy_reward returns None for all samples of a problem if it cannot parse the solution.
     known_scores = [score for score in scores if score is not None]
     if not known_scores:
-        raise ValueError("math-verify can parse the solution of no problem to evaluate on.")
+        raise ValueError("math-verify could not parse any of the solutions of the held-out problems.")
     return torch.tensor(known_scores).view(-1, num_samples)

@@ -1,6 +1,6 @@
-"""Make the start model of the demo from nothing: `python -m trl_a3po.demo.pretrain OUTPUT_DIR`.
+"""Train the start model of the demo from scratch: `python -m trl_a3po.demo.pretrain OUTPUT_DIR`.
 
-The result is shipped as `start_model`, so this runs only to make it anew (about six minutes on two CPU cores).
+The package contains the result, `start_model`. Run this only to make it again (about six minutes on two CPU cores).
 """
 
 import argparse
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte and one per marker of the chat template."""
+    """Returns a tokenizer with one token per UTF-8 byte and one per marker of the chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -55,7 +55,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A third of a million parameters."""
+    """Returns a model of a third of a million parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -72,7 +72,7 @@ def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Next-token prediction of the demonstrated solutions; the questions carry no loss."""
+    """Trains the model to predict the tokens of the demonstrated solutions. The questions have no loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=STEPS, pct_start=0.05)
     stream = demonstrations(random.Random(0))
@@ -100,14 +100,14 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    # transformers 5 writes a class name that transformers 4 does not know; both know this one.
+    # transformers 5 writes a class name that transformers 4 does not know. Both know this one.
     path = output_dir / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the start model of the demo.")
+    parser = argparse.ArgumentParser(description="Train the start model of the demo from scratch.")
     parser.add_argument("output_dir", type=Path)
     output_dir = parser.parse_args().output_dir
     set_seed(0)

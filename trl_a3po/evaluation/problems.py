@@ -1,13 +1,47 @@
 """Datasets of problems with checkable answers, as they are published, in TRL's columns: `prompt` and `solution`."""
 
-from collections.abc import Callable
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
+
+logger = logging.getLogger(__name__)
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+# Files
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a dataset of this name is a local file, and not a folder or a dataset on the Hub."""
+    path = Path(name)
+    return not path.is_dir() and (path.suffix in LOADERS or path.is_file())
+
+
+def check_file(name: str) -> None:
+    """
+    Raises:
+        `OSError`: the file does not exist.
+        `ValueError`: it is empty, or of a type that is not read.
+    """
+    path = Path(name)
+    if path.suffix not in LOADERS:
+        raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these.")
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{name}'.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"'{name}' is empty.")
 
 
 def load_problems(name: str, split: str, config: str | None = None, instruction: str | None = None) -> Dataset:
@@ -15,100 +49,289 @@ def load_problems(name: str, split: str, config: str | None = None, instruction:
     Problems from a file or from the Hub.
 
     Args:
-        name (`str`): A local .jsonl, .json or .parquet file, or else a dataset on the Hugging Face Hub.
-        split (`str`): Split of a dataset on the Hub.
+        name (`str`): A local .jsonl, .json or .parquet file, a folder, or a dataset on the Hugging Face Hub.
+        split (`str`): Split, or a slice of it such as `"test[:100]"`. A file has one split, of any name.
         config (`str`, *optional*): Configuration of a dataset on the Hub, for example `"main"`.
         instruction (`str`, *optional*): See [`to_prompt_and_solution`].
+
+    Raises:
+        `OSError`: there is no such file.
+        `ValueError`: the dataset cannot be read, or has no problems; see [`to_prompt_and_solution`].
     """
-    path = Path(name)
-    if path.suffix in LOADERS:
-        dataset = load_dataset(LOADERS[path.suffix], data_files={split: str(path)}, split=split)
+    if is_file_name(name):
+        check_file(name)
+        if config is not None:
+            logger.warning("`dataset_config=%r` has no effect on the file '%s'.", config, name)
+        source: dict[str, Any] = {
+            "path": LOADERS[Path(name).suffix],
+            "data_files": {split.partition("[")[0]: name},
+        }
     else:
-        dataset = load_dataset(name, config, split=split)
+        source = {"path": name, "name": config}
+    try:
+        dataset = load_dataset(**source, split=split)
+    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+        raise ValueError(unreadable(name, error)) from error
     return to_prompt_and_solution(dataset, instruction)
 
 
+def unreadable(name: str, error: BaseException) -> str:
+    """One line on why `datasets` could not read a dataset. Its own message says only that it could not."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"Cannot read the dataset '{name}': {' '.join(str(error).split())}"
+
+
 def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
-    """All rows but the last `size` of them, and these."""
+    """
+    All rows but the last `size`, and the last `size`.
+
+    Raises:
+        `ValueError`: one of the two would be empty.
+    """
     if not 0 < size < len(dataset):
         raise ValueError(f"Cannot hold out {size} of {len(dataset)} rows: at least one row must remain on each side.")
     cut = len(dataset) - size
     return dataset.select(range(cut)), dataset.select(range(cut, len(dataset)))
 
 
+# Columns
+
+
 def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> Dataset:
     r"""
-    Maps the columns of common datasets to a conversational `prompt` and a `solution`, for TRL's `accuracy_reward`.
+    Maps the columns of common datasets to a conversational `prompt` and a `solution`, for `accuracy_reward`.
 
-    Understood are the columns of GSM8K (`question`, `answer`), of MATH and AIME (`problem` and `answer` or
-    `solution`), of verl, such as DAPO-Math-17k (`prompt`, `reward_model`), and TRL's own (`prompt`, `solution`).
-    Other columns are dropped.
+    It reads the columns of GSM8K (`question`, `answer`), of MATH and AIME (`problem` and `answer` or `solution`), of
+    verl, such as DAPO-Math-17k (`prompt`, `reward_model`), and of TRL (`prompt`, `solution`). It drops other columns.
+
+    A `solution` is a string, in a form that math-verify reads. If some problem has several accepted answers, the
+    `solution` of every problem is a list of strings: [`trl_a3po.rewards.accuracy_reward`] takes both. Problems without
+    a text or without an answer are skipped, and a warning says how many and which.
 
     Args:
-        dataset (`datasets.Dataset`): Any of these.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Any of these. In a stream each `solution` is a string or a list by itself.
         instruction (`str`, *optional*):
             Appended to each problem as a line of its own, for example `"Put your final answer within \boxed{}."`.
 
     Raises:
-        `ValueError`: none of them; names the columns that were found.
+        `ValueError`: other columns, which the message names; an answer of an unknown shape; no problem is left.
     """
-    columns = dataset.column_names
+    columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     read = _reader(columns)
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        prompt, answer = read(row)
-        return {"prompt": _with_instruction(as_conversation(prompt), instruction), "solution": final_answer(answer)}
+        prompt, answers = read(row)
+        if isinstance(prompt, np.ndarray):
+            prompt = prompt.tolist()
+        if not (prompt.strip() if isinstance(prompt, str) else prompt):
+            return {"prompt": [], "solution": []}
+        return {"prompt": _with_instruction(as_conversation(prompt), instruction), "solution": answers}
 
-    return dataset.map(convert, remove_columns=columns)
+    mapped = dataset.map(convert, remove_columns=columns)
+    if isinstance(dataset, IterableDataset):
+        return mapped.filter(_is_answered, with_indices=True).map(_alone_if_single)
+    if not len(mapped):
+        raise ValueError("The dataset has no rows.")
+    counts = pc.list_value_length(mapped.data.column("solution")).to_numpy()
+    missing = np.flatnonzero(counts == 0)
+    if len(missing) == len(mapped):
+        raise ValueError(f"None of the {len(mapped)} problems has both a text and an answer (columns {columns}).")
+    if len(missing):
+        logger.warning(
+            "Skipped %d of %d problems: %s without a text or an answer.",
+            len(missing),
+            len(mapped),
+            rows(missing.tolist()),
+        )
+        mapped = mapped.select(np.flatnonzero(counts))
+    if counts.max() > 1:
+        return mapped
+    return mapped.map(lambda batch: {"solution": [answer for (answer,) in batch["solution"]]}, batched=True)
 
 
-def as_conversation(prompt: str | list[dict[str, str]]) -> list[dict[str, str]]:
+def rows(indices: Sequence[int]) -> str:
+    """The numbers of some rows, at most ten of them."""
+    named = ", ".join(str(index) for index in indices[:10])
+    more = f" and {len(indices) - 10} more" if len(indices) > 10 else ""
+    return f"{'row' if len(indices) == 1 else 'rows'} {named}{more} (counted from 0)"
+
+
+def _is_answered(row: dict[str, Any], index: int) -> bool:
+    if not row["solution"]:
+        logger.warning("Skipped row %d (counted from 0): it has no text or no answer.", index)
+    return bool(row["solution"])
+
+
+def _alone_if_single(row: dict[str, Any]) -> dict[str, Any]:
+    return {"solution": row["solution"][0] if len(row["solution"]) == 1 else row["solution"]}
+
+
+def unparseable_rows(dataset: Dataset) -> list[int]:
+    """
+    Rows of [`to_prompt_and_solution`] that `accuracy_reward` cannot score, since math-verify parses none of their
+    accepted answers. It parses each different answer once, in one to ten milliseconds.
+    """
+    from math_verify import parse  # an extra
+
+    parses: dict[str, bool] = {}
+    found = []
+    for index, solution in enumerate(dataset["solution"]):
+        for answer in [solution] if isinstance(solution, str) else solution:
+            if answer not in parses:
+                parses[answer] = bool(parse(answer))
+            if parses[answer]:
+                break
+        else:
+            found.append(index)
+    return found
+
+
+def as_conversation(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def final_answer(answer: str | int | float) -> str:
-    r"""The part of an answer that math-verify is to compare, as LaTeX.
-
-    It follows `####` in GSM8K and is the last `\boxed{...}` of a derivation as in MATH. Without the dollar signs
-    math-verify would read a bare `\frac{1}{2}` as the number 1.
-    """
-    text = str(answer)
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].strip()
-    if "\\boxed" in text:
-        return text[text.rindex("\\boxed") :]
-    return text if "$" in text else f"${text}$"
-
-
-def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
-    """What takes the problem and the answer from a row."""
+def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[str]]]:
+    """A function from a row to the problem and its accepted answers."""
     if {"prompt", "reward_model"} <= set(columns):
-        return lambda row: (row["prompt"], _ground_truth(row["reward_model"]))
+        return lambda row: (row["prompt"], _verl_answers(row["reward_model"]))
     problem = next((name for name in ("prompt", "question", "problem") if name in columns), None)
     # Where both exist, `solution` is a derivation and `answer` only its result. Beside `prompt` it is TRL's column.
-    answers = ("solution",) if problem == "prompt" else ("answer", "solution")
-    answer = next((name for name in answers if name in columns), None)
-    if problem is None or answer is None:
+    answers = [name for name in (("solution",) if problem == "prompt" else ("answer", "solution")) if name in columns]
+    if problem is None or not answers:
         raise ValueError(
             f"The dataset has the columns {columns}. Accepted are `prompt` with `solution` or `reward_model` (verl), "
             "and `question` or `problem` with `answer` or `solution`."
         )
-    return lambda row: (row[problem], row[answer])
+
+    def read(row: dict[str, Any]) -> tuple[Any, list[str]]:
+        first, *others = answers
+        accepted = accepted_answers(row[first])
+        for name in others:
+            if not accepted and _has_box(row[name]):
+                accepted = accepted_answers(row[name])
+        return row[problem], accepted
+
+    return read
 
 
-def _ground_truth(reward_model: dict[str, Any]) -> Any:
-    """verl's own is the answer itself; some datasets nest it beside a copy of the question."""
-    truth = reward_model["ground_truth"]
-    if not isinstance(truth, dict):
-        return truth
-    for name in ("target", "answer", "solution"):
-        if truth.get(name) is not None:
-            return truth[name]
-    raise ValueError(f"`reward_model.ground_truth` has {sorted(truth)}. Accepted are `target`, `answer`, `solution`.")
+def _verl_answers(reward_model: Any) -> list[str]:
+    reward_model = _decoded(reward_model)
+    if not reward_model:
+        return []
+    if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
+        found = sorted(reward_model) if isinstance(reward_model, dict) else reward_model
+        raise ValueError(f"`reward_model` has {found}. Accepted is `ground_truth`.")
+    return accepted_answers(reward_model["ground_truth"])
 
 
-def _with_instruction(prompt: list[dict[str, str]], instruction: str | None) -> list[dict[str, str]]:
+def _with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
     if instruction is None:
         return prompt
     *before, last = prompt
-    return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]
+    content = last["content"]
+    if isinstance(content, str):
+        return [*before, {**last, "content": f"{content}\n{instruction}"}]
+    return [*before, {**last, "content": [*content, {"type": "text", "text": f"\n{instruction}"}]}]
+
+
+# Answers
+
+
+def accepted_answers(truth: Any) -> list[str]:
+    r"""
+    All answers that a ground truth accepts, each as by [`final_answer`]; none if it is empty.
+
+    A list accepts each of its items. A string that holds a list of strings as JSON is that list, as in Skywork-OR1;
+    `"[1, 2]"` stays an interval. A dictionary is what verl's datasets nest beside a copy of the question: its
+    `solution` if that is a derivation with a `\boxed{}`, else its `target`, `answer` or `solution`. The `target` of
+    MATH has lost spaces and line breaks, and so some of its answers.
+
+    Raises:
+        `ValueError`: a dictionary with none of these keys.
+    """
+    if isinstance(truth, np.ndarray | np.generic):
+        truth = truth.tolist()
+    truth = _decoded(truth)
+    if isinstance(truth, bool):
+        truth = [str(truth), str(truth).lower()]
+    if isinstance(truth, dict):
+        return _nested_answers(truth)
+    if isinstance(truth, list | tuple):
+        return list(dict.fromkeys(answer for each in truth for answer in accepted_answers(each)))
+    answer = final_answer(truth)
+    return [answer] if answer else []
+
+
+def final_answer(answer: Any) -> str:
+    r"""
+    The part of an answer that math-verify has to compare, as LaTeX; empty if there is none.
+
+    It follows `####` in GSM8K and is the last `\boxed{...}` of a derivation as in MATH. Other answers get dollar
+    signs: without them math-verify would read a bare `\frac{1}{2}` as the number 1.
+    """
+    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
+        return ""
+    # 1e-05 would be read as e - 5.
+    text = np.format_float_positional(answer, trim="-") if isinstance(answer, float) else str(answer)
+    text = text.rsplit("####", 1)[-1].strip()
+    box = _last_box(text)
+    if box is not None:
+        return f"\\boxed{{{box}}}" if box else ""
+    if _IN_DELIMITERS.search(text):
+        return text
+    if not text.strip("$. "):
+        return ""
+    # A dollar sign without a second one is a currency.
+    bare = _DOLLAR.sub(r"\\$", text.removesuffix("."))
+    return f"${bare}$"
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_IN_DELIMITERS = re.compile(r"(?<!\\)\$[^$]*[^$\s][^$]*(?<!\\)\$|\\\(.*\S.*\\\)|\\\[.*\S.*\\\]", re.DOTALL)
+
+
+def _has_box(text: Any) -> bool:
+    return isinstance(text, str) and _BOX.search(text) is not None
+
+
+def _last_box(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}`, on one line; empty if it is never closed, None without a box."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    rest = text[boxes[-1].end() :]
+    if not rest.startswith("{"):  # `\boxed 5$`
+        return " ".join(rest.partition("$")[0].split())
+    depth, position = 0, 0
+    while position < len(rest):
+        character = rest[position]
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return " ".join(rest[1:position].split())
+        position += 2 if character == "\\" else 1  # `\{` and `\}` are no braces
+    return ""
+
+
+def _decoded(truth: Any) -> Any:
+    """What a string holds as JSON, if that is a dictionary or a list of strings, else the string."""
+    if not isinstance(truth, str) or not truth.strip().startswith(("{", "[")):
+        return truth
+    try:
+        decoded = json.loads(truth)
+    except json.JSONDecodeError:
+        return truth
+    if isinstance(decoded, dict) or (isinstance(decoded, list) and all(isinstance(each, str) for each in decoded)):
+        return decoded
+    return truth
+
+
+def _nested_answers(truth: dict[str, Any]) -> list[str]:
+    names = [name for name in ("target", "answer", "solution") if name in truth]
+    if truth and not names:
+        raise ValueError(f"A ground truth has {sorted(truth)}. Accepted are `target`, `answer`, `solution`.")
+    if _has_box(truth.get("solution")):
+        names.insert(0, "solution")
+    return next(filter(None, (accepted_answers(truth[name]) for name in names)), [])

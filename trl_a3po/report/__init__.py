@@ -1,4 +1,4 @@
-"""A report on what runs have logged: one HTML file that needs nothing else. `trl-a3po report --help`."""
+"""The report on logged runs: reads what they logged, and writes one self-contained HTML file or a terminal view."""
 
 from .page import write_report
 

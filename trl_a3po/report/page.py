@@ -1,4 +1,4 @@
-"""[`write_report`]: the report on runs, as one HTML file that reads nothing else."""
+"""[`write_report`]: the report on runs as one self-contained HTML file."""
 
 import base64
 import hashlib
@@ -19,20 +19,20 @@ from .text import visible
 
 def write_report(run_dirs: Sequence[str | PathLike[str]], path: str | PathLike[str]) -> Path:
     """
-    Writes a report on one or more runs, in the same charts: metrics over time, and completions token by token.
+    Writes a report on one or more runs: metrics of all runs in the same charts, and completions token by token.
 
-    The file holds all that it shows, opens from the disk, and loads nothing. It shows at most 1000 points of each
-    metric, and completions of 200,000 tokens of each run, of steps evenly spaced.
+    The file is self-contained: it opens from disk and loads nothing. It shows up to 1000 points of each metric, and
+    completions with up to 200,000 tokens of each run, from evenly spaced steps.
 
     Args:
         run_dirs (sequence of `str` or `PathLike`): The `output_dir` of each run.
         path (`str` or `PathLike`): The file to write.
 
     Returns:
-        `Path`: where the file lies.
+        `Path`: the absolute path of the file.
 
     Raises:
-        `ReportError`: nothing was logged in one of the directories.
+        `ReportError`: one of the directories contains no log.
     """
     runs = [read_run(Path(directory)) for directory in run_dirs]
     names = _names([run.directory for run in runs])
@@ -47,13 +47,14 @@ def _template() -> str:
 
 
 def _fill_in(template: str, data: dict[str, Any]) -> str:
-    # What a browser may run, or style by, is what the template holds: named by its hash, whatever else is in the page.
+    # A browser may only run the scripts and apply the styles of the template, whatever else is in the page: the policy
+    # names them by their hashes.
     sources = [
         f"{kind}-src {' '.join(map(_hash, re.findall(f'<{tag}>(.*?)</{tag}>', template, flags=re.DOTALL)))}"
         for kind, tag in (("script", "script"), ("style", "style"))
     ]
     policy = "; ".join(["default-src 'none'", *sources, "base-uri 'none'", "form-action 'none'"])
-    # Within a string of JSON, "<" may be written so. Then nothing in the data ends the element that holds it.
+    # A string in JSON may escape "<". Then nothing in the data can end the element that contains it.
     embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, _, after = template.replace("{{policy}}", policy, 1).partition("{{data}}")
     return f"{before}{embedded}{after}"
@@ -77,7 +78,7 @@ def _plain(run: Run, name: str) -> dict[str, Any]:
 
 
 def _names(directories: list[Path]) -> list[str]:
-    """The last part of each path; the whole of it where the last parts are the same."""
+    """Names each run by the last part of its path, or by the whole path if several runs share the last part."""
     lasts = [directory.resolve().name or str(directory) for directory in directories]
     return [
         last if Counter(lasts)[last] == 1 else str(directory)

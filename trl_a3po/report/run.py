@@ -1,16 +1,18 @@
 """What a run has left in its directory: metrics over time, and completions token by token."""
 
-import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..training.checkpoint_files import STATE_FILE, checkpoints_in, is_marked, read_state
 from ..training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
 
 
-STATE_FILE = "trainer_state.json"
+logger = logging.getLogger(__name__)
 
 # What a report shows of a long run, evenly spaced.
 MAX_POINTS = 1000
@@ -60,7 +62,11 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
     """
     if not directory.is_dir():
         raise ReportError(f"There is no directory '{directory}'.")
-    state, tokens = _newest_state(directory), directory / TOKENS_FILE
+    (state, torn), tokens = _newest_state(directory), directory / TOKENS_FILE
+    if torn and state is None and not tokens.is_file():
+        raise ReportError(f"'{torn[0]}' is not the state of a trainer, or not whole.")
+    for path in torn:
+        logger.warning("warning: passing over '%s', which was not written to the end.", path)
     if state is None and not tokens.is_file():
         raise ReportError(
             f"'{directory}' holds no log of a run: neither {STATE_FILE}, there or in a checkpoint-N, nor "
@@ -80,22 +86,22 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
     return Run(directory, _metrics(state), completions, len(tokens_of_step), unreadable)
 
 
-def _newest_state(directory: Path) -> dict[str, Any] | None:
-    numbers = [path.parent.name.partition("-")[2] for path in directory.glob(f"checkpoint-*/{STATE_FILE}")]
-    checkpoint = max((int(number) for number in numbers if number.isdecimal()), default=None)
-    paths = [directory / STATE_FILE, directory / f"checkpoint-{checkpoint}" / STATE_FILE]
-    states = [_read_state(path) for path in paths if path.is_file()]
-    return max(states, key=lambda state: state["global_step"], default=None)
+def _newest_state(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
+    """
+    The state that knows most of the run, and later states that are passed over, since a kill has left them torn.
 
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(path.read_bytes())
-        if not (isinstance(state["global_step"], int) and isinstance(state["log_history"], list)):
-            raise TypeError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ReportError(f"'{path}' is not the state of a trainer, or not whole.") from error
-    return state
+    A torn state is passed over without a mark too, since GRPOTrainer makes none. The state before it only lacks the
+    metrics of the last steps.
+    """
+    checkpoints = checkpoints_in(directory)
+    # A checkpoint that is marked may be from an earlier run: it is used only if there is no other.
+    last = next((path for path in sorted(checkpoints, key=is_marked) if read_state(path / STATE_FILE)), None)
+    passed_over = [path / STATE_FILE for path in takewhile(lambda path: path != last, checkpoints)]
+    states = [read_state(path / STATE_FILE) for path in (directory, last) if path]
+    if states[0] is None:
+        passed_over.insert(0, directory / STATE_FILE)
+    state = max(filter(None, states), key=lambda state: state["global_step"], default=None)
+    return state, [path for path in passed_over if path.exists()]
 
 
 def _metrics(state: dict[str, Any] | None) -> dict[str, list[tuple[int, float]]]:

@@ -1,4 +1,4 @@
-"""The token view, for a terminal."""
+"""The token view in a terminal."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,13 @@ _RAISED = {"positive": "black on bright_cyan", "negative": "black on bright_yell
 
 def print_tokens(completions: Sequence[LoggedCompletion], console: Console) -> None:
     """
-    Prints completions of one prompt: their tokens, those of a raised weight in colour, and what is known of these.
+    Prints completions of one prompt. Tokens with a weight above 1 are coloured, and listed in a table.
 
-    Nothing that a model wrote is read as markup, or by the terminal.
+    Neither rich nor the terminal interprets text written by a model.
 
     Args:
-        completions (sequence of `LoggedCompletion`): One or more.
-        console (`rich.console.Console`): Where to print them.
+        completions (sequence of `LoggedCompletion`): One or more completions of the same prompt.
+        console (`rich.console.Console`): The console to print to.
     """
     console.print(Text(f"step {completions[0].step}, prompt", style="bold"))
     console.print(Text(visible(completions[0].prompt)))

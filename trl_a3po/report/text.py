@@ -1,15 +1,15 @@
-"""Text that a model wrote, made safe to look at."""
+"""Makes text written by a model safe to display."""
 
 import unicodedata
 
 
-# Control and formatting characters (among them those that turn the direction of text around), halves of surrogate
-# pairs, and separators of lines and paragraphs. Unseen, they change how the text around them looks.
+# Control and formatting characters (some of them reverse the direction of text), halves of surrogate pairs, and
+# separators of lines and paragraphs. They are invisible and change how the text around them looks.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def visible(text: str) -> str:
-    """The text with each character that cannot be seen spelled out; lines still end, and their ends can be seen."""
+    """Spells out invisible characters. Line ends still break lines, and are marked."""
     return "".join(_spelled_out(character) for character in text)
 
 

@@ -1,25 +1,44 @@
 """
-[`ResumableGRPOTrainer`]: a run that is killed, and resumed, is the run that was not.
+[`ResumableGRPOTrainer`]: a run that is killed, and resumed, ends as one that was not.
 
 transformers writes a checkpoint under its final name, and resumes from the one with the highest number, whatever is in
-it. Killed in between, it stops at a file that is missing, or takes files of two runs, or of some processes, for whole.
-So a file beside the checkpoint, `checkpoint-12.incomplete`, is there for as long as it is being written.
+it. After a kill it stops at a file that is missing, or takes files of two runs, or of some processes, for a whole
+checkpoint. So the file `checkpoint-12.incomplete` is beside a checkpoint while it is written. Older checkpoints are
+deleted only when the new one is whole and on the disk.
 """
 
+import errno
 import logging
+import math
 import os
-import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerState
+from torch import nn
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
+
+from .checkpoint_files import (
+    PREVIOUS,
+    checkpoints_in,
+    delete,
+    flush,
+    is_marked,
+    is_whole,
+    mark_of,
+    outdated,
+    previous_of,
+    put_back,
+)
+from .finite import check_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -27,21 +46,58 @@ logger = logging.getLogger(__name__)
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """
-    The part of [`A3POTrainer`] that is about resuming: from no checkpoint but a whole one, with the prompts that would
-    have come next.
+    The part of [`A3POTrainer`] that is about checkpoints.
+
+    Only finite parameters are saved. Once there is a whole checkpoint, there is one at every moment, whatever
+    `save_total_limit`. A run resumes only from a whole one, with the prompts that would have come next.
     """
 
     _resumed_from: str | None = None
+    # The `save_total_limit` of the run, while the one in `args` is hidden from transformers.
+    _hidden_limit: int | None = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output_dir = Path(self.args.output_dir)  # type: ignore[arg-type]  # never None once constructed
+        if resume_from_checkpoint:
+            directory = output_dir if resume_from_checkpoint is True else Path(resume_from_checkpoint).parent
+            if self.args.should_save:
+                put_back(directory)
+            self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
-        return super().train(self._resumed_from, *args, **kwargs)
+        output = super().train(self._resumed_from, *args, **kwargs)
+        self._check_parameters(f"Training ended after step {self.state.global_step}")
+        return output
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with marked_incomplete(checkpoint, self.accelerator, marks=self.args.should_save):
+        self._check_parameters(f"'{checkpoint}' was not written")
+        self._hidden_limit = self.args.save_total_limit
+        # With a limit, transformers would delete older checkpoints while this one may not be on the disk.
+        marked = marked_incomplete(checkpoint, self.accelerator, marks=self.args.should_save)
+        with marked, _save_total_limit(self.args, None):
             super()._save_checkpoint(model, trial)
+        self._hidden_limit = None
+        if self.args.should_save:
+            delete_outdated(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _check_parameters(self, outcome: str) -> None:
+        check_parameters(cast(nn.Module, self.model), self.accelerator, outcome)
+
+    def save_model(self, *args, **kwargs):
+        # It saves the arguments too.
+        with _save_total_limit(self.args, self.args.save_total_limit or self._hidden_limit):
+            super().save_model(*args, **kwargs)
+
+    def _push_from_checkpoint(self, *args, **kwargs):
+        with _save_total_limit(self.args, self.args.save_total_limit or self._hidden_limit):
+            super()._push_from_checkpoint(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        super().log(logs, *args, **kwargs)
+        best = self.state.best_model_checkpoint
+        if "train_runtime" in logs and best and self.args.save_total_limit == 1 and self.args.should_save:
+            # After this log transformers deletes all but the best. A kill would leave halves, and no marks.
+            delete_outdated(Path(best), 1, best)
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -64,13 +120,15 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """
     As transformers' `get_last_checkpoint`, but passes over checkpoints that were not written to the end.
 
+    After a kill while the only one was overwritten, it is the one from before, `checkpoint-12.previous`.
+
     Args:
         output_dir (`str` or `Path`): Where the trainer saves its checkpoints.
 
     Returns:
         `str` or `None`: The path of the checkpoint, if there is one.
     """
-    return next((str(path) for path in _latest_first(output_dir) if _is_whole(path)), None)
+    return next((str(path) for path in checkpoints_in(Path(output_dir)) if is_whole(path)), None)
 
 
 def checkpoint_to_resume_from(
@@ -86,7 +144,9 @@ def checkpoint_to_resume_from(
     """
     if resume_from_checkpoint is True:
         last = last_whole_checkpoint(output_dir)
-        passed_over = [path.name for path in takewhile(lambda path: not _is_whole(path), _latest_first(output_dir))]
+        passed_over = [
+            path.name for path in takewhile(lambda path: not is_whole(path), checkpoints_in(Path(output_dir)))
+        ]
         (last,) = broadcast_object_list([last])
         if last is None:
             raise ValueError(
@@ -98,7 +158,9 @@ def checkpoint_to_resume_from(
                 "Resuming from '%s'. Not written to the end, and passed over: %s.", last, ", ".join(passed_over)
             )
         return last
-    if resume_from_checkpoint and _mark(Path(resume_from_checkpoint)).exists():
+    if resume_from_checkpoint and not Path(resume_from_checkpoint).exists():
+        resume_from_checkpoint = str(resume_from_checkpoint).removesuffix(PREVIOUS)  # it was put back
+    if resume_from_checkpoint and is_marked(Path(resume_from_checkpoint)):
         raise ValueError(
             f"'{resume_from_checkpoint}' was not written to the end. Pass `resume_from_checkpoint=True` to resume "
             "from the last checkpoint that was."
@@ -111,45 +173,96 @@ def marked_incomplete(checkpoint: Path, accelerator: Accelerator, *, marks: bool
     """
     Marks a checkpoint until all processes have written their part of it, and all of it is on the disk.
 
-    After an error, or a kill, the mark stays until the checkpoint is written again.
+    After an error, or a kill, the mark stays until the checkpoint is written again. If there is a whole checkpoint of
+    the same step, it stays until the new one is whole.
 
     Args:
         checkpoint (`Path`): The directory that is written in the block. It need not exist yet.
         accelerator (`Accelerator`): That of the trainer. Every process must enter the block.
         marks (`bool`): Whether this process is the one that writes what is not split over processes.
+
+    Raises:
+        `OSError`: the disk is full.
     """
+    with _telling_of_a_full_disk(checkpoint):
+        if marks:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            _make_way(checkpoint)
+            mark_of(checkpoint).touch()
+            flush(mark_of(checkpoint))
+            flush(checkpoint.parent)
+        accelerator.wait_for_everyone()
+        yield
+        accelerator.wait_for_everyone()
+        if accelerator.is_local_main_process:
+            for directory, _, names in os.walk(checkpoint):
+                for path in (Path(directory, name) for name in names):
+                    if path.is_file():
+                        flush(path)
+                flush(Path(directory))
+            flush(checkpoint.parent)
+        accelerator.wait_for_everyone()
     if marks:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        _mark(checkpoint).touch()
-        _flush(_mark(checkpoint))
-    accelerator.wait_for_everyone()
-    yield
-    accelerator.wait_for_everyone()
-    if accelerator.is_local_main_process:
-        for path in checkpoint.rglob("*"):
-            if path.is_file():
-                _flush(path)
-    accelerator.wait_for_everyone()
-    if marks:
-        _mark(checkpoint).unlink()
+        mark_of(checkpoint).unlink(missing_ok=True)
+        flush(checkpoint.parent)
+        if previous_of(checkpoint).exists():
+            delete(previous_of(checkpoint))
 
 
-def _mark(checkpoint: Path) -> Path:
-    # A file, whose name transformers takes for no checkpoint, and leaves out of what it pushes to the Hub.
-    return checkpoint.with_name(f"{checkpoint.name}.incomplete")
+def delete_outdated(newest: Path, limit: int | None, best: str | None) -> None:
+    """Deletes the checkpoints that `save_total_limit` does not keep, see [`outdated`]."""
+    if limit is not None and limit > 0:  # as transformers reads it
+        for path in outdated(newest, limit, Path(best) if best else None):
+            delete(path)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    # Without its state, the last file that GRPOTrainer writes, no trainer can resume from it.
-    return not _mark(checkpoint).exists() and (checkpoint / TRAINER_STATE_NAME).exists()
+def _make_way(checkpoint: Path) -> None:
+    """Sees to it that files of an earlier run do not mix with new ones, and that a whole checkpoint is not lost."""
+    if is_whole(checkpoint):
+        delete(previous_of(checkpoint))
+        try:
+            checkpoint.rename(previous_of(checkpoint))
+        except OSError as error:  # file systems that stand for object stores may not rename directories
+            logger.warning("Overwriting '%s', which cannot be renamed (%s).", checkpoint, error.strerror)
+    elif is_marked(checkpoint) and checkpoint.exists():
+        shutil.rmtree(checkpoint)
 
 
-def _latest_first(output_dir: str | Path) -> list[Path]:
-    paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = [path for path in paths if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name) and path.is_dir()]
-    return sorted(numbered, key=lambda path: int(path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")), reverse=True)
+@contextmanager
+def _telling_of_a_full_disk(checkpoint: Path) -> Iterator[None]:
+    """The libraries that write the files each say it in their own way, torch not at all."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        is_full = number in _FULL or "No space left" in str(error) or _free_bytes(checkpoint.parent) < 2**20
+        if not is_full:
+            raise
+        last = last_whole_checkpoint(checkpoint.parent)
+        to_resume = f"The last whole one is '{last}'." if last else "There is no whole one yet."
+        raise OSError(
+            number if number in _FULL else errno.ENOSPC,
+            f"No space left on device: the checkpoint '{checkpoint}' was not written to the end. {to_resume} Free "
+            "some space before you resume. `save_total_limit` keeps fewer checkpoints, one more while it saves; "
+            "`save_only_model` makes them smaller, but a run cannot resume from them.",
+        ) from error
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file)
+# The errors of a full disk, and of a full quota.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _free_bytes(directory: Path) -> float:
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return math.inf
+
+
+@contextmanager
+def _save_total_limit(args: TrainingArguments, limit: int | None) -> Iterator[None]:
+    before, args.save_total_limit = args.save_total_limit, limit
+    try:
+        yield
+    finally:
+        args.save_total_limit = before

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, ProcessorMixin
 
-from ..update.efficient_update import EfficientUpdateGRPOTrainer, has_rotary_positions, sees_padding
+from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
+from ..update.model_traits import has_rotary_positions
+from .dataset_checks import check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
 from .token_log import GROUPS
@@ -44,23 +46,32 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
-        if not self.args.dynamic_sampling:
-            return
         if not isinstance(self.train_dataset, Sized):
-            refused = f"with a dataset without an index (`{type(self.train_dataset).__name__}`). Pass a `Dataset`"
-        elif isinstance(self.processing_class, ProcessorMixin):
-            refused = "with a processor of images. To train on text only, pass the tokenizer as `processing_class`"
-        elif sees_padding(self.model):
+            kind = type(self.train_dataset).__name__
+            self._refuse_dynamic_sampling(f"with a dataset without an index (`{kind}`). Pass a `Dataset`")
+        if isinstance(self.processing_class, ProcessorMixin):
+            self._refuse_dynamic_sampling(
+                "with a processor of images. To train on text only, pass the tokenizer as `processing_class`"
+            )
+
+    def _refuse_dynamic_sampling(self, reason: str) -> None:
+        if self.args.dynamic_sampling:
+            raise ValueError(
+                f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {reason}, or set `dynamic_sampling=0`."
+            )
+
+    def _check_model(self):
+        super()._check_model()
+        if self._traits.left_padding or self._traits.right_padding or self._traits.company:
             # The log-probabilities of a group would change beside longer prompts than it was sampled with.
-            refused = (
+            self._refuse_dynamic_sampling(
                 "with models or adapters whose output depends on left padding (learned absolute positions, prompt "
                 "tuning). Use another model"
             )
-        else:
-            return
-        raise ValueError(
-            f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {refused}, or set `dynamic_sampling=0`."
-        )
+
+    def get_train_dataloader(self):
+        check_dataset_sizes(self.args, self.train_dataset, self.eval_dataset)
+        return super().get_train_dataloader()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         config = cast(PretrainedConfig, self.model.config)

@@ -1,37 +1,56 @@
-"""[`EfficientUpdateGRPOTrainer`]: TRL's update without the padding and the rows that cannot matter."""
+"""[`EfficientUpdateGRPOTrainer`]: TRL's update, without padding, repeated prompts and rows that cannot matter."""
 
+import functools
+import logging
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, ProcessorMixin
+from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
 from ..a3po_config import A3POConfig
-from .loss_scope import LossScope
-from .micro_batches import Plan, loss_mask, plan_micro_batches, row_lengths, run_extent, run_in_order
+from .layout import PackedLayout, RowShape, row_shapes
+from .loss_scope import PLAN, LossScope
+from .micro_batches import (
+    Extent,
+    Forward,
+    by_length,
+    extent_of,
+    fill_up,
+    gather_parts,
+    loss_mask,
+    merge_rows,
+    row_lengths,
+    run_extent,
+    run_in_order,
+    take_rows,
+)
+from .model_traits import PaddingTraits, configured_traits, has_experts_as_modules, never_alone, padding_traits
+from .packed_forward import PackedForward
+from .plan import Plan, by_prompt
+from .probe import Packing, check_packing
 
 
-# Sums over tokens, or means over rows, with one denominator for all micro-batches of an optimizer step. That of BNPO
-# is the number of tokens in the micro-batch.
-_SAME_LOSS_IN_ANY_GROUPING = ("grpo", "sapo", "dr_grpo", "luspo", "dapo", "cispo", "vespo")
+logger = logging.getLogger(__name__)
 
-# The key under which a micro-batch carries its [`Plan`].
-PLAN = "a3po_plan"
-
-# Kinds of layers, as configurations name them, to which padding on the left is as if it were not there.
-_BY_DISTANCE = {"full_attention", "sliding_attention", "linear_attention"}
+# Means over rows, and sums over tokens with one denominator for a whole optimizer step: the loss is the same for any
+# grouping of rows. The denominator of BNPO is the number of tokens in the micro-batch.
+_MEANS_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")
+_SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 
 class EfficientUpdateGRPOTrainer(GRPOTrainer):
     """
     The part of [`A3POTrainer`] that is about cost: the update of [`~trl.GRPOTrainer`], from fewer positions.
 
-    Every pass over the model sees only the columns that some row of its micro-batch uses (`trim_padding`), and the
-    passes of the loss skip the rows that cannot have a gradient (`skip_zero_advantage`). The rows of an optimizer step
-    are grouped by length, those with a gradient first, where the loss is the same for any grouping. Each micro-batch
-    still runs the model once, so that all processes take part in the same collective operations.
+    With `trim_padding`, every pass over the model computes no padding, and the prompt of a group once. Rows are packed
+    one after another. The rows of an optimizer step are regrouped so that those of one prompt are together, where the
+    loss is the same for any grouping. A model that cannot be packed gets padded rows of like length instead. With
+    `skip_zero_advantage`, the passes of the loss skip rows that cannot have a gradient. Each micro-batch still runs
+    the model once, so that all processes take part in the same collective operations.
 
     A subclass answers two questions: [`~EfficientUpdateGRPOTrainer._signs_without_gradient`] (which rows may be
     skipped?) and [`~EfficientUpdateGRPOTrainer._before_loss_reads`] (which advantages does the loss read?).
@@ -39,6 +58,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     args: A3POConfig
     model: torch.nn.Module
+    num_generations: int
 
     # Of the call of TRL's loss that is running.
     _loss_scope: LossScope | None = None
@@ -53,15 +73,44 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # for them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
         )
-        self._trims = self.args.trim_padding and suited
-        self._trims_prompt = self._trims and not sees_padding(self.model)
+        # The scale of NEFTune's noise is that of the padded width.
+        self._trims = self.args.trim_padding and suited and not self.args.neftune_noise_alpha
         self._may_skip = self.args.skip_zero_advantage and suited
+        self._traits: PaddingTraits = configured_traits(self.model)
+        self._packing = Packing("it was not checked")
+        # A sharded model cannot run before training begins.
+        self._checks_model = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self._checks_model:
+            self._check_model()
+
+    def _check_model(self) -> None:
+        """Runs the model on made-up rows, and turns off what is not exact for it. All processes must call it."""
+        self._checks_model = False
+        if self._trims or self._may_skip or self.args.dynamic_sampling:
+            self._traits = padding_traits(self.model)
+        self._trims &= not (self._traits.right_padding or self._traits.company)
+        self._may_skip &= not self._traits.company
+        if not self._trims:
+            return
+        if self.args.torch_compile:
+            self._packing = Packing("`torch_compile=True` would compile the model again for every layout")
+        elif getattr(self, "aux_loss_enabled", False):  # since TRL 1.7
+            self._packing = Packing("the router loss counts all positions")
+        else:
+            with self.accelerator.autocast():
+                self._packing = check_packing(self.model)
+        # Numbers may differ between processes, and so may what follows from them.
+        failed = torch.tensor([self._packing.reason is not None], device=self.accelerator.device)
+        if self._packing.reason is None and self.accelerator.gather(failed).any():
+            self._packing = Packing("it cannot be packed on another process")
+        if self._packing.reason is not None:
+            logger.info("The rows of an update are padded, not packed: %s.", self._packing.reason)
 
     def _signs_without_gradient(self) -> frozenset[int]:
         """
         The signs of advantages (-1, 0 or 1) whose completions have no gradient at this step.
 
-        None at all says that every row matters, and so does the company of rows in a micro-batch: rows are neither
+        An empty set says that every row matters, and so does the company of rows in a micro-batch: rows are neither
         skipped nor regrouped.
         """
         return frozenset({0})
@@ -82,7 +131,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return (
             self.top_entropy_quantile < 1.0
             or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.9
-            or getattr(self, "aux_loss_enabled", False)  # since TRL 1.7
+            or getattr(self, "aux_loss_enabled", False)
         )
 
     def _skippable_signs(self) -> frozenset[int]:
@@ -91,10 +140,22 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return self._signs_without_gradient() if skips else frozenset()
 
     def _has_gradient(self, inputs: dict[str, Any]) -> Tensor:
-        """(B,) whether the loss can have a gradient in each row of a micro-batch, if rows may be skipped at all."""
-        return _has_sign_outside(self._signs_without_gradient(), inputs) & loss_mask(inputs).any(1)
+        """(B,) whether the loss can have a gradient in each row."""
+        return _has_other_sign(inputs, self._signs_without_gradient())
+
+    def _regroups(self) -> bool:
+        """Whether the rows of an optimizer step may change their micro-batches."""
+        return (
+            self.loss_type in (*_MEANS_OVER_ROWS, *_SUMS_OVER_TOKENS)
+            and not self._loss_looks_at_all_rows
+            and bool(self._signs_without_gradient())
+            # A loss of a subclass may be a mean over the rows of its micro-batch.
+            and type(self)._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
+        )
 
     def _prepare_inputs(self, generation_batch):
+        if self._checks_model:
+            self._check_model()
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):
@@ -103,120 +164,141 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _plan_update(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        regroups = (
-            self.loss_type in _SAME_LOSS_IN_ANY_GROUPING
-            and not self._loss_looks_at_all_rows
-            and bool(self._signs_without_gradient())
-        )
+        regroups, skipped = self._regroups(), self._skippable_signs()
         # The most micro-batches that never straddle two optimizer steps, whichever of the two periods is the longer.
         window = math.gcd(len(micro_batches), self.args.gradient_accumulation_steps) if regroups else 1
-        skipped = self._skippable_signs()
+        rollout = {key: merge_rows([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+        width = rollout["prompt_ids"].shape[1] + rollout["completion_ids"].shape[1]
+        shapes = self._row_shapes(rollout["prompt_ids"], rollout["prompt_mask"], rollout["completion_mask"])
+        lengths = self._lengths(rollout["prompt_mask"], rollout["completion_mask"]) if shapes is None else []
+        live = [True] * len(rollout["prompt_ids"])
+        if skipped:
+            live = _has_other_sign(rollout, skipped).tolist()
+
+        size = len(micro_batches[0]["prompt_ids"])
+        # Room for two whole groups, and the same on all processes.
+        most_rows = min(window * size, max(size, 2 * self.num_generations)) if regroups else size
+        loss_scale = most_rows / size if self.loss_type in _MEANS_OVER_ROWS else 1.0
         planned = []
-        for start in range(0, len(micro_batches), window):
-            part = micro_batches[start : start + window]
-            masks = [torch.cat([batch[name] for batch in part]) for name in ("prompt_mask", "completion_mask")]
-            lengths = self._lengths(*masks)
-            live = [True] * len(lengths)
-            if skipped:
-                has_gradient = [_has_sign_outside(skipped, batch) & loss_mask(batch).any(1) for batch in part]
-                live = torch.cat(has_gradient).tolist()
-            batches, extents = plan_micro_batches(part, lengths, live, self._multiple)
-            planned += [{**batch, PLAN: Plan(extent, skipped)} for batch, extent in zip(batches, extents, strict=True)]
+        for start in range(0, len(live), window * size):
+            part = slice(start, start + window * size)
+            if shapes is None:
+                shared = by_length(lengths[part], live[part], window, self._multiple)
+            else:
+                shared = by_prompt(shapes[part], live[part], window, size * width, most_rows)
+            for computed, numbers in zip(shared, fill_up(shared, window * size), strict=True):
+                rows = [start + number for number in numbers]
+                batch = {key: take_rows(value, rows) for key, value in rollout.items()}
+                positions_of = self._positions_of(rows, lengths, shapes, most_rows, batch)
+                plan = Plan(len(computed), len(rows), most_rows, positions_of, skipped, loss_scale)
+                planned.append({**batch, PLAN: plan})
         return planned
+
+    def _positions_of(self, rows, lengths, shapes, most_rows, batch) -> Callable[[int], Extent | PackedLayout]:
+        if shapes is None:
+            return lambda count: extent_of([lengths[row] for row in rows[:count]], self._multiple)
+        shape = most_rows, batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]
+        return lambda count: self._layout([shapes[row] for row in rows[:count]], shape)
+
+    def _row_shapes(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> list[RowShape] | None:
+        """Lengths and prompts of rows that are packed; `None` if they are padded."""
+        width = prompt_mask.shape[1] + completion_mask.shape[1]
+        if not self._trims or self._packing.reason is not None or width > (self._packing.limit or math.inf):
+            return None
+        return row_shapes(prompt_ids, prompt_mask, completion_mask)
+
+    def _layout(self, shapes: list[RowShape], shape: tuple[int, int, int]) -> PackedLayout:
+        return PackedLayout(shapes, shape, self._packing.by_column, self.accelerator.device)
 
     def _lengths(self, prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
         if not self._trims:
             return [(prompt_mask.shape[1], completion_mask.shape[1])] * len(prompt_mask)
-        return row_lengths(prompt_mask if self._trims_prompt else torch.ones_like(prompt_mask), completion_mask)
+        keeps_prompt = self._traits.left_padding
+        return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
 
     def _compute_loss(self, model, inputs):
         self._loss_scope = scope = LossScope(self, inputs)
         try:
-            return super()._compute_loss(model, scope.inputs)
+            loss = super()._compute_loss(model, scope.inputs)
         finally:
             scope.end()
             self._loss_scope = None
+        scale = 1.0 if scope.plan is None else scope.plan.loss_scale
+        return loss if scale == 1.0 else loss * scale
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        compute = super()._get_per_token_logps_and_entropies
-
-        def forward(input_ids, attention_mask, logits_to_keep):
-            return compute(model, input_ids, attention_mask, logits_to_keep, **kwargs)
-
+        compute = functools.partial(super()._get_per_token_logps_and_entropies, **kwargs)
         scope = self._loss_scope
-        is_for_loss = scope is not None and scope.waits_for_logps
-        if self._trims and not is_for_loss:
-            prompt_width = input_ids.shape[1] - logits_to_keep
-            lengths = self._lengths(attention_mask[:, :prompt_width], attention_mask[:, prompt_width:])
-            batch_size = batch_size or len(input_ids)
-            return run_in_order(
-                forward, input_ids, attention_mask, logits_to_keep, lengths, batch_size, self._multiple
-            )
-        if scope is None or not is_for_loss:
-            return compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs)
+        if scope is None or not scope.waits_for_logps:
+            run = functools.partial(self._run_all, compute) if self._trims else compute
+            return run(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope.waits_for_logps = False
-        plan = scope.inputs.pop(PLAN, None)
-        # A row that was skipped when the rollout was planned may have a gradient by now: in a subclass that changes
-        # the weights from step to step, or a hook that was assigned in between.
-        if plan is None or not plan.skipped_signs <= self._skippable_signs():
-            output = compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size, **kwargs)
+        if scope.plan is None:
+            output = compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         else:
-            output = run_extent(forward, input_ids, attention_mask, logits_to_keep, plan.extent)
-            if "old_per_token_logps" in scope.inputs:
-                # The ratio of a skipped row is 1.
-                rows, old_logps = plan.extent.rows, scope.inputs["old_per_token_logps"]
-                output = (torch.cat([output[0][:rows], output[0][rows:] + old_logps[rows:]]), *output[1:])
+            output = self._run_planned(compute, model, input_ids, attention_mask, logits_to_keep, scope)
         self._before_loss_reads(scope, per_token_logps=output[0], entropies=output[1])
         return output
 
+    def _run_planned(self, compute, model, input_ids, attention_mask, logits_to_keep, scope: LossScope):
+        """The rows that are planned, in the shape of all rows of the loss."""
+        plan = cast(Plan, scope.plan)
+        computed, positions = plan.computed, plan.positions
+        if not plan.skipped_signs <= self._skippable_signs():
+            # A row that was skipped when the rollout was planned may have a gradient by now: in a subclass that
+            # changes the weights from step to step, or with a hook that was assigned in between.
+            computed, positions = plan.present, plan.positions_of(plan.present)
+        if isinstance(positions, PackedLayout):
+            output = compute(PackedForward(model, positions), input_ids, attention_mask, logits_to_keep)
+        else:
+            output = run_extent(
+                self._forward(compute, model, len(input_ids)), input_ids, attention_mask, logits_to_keep, positions
+            )
+        logps, entropies, *others = output
+        parts = [computed, plan.present - computed, plan.rows - plan.present]
+        _, skipped, added = entropies.split(parts)
+        entropies = torch.cat([entropies[:computed], torch.full_like(skipped, math.nan), torch.zeros_like(added)])
+        if "old_per_token_logps" in scope.inputs:
+            # The ratio of a skipped row is 1.
+            logps = torch.cat([logps[:computed], logps[computed:] + scope.inputs["old_per_token_logps"][computed:]])
+        return logps, entropies, *others
 
-def _has_sign_outside(signs: frozenset[int], inputs: dict[str, Any]) -> Tensor:
-    """(B,) whether the sign of each advantage is none of some signs. NaN has no sign, and a gradient."""
+    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size=None):
+        """All rows, in as many passes of at most the positions that TRL's would have."""
+        prompt_width, rows = input_ids.shape[1] - logits_to_keep, len(input_ids)
+        prompt_mask, completion_mask = attention_mask[:, :prompt_width], attention_mask[:, prompt_width:]
+        batch_size = batch_size or rows
+        shapes = self._row_shapes(input_ids[:, :prompt_width], prompt_mask, completion_mask)
+        if shapes is None:
+            forward = self._forward(compute, model, min(batch_size, rows))
+            lengths = self._lengths(prompt_mask, completion_mask)
+            return run_in_order(
+                forward, input_ids, attention_mask, logits_to_keep, lengths, batch_size, self._multiple
+            )
+        passes = math.ceil(rows / batch_size)
+        shared = by_prompt(shapes, [True] * rows, passes, batch_size * input_ids.shape[1], rows)
+        parts = []
+        for numbers in shared:
+            chosen = numbers or [0]  # the model runs in any case, so that no other process waits
+            layout = self._layout([shapes[row] for row in numbers], (len(chosen), prompt_width, logits_to_keep))
+            output = compute(PackedForward(model, layout), input_ids[chosen], attention_mask[chosen], logits_to_keep)
+            parts.append(
+                [each[: len(numbers)] if isinstance(each, Tensor) and each.dim() else each for each in output]
+            )
+        return gather_parts(parts, [row for numbers in shared for row in numbers])
+
+    def _forward(self, compute, model, rows_of_trl: int) -> Forward:
+        """What computes padded rows, in company if GRPOTrainer's have it and it makes a difference to the model."""
+        forward = functools.partial(compute, model)
+        return never_alone(forward) if self._traits.alone and rows_of_trl > 1 else forward
+
+
+def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:
+    """(B,) whether a row has a token of the loss, and an advantage of another sign. NaN has no sign."""
     advantages = inputs["advantages"]
-    is_inside = torch.zeros_like(advantages, dtype=torch.bool)
+    has_sign = torch.zeros_like(advantages, dtype=torch.bool)
     for sign in signs:
-        is_inside |= advantages.sign() == sign
-    return ~is_inside
-
-
-def sees_padding(model: torch.nn.Module) -> bool:
-    """
-    Whether it makes a difference to a model how many columns of padding are to the left of its tokens.
-
-    It makes none to rotary positions and attention that goes by distance. It does to positions that are looked up by
-    column (GPT-2), to a rotation that depends on the length, to attention that is scaled or cut into blocks by column
-    (Llama 4, Ministral 3), and where adapters put virtual tokens before the padding. What is not known is taken to see
-    it.
-    """
-    adapters = getattr(model, "peft_config", {}).values()
-    config = cast(PretrainedConfig, model.config).get_text_config()
-    rope = _rope(config)
-    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return (
-        any(adapter.is_prompt_learning for adapter in adapters)
-        or not has_rotary_positions(config)
-        or not {each.get("rope_type", "default") for each in nested}.isdisjoint({"dynamic", "longrope"})
-        or any(each.get("llama_4_scaling_beta") for each in nested)
-        or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
-        or not _BY_DISTANCE.issuperset(getattr(config, "layer_types", None) or ())
-        or config.model_type == "recurrent_gemma"  # whose recurrent layers do not mask it
-    )
-
-
-def has_experts_as_modules(model: torch.nn.Module) -> bool:
-    """Whether experts are modules of their own, as before transformers 5: those without a token have no gradient."""
-    return any(
-        name.endswith("experts") and isinstance(module, torch.nn.ModuleList) for name, module in model.named_modules()
-    )
-
-
-def has_rotary_positions(config: PretrainedConfig) -> bool:
-    """Whether a model rotates its positions, rather than looks them up in a table of so many."""
-    return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")
-
-
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    config = config.get_text_config()
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        has_sign |= advantages.sign() == sign
+    return loss_mask(inputs).any(1) & ~has_sign

@@ -4,6 +4,13 @@ from typing import Any
 
 from trl import GRPOTrainer
 
+from .micro_batches import add_rows
+from .plan import Plan
+
+
+# The key under which a micro-batch carries its [`Plan`].
+PLAN = "a3po_plan"
+
 
 class LossScope:
     """
@@ -14,12 +21,18 @@ class LossScope:
 
     Attributes:
         inputs (`dict`): The copy that TRL's loss reads.
+        plan ([`Plan`], *optional*): What is computed of it; `None` for all of it.
+        present (`int`): Rows of the micro-batch. `inputs` may have more, without a token.
         waits_for_logps (`bool`): Whether TRL's loss has not asked for the log-probabilities yet. A subclass may run
             further passes inside the loss.
     """
 
     def __init__(self, trainer: GRPOTrainer, inputs: dict[str, Any]):
-        self.inputs = {**inputs}
+        self.inputs = dict(inputs)
+        self.plan: Plan | None = self.inputs.pop(PLAN, None)
+        self.present = len(inputs["completion_ids"])
+        if self.plan is not None:
+            self.inputs = add_rows(self.inputs, self.plan.rows)
         self.waits_for_logps = True
         self._trainer = trainer
         self._importance_sampling_level = trainer.importance_sampling_level

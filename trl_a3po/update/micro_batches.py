@@ -12,6 +12,7 @@ Shapes: B rows, P columns of prompt (padded on the left), C of completion (padde
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,18 +35,6 @@ class Extent:
     rows: int
     prompt: int
     completion: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """
-    What the loss of a micro-batch computes, decided when the rollout was made.
-
-    `skipped_signs` are the signs of advantages (-1, 0 or 1) whose rows it leaves out.
-    """
-
-    extent: Extent
-    skipped_signs: frozenset[int]
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -74,37 +63,40 @@ def extent_of(lengths: Sequence[tuple[int, int]], multiple: int = 1) -> Extent:
     return Extent(len(lengths), *columns)
 
 
-def plan_micro_batches(
-    micro_batches: Sequence[dict[str, Any]],
-    lengths: Sequence[tuple[int, int]],
-    live: Sequence[bool],
-    multiple: int = 1,
-) -> tuple[list[dict[str, Any]], list[Extent]]:
+def by_length(
+    lengths: Sequence[tuple[int, int]], live: Sequence[bool], batches: int, multiple: int = 1
+) -> list[list[int]]:
     """
-    Puts the rows of the micro-batches of one optimizer step in order, and shares the live ones out.
+    Shares the live rows of one optimizer step out over its micro-batches: those of like length together.
 
     Args:
-        micro_batches (sequence of `dict`): Parts of a rollout, as TRL splits it: tensors and lists with a row each,
-            and what the parts share.
-        lengths (sequence of `tuple[int, int]`): Columns that each row of them all needs, of prompt and completion.
+        lengths (sequence of `tuple[int, int]`): Columns that each row needs, of prompt and of completion.
         live (sequence of `bool`): Whether a row has to be computed.
+        batches (`int`): Number of micro-batches. The rows fill them exactly.
         multiple (`int`, *optional*, defaults to `1`): What the number of columns is rounded up to.
 
     Returns:
-        As many micro-batches of as many rows, and what of each is to be computed.
+        `list[list[int]]`: The live rows of each micro-batch.
     """
-    order = _longest_first(lengths, live)
-    merged = {key: merge_rows([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
-    size = len(micro_batches[0]["prompt_ids"])
-    alive = [row for row in order if live[row]]
-    others = order[len(alive) :]
-    planned, extents = [], []
-    for count in share_out([lengths[row] for row in alive], len(micro_batches), size, multiple):
-        rows, alive = alive[:count], alive[count:]
-        extents.append(extent_of([lengths[row] for row in rows], multiple))
-        rows, others = rows + others[: size - count], others[size - count :]
-        planned.append({key: take_rows(value, rows) for key, value in merged.items()})
-    return planned, extents
+    alive = [row for row in _longest_first(lengths, live) if live[row]]
+    shared = []
+    for count in share_out([lengths[row] for row in alive], batches, len(lengths) // batches, multiple):
+        shared.append(alive[:count])
+        alive = alive[count:]
+    return shared
+
+
+def fill_up(shared: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
+    """
+    Adds the rows that are not computed to micro-batches with room, so that each row is in one of them.
+
+    Args:
+        shared (sequence of sequences of `int`): The live rows of each micro-batch.
+        rows (`int`): Number of all rows, a multiple of the number of micro-batches.
+    """
+    size = rows // len(shared)
+    others = iter(sorted(set(range(rows)).difference(*shared)))
+    return [[*live, *islice(others, max(0, size - len(live)))] for live in shared]
 
 
 def share_out(lengths: Sequence[tuple[int, int]], batches: int, size: int, multiple: int = 1) -> list[int]:
@@ -194,8 +186,30 @@ def run_in_order(
         rows = order[start : start + batch_size]
         extent = extent_of([lengths[row] for row in rows], multiple)
         parts.append(run_extent(forward, input_ids[rows], attention_mask[rows], logits_to_keep, extent))
-    place = torch.tensor(order, device=input_ids.device).argsort()
-    return tuple(torch.cat(part)[place] if isinstance(part[0], Tensor) else None for part in zip(*parts, strict=True))
+    return gather_parts(parts, order)
+
+
+def gather_parts(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> tuple[Any, ...]:
+    """
+    Puts the results of several passes together.
+
+    Args:
+        parts (sequence of sequences): What [`Forward`] returned in each pass.
+        rows (sequence of `int`): The rows that were computed, in their order over the passes.
+
+    Returns:
+        `tuple`: What one pass over all rows, in their own order, would return.
+    """
+    place = torch.tensor(rows).argsort()
+    return tuple(_join(part, place) for part in zip(*parts, strict=True))
+
+
+def _join(parts: Sequence[Any], place: Tensor) -> Any:
+    if not isinstance(parts[0], Tensor):
+        return None
+    if not parts[0].dim():
+        return torch.stack(list(parts)).mean()  # the router's loss
+    return torch.cat(list(parts))[place.to(parts[0].device)]
 
 
 def _longest_first(lengths: Sequence[tuple[int, int]], live: Sequence[bool]) -> list[int]:
@@ -228,3 +242,23 @@ def take_rows(value: Any, rows: list[int]) -> Any:
     if isinstance(value, Tensor) and value.dim():
         return value[rows]
     return [value[row] for row in rows] if isinstance(value, list) else value
+
+
+def add_rows(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """
+    A micro-batch with rows of zeros at its end, which have no token, no advantage and no gradient.
+
+    Args:
+        inputs (`dict`): Tensors and lists with a row for each completion, and what its rows share.
+        rows (`int`): Number of rows that its tensors have then.
+    """
+    missing = rows - len(inputs["prompt_ids"])
+    if missing <= 0:
+        return inputs
+    added = dict(inputs)
+    for key, value in inputs.items():
+        if isinstance(value, Tensor) and value.dim():
+            # VESPO takes the logarithm of the ratio, of padding too.
+            filler = 1 if key == "importance_sampling_ratio" else 0
+            added[key] = pad(value, [0, 0] * (value.dim() - 1) + [0, missing], value=filler)
+    return added

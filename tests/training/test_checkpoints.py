@@ -1,0 +1,391 @@
+"""Checkpoints: at every moment there is a whole one, whatever is deleted, overwritten, read-only, linked or full."""
+
+import errno
+import json
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kill_worker import digests
+from support import tiny
+
+from trl_a3po import A3POTrainer
+from trl_a3po.training import checkpoint_files, checkpoints
+from trl_a3po.training.checkpoint_files import delete, flush, is_whole, mark_of, outdated, put_back
+from trl_a3po.training.checkpoints import last_whole_checkpoint
+
+
+def make(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
+    fields = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "lr_scheduler_type": "constant", **fields}
+    args = tiny.config(output_dir, **{"save_strategy": "steps", **fields})
+    return trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts(), tiny.prompts(8))
+
+
+def names(directory):
+    return sorted(path.name for path in directory.glob("checkpoint-*"))
+
+
+class Witness:
+    """
+    Looks, before every change of a file, whether the directory holds a whole checkpoint: what a kill would leave.
+
+    Whole is one that has all files of this step, with the weights and the optimizer in full length.
+    """
+
+    CHANGES = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
+
+    def __init__(self):
+        self.output_dir = None  # while it looks
+        self.moments = 0
+        self.missing = []
+        self._files = {}  # by step
+        sys.addaudithook(self._look)  # which nothing can remove
+
+    def saved(self, checkpoint):
+        self._files[_step(checkpoint)] = self._list(checkpoint)
+
+    def _list(self, checkpoint):
+        sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+        return sizes.keys(), sizes["model.safetensors"], sizes.get("optimizer.pt")
+
+    def _look(self, event, arguments):
+        if self.output_dir is None or event not in self.CHANGES or str(self.output_dir) not in str(arguments[0]):
+            return
+        output_dir, self.output_dir = self.output_dir, None
+        self.moments += 1
+        last = last_whole_checkpoint(output_dir)
+        if last is None or self._files.get(_step(last), self._list(Path(last))) != self._list(Path(last)):
+            self.missing.append((event, arguments, last))
+        self.output_dir = output_dir
+
+
+def _step(checkpoint):
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+
+
+class WitnessedTrainer(A3POTrainer):
+    """From its first checkpoint on."""
+
+    witness = None
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.witness.saved(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        self.witness.output_dir = Path(self.args.output_dir)
+
+
+def witnessed(model_dir, output_dir, **fields):
+    trainer = make(model_dir, output_dir, WitnessedTrainer, **fields)
+    trainer.witness = witness = Witness()
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        witness.saved(checkpoint)
+        witness.output_dir = output_dir
+    trainer.train()
+    witness.output_dir = None
+    assert witness.moments > 20
+    assert witness.missing == []
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"save_only_model": True},
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        },
+        {"save_total_limit": 2},
+        {"save_total_limit": None},
+    ],
+    ids=["limit 1", "only model", "best model", "limit 2", "no limit"],
+)
+def test_at_every_moment_there_is_a_whole_checkpoint(fields, model_dir, tmp_path):
+    trainer = witnessed(model_dir, tmp_path, **fields)
+    kept = names(tmp_path)
+    assert not any("incomplete" in name or "previous" in name for name in kept)
+    if fields.get("load_best_model_at_end"):
+        assert kept == [Path(trainer.state.best_model_checkpoint).name]
+    else:
+        assert len(kept) == (fields.get("save_total_limit", 1) or 3)
+    arguments = torch.load(tmp_path / kept[-1] / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == trainer.args.save_total_limit == fields.get("save_total_limit", 1)
+
+
+def test_overwriting_the_only_checkpoint_loses_nothing(model_dir, tmp_path):
+    """A run that is started anew in the same directory."""
+    make(model_dir, tmp_path, max_steps=2, save_steps=2).train()
+    witnessed(model_dir, tmp_path, max_steps=2, save_steps=2)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_half_written_checkpoints_of_a_higher_step_do_not_outlive_whole_ones(model_dir, tmp_path):
+    make(model_dir, tmp_path, max_steps=3, save_steps=3).train()
+    mark_of(tmp_path / "checkpoint-3").touch()
+    mark_of(tmp_path / "checkpoint-7").touch()  # killed before there was a directory
+    trainer = make(model_dir, tmp_path, max_steps=2, save_total_limit=2)
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def write(directory, step, *, marked=False, previous=False):
+    checkpoint = directory / (f"checkpoint-{step}.previous" if previous else f"checkpoint-{step}")
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    if marked:
+        mark_of(checkpoint).touch()
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("steps", "newest", "limit", "best", "deleted"),
+    [
+        ([2, 4, 6], 6, 1, None, [2, 4]),
+        ([2, 4, 6], 6, 2, None, [2]),
+        ([2, 4, 6], 6, 3, None, []),
+        ([2, 4, 6], 6, 1, 2, [4]),
+        ([2, 4, 6], 6, 2, 2, [4]),
+        ([2, 4, 6], 6, 2, 6, [2]),
+        ([2, 3, 8, 10], 3, 2, None, [8, 10]),  # higher steps are from an earlier run
+        ([2, 8, 10], 2, 2, None, [8]),
+        ([2, 10], 10, 1, 7, [2]),  # the best is gone
+    ],
+)
+def test_what_is_outdated(steps, newest, limit, best, deleted, tmp_path):
+    for step in steps:
+        write(tmp_path, step)
+    best = best and tmp_path / f"checkpoint-{best}"
+    found = outdated(tmp_path / f"checkpoint-{newest}", limit, best)
+    assert sorted(path.name for path in found) == sorted(f"checkpoint-{step}" for step in deleted)
+
+
+def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
+    for step, marked in ((2, False), (4, False), (6, True), (8, True)):
+        write(tmp_path, step, marked=marked)
+    assert {path.name for path in outdated(tmp_path / "checkpoint-4", 2)} == {"checkpoint-6", "checkpoint-8"}
+
+
+# Killed while it overwrites
+
+
+def test_a_checkpoint_that_waits_is_the_last_whole_one_and_is_put_back(tmp_path):
+    waiting = write(tmp_path, 4, previous=True)
+    write(tmp_path, 4, marked=True)
+    assert last_whole_checkpoint(tmp_path) == str(waiting)
+    put_back(tmp_path)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_any_whole_checkpoint_wins_over_one_that_waits(tmp_path):
+    """It may be of another run, which this one was to replace."""
+    earlier = write(tmp_path, 2)
+    waiting = write(tmp_path, 4, previous=True)
+    write(tmp_path, 4, marked=True)
+    put_back(tmp_path)
+    assert waiting.exists()
+    assert last_whole_checkpoint(tmp_path) == str(earlier)
+
+
+def test_a_new_checkpoint_wins_over_the_one_that_waits(tmp_path):
+    write(tmp_path, 4, previous=True)
+    new = write(tmp_path, 4)
+    put_back(tmp_path)
+    assert last_whole_checkpoint(tmp_path) == str(new)
+
+
+@pytest.mark.parametrize("by", ["True", "last_whole_checkpoint", "name"])
+def test_a_run_resumes_from_the_checkpoint_that_waited(by, model_dir, tmp_path):
+    make(model_dir, tmp_path, max_steps=2, save_steps=2).train()
+    before = digests(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-2.previous")
+    write(tmp_path, 2, marked=True)
+    trainer = make(model_dir, tmp_path, max_steps=3, save_strategy="no")
+    name = str(tmp_path / "checkpoint-2")
+    trainer.train({"True": True, "last_whole_checkpoint": last_whole_checkpoint(tmp_path), "name": name}[by])
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert digests(tmp_path / "checkpoint-2") == before
+
+
+# What file systems do
+
+
+def test_a_mark_is_found_through_links_and_from_within(tmp_path, monkeypatch):
+    marked = write(tmp_path / "run", 4, marked=True)
+    (tmp_path / "last").symlink_to(marked)
+    assert not is_whole(tmp_path / "last")
+    monkeypatch.chdir(marked)
+    assert not is_whole(Path("."))
+
+
+def test_a_torn_state_without_a_mark_is_not_whole(tmp_path):
+    """As GRPOTrainer leaves it, killed in its last write."""
+    write(tmp_path, 2)
+    (write(tmp_path, 4) / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+class LeavesOddFiles(A3POTrainer):
+    """In its checkpoints: a file that nobody may write, links, a pipe and a subdirectory."""
+
+    def save_model(self, output_dir=None, *args, **kwargs):
+        super().save_model(output_dir, *args, **kwargs)
+        directory = Path(output_dir)
+        (directory / "sub").mkdir()
+        for path in (directory / "modeling.py", directory / "sub" / "more.py"):
+            path.write_text("pass")
+            path.chmod(0o444)
+        (directory / "link.py").symlink_to("modeling.py")
+        (directory / "broken").symlink_to("nowhere")
+        (directory / "loop").symlink_to(".")
+        os.mkfifo(directory / "pipe")
+
+
+def test_odd_files_do_not_end_the_training(model_dir, tmp_path):
+    make(model_dir, tmp_path, LeavesOddFiles, max_steps=2, save_total_limit=1).train()
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can become another user")
+def test_a_file_is_flushed_without_the_right_to_write_it(tmp_path):
+    """Root may write everything: another user must try."""
+    path = tmp_path / "modeling.py"
+    path.write_text("pass")
+    path.chmod(0o444)
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(directory.stat().st_mode | stat.S_IROTH | stat.S_IXOTH)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            assert not os.access(path, os.W_OK)
+            checkpoint_files._warn_unflushed = lambda reason: os._exit(2)
+            flush(path)
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES])
+def test_a_file_system_without_flushing_is_told_once(number, tmp_path, monkeypatch, caplog):
+    def fsync(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint_files._warn_unflushed.cache_clear()
+    flush(tmp_path)
+    flush(tmp_path)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert f"({os.strerror(number)})" in warning
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_lost_bytes_are_an_error(number, tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        flush(tmp_path)
+
+
+def test_files_and_names_are_flushed_before_the_mark_goes(model_dir, tmp_path, monkeypatch):
+    """Also the names: a directory is flushed after what it holds, and again after the mark is gone."""
+    flushed = []
+
+    def note(path):
+        flushed.append((path, mark_of(tmp_path / "checkpoint-1").exists()))
+
+    monkeypatch.setattr(checkpoints, "flush", note)
+    make(model_dir, tmp_path, max_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    while_marked = [path for path, marked in flushed if marked]
+    assert while_marked[:2] == [mark_of(checkpoint), tmp_path]
+    assert {*checkpoint.iterdir(), checkpoint} <= set(while_marked)
+    assert while_marked.index(checkpoint) > while_marked.index(checkpoint / "optimizer.pt")
+    assert while_marked[-1] == tmp_path
+    assert flushed[-1] == (tmp_path, False)
+
+
+def test_deleting_marks_what_is_half_deleted(tmp_path, monkeypatch):
+    """A kill while files go one by one: the state may be the last."""
+    checkpoint = write(tmp_path, 4)
+    seen = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: seen.append(is_whole(path)))
+    delete(checkpoint)
+    assert seen == [False]
+    assert not is_whole(checkpoint)  # it is still there
+    monkeypatch.undo()
+    delete(checkpoint)
+    assert names(tmp_path) == []
+
+
+def test_a_link_is_deleted_and_what_it_stands_for_is_not(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", 4)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-4").symlink_to(elsewhere)
+    delete(tmp_path / "run" / "checkpoint-4")
+    assert names(tmp_path / "run") == []
+    assert is_whole(elsewhere)
+
+
+def fails(error):
+    def save(*args, **kwargs):
+        raise error
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors'
+    ],
+    ids=["ENOSPC", "EDQUOT", "safetensors"],
+)
+def test_a_full_disk_is_told_plainly(error, model_dir, tmp_path, monkeypatch):
+    trainer = make(model_dir, tmp_path, max_steps=2)
+
+    def save_rng_state(output_dir):
+        if trainer.state.global_step == 2:
+            raise error
+
+    monkeypatch.setattr(trainer, "_save_rng_state", save_rng_state)
+    with pytest.raises(
+        OSError, match=r"No space left on device: .*checkpoint-2' was not written to the end\."
+    ) as caught:
+        trainer.train()
+    assert f"The last whole one is '{tmp_path / 'checkpoint-1'}'. Free some space" in str(caught.value)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert trainer.args.save_total_limit == 1
+
+
+def test_other_errors_stay_as_they_are(model_dir, tmp_path, monkeypatch):
+    trainer = make(model_dir, tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer, "_save_rng_state", fails(ZeroDivisionError("in a callback")))
+    with pytest.raises(ZeroDivisionError, match="in a callback"):
+        trainer.train()
+
+
+def test_torch_names_no_full_disk_and_the_error_does(model_dir, tmp_path, monkeypatch):
+    trainer = make(model_dir, tmp_path, max_steps=1)
+    monkeypatch.setattr(
+        trainer, "_save_rng_state", fails(RuntimeError("inline_container.cc: unexpected pos 576 vs 534"))
+    )
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    with pytest.raises(OSError, match=r"There is no whole one yet\. Free some space"):
+        trainer.train()

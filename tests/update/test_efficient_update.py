@@ -1,0 +1,242 @@
+"""The same update from fewer positions: packed, padded or with rows skipped, the parameters are GRPOTrainer's."""
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import PromptEncoderConfig, PromptTuningConfig
+from support import tiny, training
+from support.training import SGD, gpt2, moved, update_difference
+from torch._dynamo.utils import counters
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
+
+from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po.update import efficient_update
+from trl_a3po.update.model_traits import has_experts_as_modules
+from trl_a3po.update.packed_forward import trl_has_fused_head
+from trl_a3po.update.probe import Packing
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
+
+
+def rollout(prompts, trainer):
+    """Prompts and completions of many lengths; every other group is all right or all wrong."""
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    prompt_ids, completion_ids, rewards = [], [], []
+    for i, prompt in enumerate(prompts):
+        group = i // trainer.num_generations
+        prompt_ids.append([5] * (group % 3) + trainer.processing_class(prompt)["input_ids"])
+        length = int(torch.randint(1, 13, (), generator=generator))
+        completion_ids.append([*torch.randint(3, 40, (length - 1,), generator=generator).tolist(), 1])
+        rewards.append(float(i % 2) if group % 2 else 1.0)
+    logprobs = [[-3.0 - 0.1 * (t % 3) for t in range(len(ids))] for ids in completion_ids]
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs, "given": rewards}
+
+
+def given_reward(given, **kwargs):
+    return given
+
+
+class Counting(A3POTrainer):
+    """Notes the shape of what the model sees in each pass of the loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.passes = []
+        model = self.accelerator.unwrap_model(self.model)
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, kwargs):
+        if torch.is_grad_enabled():
+            self.passes.append(tuple(kwargs["input_ids"].shape))
+
+
+@pytest.fixture
+def padded(monkeypatch):
+    """Has no model packed."""
+    monkeypatch.setattr(efficient_update, "check_packing", lambda model: Packing("this test pads"))
+
+
+def train(model, output_dir, trainer_class=Counting, arguments=None, **fields):
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_completion_length": 12,
+    }
+    arguments = {"rollout_func": rollout, "reward_funcs": given_reward, **(arguments or {})}
+    return training.train(output_dir, trainer_class, model=model, arguments=arguments, **{**SGD, **defaults, **fields})
+
+
+def cells(trainer):
+    return sum(rows * columns for rows, columns in trainer.passes)
+
+
+RUNS = {
+    **{loss: {"loss_type": loss} for loss in tiny.LOSS_TYPES},
+    "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "two iterations": {"num_iterations": 2, "max_steps": 4},
+    "generation larger than accumulation": {"steps_per_generation": 8},
+    "generation smaller than accumulation": {"steps_per_generation": 2},
+    "no accumulation": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+    "one row at a time": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
+    "KL": {"beta": 0.1},
+    "entropy quantile": {"top_entropy_quantile": 0.3},
+    "truncated completions masked": {"mask_truncated_completions": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "padding to a multiple": {"pad_to_multiple_of": 8},
+    "positive samples alone": {"negative_weight": 0.0, "negative_high_scale": 1.0},
+    "several epochs": {"max_steps": -1, "num_train_epochs": 2},
+}
+
+
+@pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
+def test_the_update_is_the_same_from_fewer_cells(fields, model_dir, tmp_path, request):
+    plain = train(model_dir, tmp_path, **tiny.PLAIN, **fields)
+    packed = train(model_dir, tmp_path, **fields)
+    assert (packed._packing.reason is None) == trl_has_fused_head()
+    request.getfixturevalue("padded")
+    padded = train(model_dir, tmp_path, **fields)
+    for saved in (packed, padded):
+        assert update_difference(saved, plain) < 1e-4
+        assert len(saved.passes) == len(plain.passes)
+    assert cells(packed) <= cells(padded) < cells(plain)
+
+
+@pytest.mark.parametrize("option", tiny.PLAIN)
+def test_each_saving_alone(option, model_dir, tmp_path):
+    plain = train(model_dir, tmp_path, **tiny.PLAIN)
+    saved = train(model_dir, tmp_path, **{**tiny.PLAIN, option: True})
+    assert update_difference(saved, plain) < 1e-4
+    assert cells(saved) < cells(plain)
+
+
+def test_lora(model_dir, tmp_path):
+    plain = train(model_dir, tmp_path, arguments=tiny.lora(), **tiny.PLAIN)
+    saved = train(model_dir, tmp_path, arguments=tiny.lora())
+    assert moved(plain) == {name for name in plain.start if "lora_" in name}
+    assert update_difference(saved, plain) < 1e-4
+    assert cells(saved) < cells(plain)
+
+
+def test_rows_without_a_gradient_do_not_run(model_dir, tmp_path):
+    trainer = train(model_dir, tmp_path, trim_padding=False, max_steps=1)
+    # Of 16 rows in 4 micro-batches half have an advantage.
+    assert sum(rows for rows, columns in trainer.passes if columns > 2) == 8
+    single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
+    alone = train(model_dir, tmp_path, trim_padding=False, max_steps=1, **single)
+    assert len(alone.passes) == 16
+    assert alone.passes[8:] == [(1, 2)] * 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"beta": 0.1}, {"top_entropy_quantile": 0.5}, {"entropy_coef": 0.01}, {"use_adaptive_entropy": True}],
+    ids=str,
+)
+@pytest.mark.usefixtures("padded")
+def test_all_rows_run_where_the_loss_needs_them(fields, model_dir, tmp_path):
+    if not all(hasattr(A3POConfig, name) for name in fields):
+        pytest.skip("this TRL has no such option")
+    trainer = train(model_dir, tmp_path, max_steps=1, **fields)
+    assert [rows for rows, _ in trainer.passes] == [4, 4, 4, 4]
+
+
+class EveryRow(Counting):
+    def shape_advantages(self, advantages, *, mask, **batch):
+        lengths = sorted(mask.sum(1).tolist())
+        self.micro_batches = [*getattr(self, "micro_batches", []), lengths]
+        return advantages + 1
+
+
+def test_a_shaping_of_ones_own_sees_every_row_in_the_company_it_has_without_savings(model_dir, tmp_path):
+    plain, saved = (train(model_dir, tmp_path, EveryRow, max_steps=1, **fields) for fields in (tiny.PLAIN, {}))
+    assert saved.micro_batches == plain.micro_batches
+    assert cells(saved) < cells(plain)
+
+
+def recurrent():
+    """A model whose recurrent layers take padding for tokens."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    special = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
+    return RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(
+            vocab_size=len(tiny.tokenizer()), head_dim=16, lru_width=32, attention_window_size=64, **size, **special
+        )
+    )
+
+
+VIRTUAL_TOKENS = {
+    "prompt tuning": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("case", ["absolute positions", "recurrent", *VIRTUAL_TOKENS])
+def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir, tmp_path):
+    if case == "recurrent" and Version(transformers.__version__) < Version("5"):
+        pytest.skip("there it keeps its state from one pass to the next, and does not train")
+    model = {"absolute positions": gpt2, "recurrent": recurrent}.get(case, model_dir)
+    arguments = {"peft_config": VIRTUAL_TOKENS[case]} if case in VIRTUAL_TOKENS else {}
+    plain, saved = (
+        train(model, tmp_path, arguments={**arguments}, learning_rate=0.3, **fields) for fields in (tiny.PLAIN, {})
+    )
+    assert update_difference(saved, plain) < 1e-4
+    assert cells(saved) < cells(plain)
+    assert saved._traits.left_padding
+
+
+def test_experts_are_modules_before_transformers_5():
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    mixture = Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=8, num_key_value_heads=2, **size, **experts))
+    assert has_experts_as_modules(mixture) == (Version(transformers.__version__) < Version("5"))
+    assert not has_experts_as_modules(Qwen2ForCausalLM(Qwen2Config(vocab_size=8, num_key_value_heads=2, **size)))
+
+
+@pytest.mark.usefixtures("padded")
+def test_columns_stay_multiples(model_dir, tmp_path):
+    trainer = train(model_dir, tmp_path, pad_to_multiple_of=8)
+    assert {columns % 8 for _, columns in trainer.passes} == {0}
+
+
+def test_metrics_are_those_of_all_rows_but_the_entropy(model_dir, tmp_path):
+    plain, saved = (train(model_dir, tmp_path, **fields).state.log_history for fields in (tiny.PLAIN, {}))
+    for ours, theirs in zip(saved[:-1], plain[:-1], strict=True):
+        assert theirs.keys() - ours.keys() == {"a3po/zero/entropy"}
+        for name in ours.keys() - {"entropy", "step_time"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+        tokens = [theirs[f"a3po/{p}/fraction"] * theirs[f"a3po/{p}/mean_length"] for p in ("positive", "negative")]
+        entropies = [theirs[f"a3po/{p}/entropy"] for p in ("positive", "negative")]
+        expected = sum(n * entropy for n, entropy in zip(tokens, entropies, strict=True)) / sum(tokens)
+        assert ours["entropy"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_batch_without_any_gradient_changes_nothing(model_dir, tmp_path):
+    trainer = train(model_dir, tmp_path, arguments={"reward_funcs": tiny.equal_reward})
+    start = dict(tiny.model().named_parameters())
+    assert all(torch.equal(start[name], value) for name, value in tiny.parameters(trainer).items())
+    assert set(trainer.passes) == {(1, 1) if trl_has_fused_head() else (1, 2)}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it traces itself, and fails where that is an error
+def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")  # which transformers sets, and leaves to other tests
+    fields = {"torch_compile": True, "torch_compile_backend": "eager"}
+    graphs = []
+    for max_steps in (4, 12):
+        torch.compiler.reset()
+        counters.clear()
+        trainer = train(model_dir, tmp_path, max_steps=max_steps, **fields)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(trainer.passes)) > 12  # as many shapes
+    assert graphs[0] == graphs[1] < 12

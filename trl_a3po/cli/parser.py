@@ -1,0 +1,107 @@
+"""The parser of commands whose options are the fields of dataclasses, and the files that `--config` finds."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    # In the wheel they are part of the package; in a clone they stand beside it.
+    folders = [PACKAGE / "recipes", PACKAGE.parent / "examples" / "recipes"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+class Parser(TrlParser):
+    """
+    TRL's parser, with `--config` in the help, and one `ValueError` for everything that is wrong with the file.
+
+    Args:
+        command (`str`): Name of the command.
+        description (`str`, *optional*): Text above the options.
+        dataclasses (`list`): Their fields are the options.
+        with_recipes (`bool`, *optional*, defaults to `False`): Whether `--config` takes names of recipes.
+    """
+
+    def __init__(self, command: str, description: str | None, dataclasses: list[Any], with_recipes: bool = False):
+        super().__init__(
+            dataclasses,
+            prog=f"trl-a3po {command}",
+            usage=f"trl-a3po {command} [--config FILE] [options]",
+            description=description,
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        self._recipes = recipes() if with_recipes else {}
+        text = "YAML file of options. Options on the command line take precedence."
+        if self._recipes:
+            text += f" Or the name of a recipe that comes with the package: {', '.join(self._recipes)}."
+        # TRL's parser takes it out of the line before argparse sees it: this is for the help.
+        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
+        group_options(self, "general", {"help", "config"})
+
+    def find_config(self, arguments: Sequence[str]) -> list[str]:
+        """
+        The arguments, with `--config FILE` as two words and a recipe's name replaced by its path.
+
+        Raises:
+            `OSError`: no such file.
+            `ValueError`: no name, an unknown name, or a file that is no mapping in YAML.
+        """
+        words = [
+            part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+        ]
+        if "--config" not in words:
+            return words
+        index = words.index("--config") + 1
+        if index == len(words) or not words[index]:
+            raise ValueError("`--config` needs the name of a file.")
+        path = self._recipes.get(words[index], Path(words[index]))
+        if Path(words[index]).is_file():
+            path = Path(words[index])
+        if not path.is_file():
+            known = f" The recipes are {', '.join(self._recipes)}." if self._recipes else ""
+            raise FileNotFoundError(f"There is no file '{path}' for `--config`.{known}")
+        words[index] = str(path)
+        return words
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *positional: Any, **options: Any) -> tuple:
+        words = self.find_config(list(args or ()))
+        if "--config" in words:
+            self._check_config(Path(words[words.index("--config") + 1]), **options)
+        try:
+            return super().parse_args_and_config(words, *positional, **options)
+        except TypeError as error:  # a value in the file that is a list or null where a number belongs
+            raise ValueError(f"An option has a value of the wrong type: {error}.") from error
+
+    def _check_config(self, path: Path, return_remaining_strings: bool = False, **_: Any) -> None:
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"'{path}' must hold options, one `name: value` a line.")
+        unknown = config.keys() - {action.dest for action in self._actions} - {"env"}
+        if unknown and not return_remaining_strings:
+            raise ValueError(f"'{path}' has options that `{self.prog}` does not have: {', '.join(sorted(unknown))}.")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description with its line breaks."""
+
+
+def group_options(parser: argparse.ArgumentParser, title: str, names: set[str]) -> None:
+    """Makes the help list some options under a title of their own, above the many that have none."""
+    others = parser._optionals
+    group = parser.add_argument_group(title)
+    group._group_actions += [action for action in others._group_actions if action.dest in names]
+    others._group_actions = [action for action in others._group_actions if action.dest not in names]
+    parser._action_groups.remove(others)
+    parser._action_groups.append(others)

@@ -1,0 +1,62 @@
+"""Whether datasets are large enough for the batches that TRL makes of them."""
+
+from collections.abc import Mapping, Sized
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from ..a3po_config import A3POConfig
+
+
+def check_dataset_sizes(args: A3POConfig, train_dataset: Any, eval_dataset: Any = None) -> None:
+    """
+    Refuses datasets of which TRL makes no batch at all.
+
+    In training, TRL drops the prompts at the end of an epoch that do not fill a generation batch of all processes. Of
+    a smaller dataset it drops everything. In evaluation it drops nothing, unless `dataloader_drop_last` is set.
+
+    Args:
+        args ([`A3POConfig`]):
+            Its `generation_batch_size` counts completions, over all processes.
+        train_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
+            One prompt a row. Streams are not checked: their length is not known.
+        eval_dataset (the same, or a dictionary of them, *optional*):
+            Likewise.
+
+    Raises:
+        `ValueError`: a dataset has too few rows. Names the sizes and what to change.
+    """
+    generations = args.num_generations
+    prompts = args.generation_batch_size // generations  # as TRL's RepeatSampler
+    rows = _length(train_dataset)
+    if rows is not None and rows < prompts:
+        raise ValueError(
+            f"The training dataset has {_rows(rows)}, fewer than the {prompts} prompts of a generation batch "
+            f"(`generation_batch_size={args.generation_batch_size}` completions, `num_generations={generations}`), so "
+            f"that there is nothing to train on. Use at least {prompts} rows, or lower `per_device_train_batch_size`, "
+            "`steps_per_generation` (by default `gradient_accumulation_steps`) or `generation_batch_size`."
+        )
+    named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    for name, dataset in named.items():
+        rows = _length(dataset)
+        if rows is None:
+            continue
+        label = f"evaluation dataset '{name}'" if name else "evaluation dataset"
+        if rows == 0:
+            raise ValueError(f"The {label} has no rows.")
+        batch = args.per_device_eval_batch_size * args.world_size
+        completions = rows * (getattr(args, "num_generations_eval", None) or generations)
+        if args.dataloader_drop_last and completions < batch:
+            raise ValueError(
+                f"The {label} has {_rows(rows)}, which give {completions} completions, fewer than an evaluation batch "
+                f"of {batch}. `dataloader_drop_last=True` drops them all. Set it to `False`, or lower "
+                "`per_device_eval_batch_size`."
+            )
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset) else None
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"

@@ -1,0 +1,277 @@
+"""
+Which savings of the update are exact for a model: what it makes of padding, and of the other rows of a batch.
+
+TRL passes `input_ids` and `attention_mask` to the model, with prompts padded on the left. The output of a row should
+depend only on its own tokens. Some models break this rule: they look positions up by column (GPT-2), take padding for
+tokens (RecurrentGemma), cut the columns into chunks (Zamba2), or ignore the mask in a batch of one row (LFM2, Mamba2,
+Falcon-H1 and Qwen3-Next before transformers 5.13). It depends on the release of transformers, on the installed
+kernels, and on the mode. So [`padding_traits`] runs the model. Names decide only where a short run shows nothing.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .micro_batches import Forward
+
+
+logger = logging.getLogger(__name__)
+
+# Columns of padding in the check. An odd number changes every alignment.
+_PADDING = 5
+# Linear attention is computed in chunks, of 64 tokens where the configuration gives no size. Longer chunks than the
+# second number are not run.
+_CHUNK, _LONGEST_CHUNK = 64, 1024
+
+
+@dataclass(frozen=True)
+class PaddingTraits:
+    """
+    What the output of a row depends on, besides its own tokens.
+
+    | Trait | What stays exact |
+    | --- | --- |
+    | `left_padding` | prompts keep their padding |
+    | `right_padding` | completions keep theirs, too |
+    | `alone` | a row that had company in GRPOTrainer's batch does not run alone, see [`never_alone`] |
+    | `company` | no row is skipped, and rows stay in the batch they are in |
+
+    Attributes:
+        left_padding (`bool`): How many columns of padding are to its left, in a batch of any size.
+        right_padding (`bool`): How many columns of padding are to its right.
+        alone (`bool`): Whether it is the only row of its batch.
+        company (`bool`): Which other rows are in its batch.
+    """
+
+    left_padding: bool = False
+    right_padding: bool = False
+    alone: bool = False
+    company: bool = False
+
+    def __or__(self, other: "PaddingTraits") -> "PaddingTraits":
+        return PaddingTraits(
+            self.left_padding or other.left_padding,
+            self.right_padding or other.right_padding,
+            self.alone or other.alone,
+            self.company or other.company,
+        )
+
+
+def padding_traits(model: torch.nn.Module) -> PaddingTraits:
+    """
+    Finds out what the output of a row depends on. A trait is present if the model's configuration says so, or if
+    outputs differ when the model runs on made-up rows.
+
+    The check runs about a dozen short passes without gradients, over at most three rows: in training mode without
+    dropout, and in evaluation mode, since the code of the two can differ. Modes and random numbers are restored.
+    Processes that share a model (FSDP, ZeRO-3) must all call this at the same time, once the model is prepared for
+    training.
+
+    The check does not see effects below rounding: 3e-5 of the logits in float32, a tenth in half precision or TF32.
+    Such an effect can grow if a model is trained from scratch.
+
+    Args:
+        model (`torch.nn.Module`): A causal language model of transformers or PEFT, which can be called.
+
+    Returns:
+        [`PaddingTraits`]: If the model cannot run on the made-up rows, all traits but `right_padding` are assumed, and
+        a warning is logged.
+    """
+    traits = configured_traits(model)
+    try:
+        return traits | observed_traits(model)
+    except Exception as error:
+        logger.warning(
+            "Could not check whether the output of %s depends on padding, because it failed on rows of plain tokens "
+            "(%s: %s). Prompts keep their padding and no rows are skipped: the update is exact but costs more.",
+            type(model).__name__,
+            type(error).__name__,
+            error,
+        )
+        return traits | PaddingTraits(left_padding=True, alone=True, company=True)
+
+
+def configured_traits(model: torch.nn.Module) -> PaddingTraits:
+    """
+    The traits that a short run may not show: rotations that change with the length of the batch beyond a threshold,
+    attention that is scaled or cut into chunks by column (Llama 4, Ministral 3), virtual tokens before the padding.
+    """
+    adapters = getattr(model, "peft_config", {}).values()
+    config = cast(PretrainedConfig, model.config).get_text_config()
+    rope = _rope(config)
+    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    rotates_by_length = not {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint(
+        {"dynamic", "longrope"}
+    )
+    return PaddingTraits(
+        left_padding=(
+            rotates_by_length
+            or any(adapter.is_prompt_learning for adapter in adapters)
+            or any(each.get("llama_4_scaling_beta") for each in nested)
+            or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
+            or "chunked_attention" in _layer_types(config)
+            or max(_chunks(config)) > _LONGEST_CHUNK
+        ),
+        right_padding=rotates_by_length,
+    )
+
+
+def observed_traits(model: torch.nn.Module) -> PaddingTraits:
+    """The traits that short runs of a model show. Errors of the model are raised."""
+    rows = _made_up_rows(cast(PretrainedConfig, model.config))
+    traits = PaddingTraits()
+    for training in (True, False):
+        with _as_is(model, training):
+            observed = _compare_runs(model, rows)
+        if observed is not None:
+            traits |= observed
+    return traits
+
+
+def never_alone(forward: Forward) -> Forward:
+    """
+    Makes a single row run beside a copy of itself.
+
+    Args:
+        forward (`Forward`): What computes a batch.
+
+    Returns:
+        `Forward`: The same function, with the same results, for which a batch of one row is a batch of two.
+    """
+
+    def in_company(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> tuple[Any, ...]:
+        if len(input_ids) > 1:
+            return forward(input_ids, attention_mask, logits_to_keep)
+        outputs = forward(input_ids.repeat(2, 1), attention_mask.repeat(2, 1), logits_to_keep)
+        return tuple(each[:1] if isinstance(each, Tensor) and each.dim() else each for each in outputs)
+
+    return in_company
+
+
+def has_experts_as_modules(model: torch.nn.Module) -> bool:
+    """Whether experts are modules of their own, as before transformers 5: those without a token have no gradient."""
+    return any(
+        name.endswith("experts") and isinstance(module, torch.nn.ModuleList) for name, module in model.named_modules()
+    )
+
+
+def has_rotary_positions(config: PretrainedConfig) -> bool:
+    """Whether a model rotates its positions, rather than looks them up in a table of limited length."""
+    return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")
+
+
+def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
+    """
+    What the output for the first row depends on; `None` if the same run twice gives different outputs.
+
+    Args:
+        model (`torch.nn.Module`): In the mode to be checked.
+        rows (`torch.Tensor` of shape `(3, P + N)`): N tokens of each after P more, the columns of padding.
+    """
+    length = rows.shape[1] - _PADDING
+    masked = torch.ones_like(rows)
+    masked[0, :_PADDING] = 0
+    whole, flipped = rows[:1, _PADDING:], rows[:1].roll(-_PADDING, dims=1)  # without padding; padding on the right
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        device = cast(Any, model).device
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[0]  # (columns, V)
+        return logits[:length] if mask is on_the_right else logits[-length:]
+
+    on_the_right = masked[:1].flip(1)
+    plain = run(whole, torch.ones_like(whole))
+    limit = _rounding(plain)
+    if _distance(run(whole, torch.ones_like(whole)), plain) > limit:
+        return None
+    padded, with_one, with_two = (run(rows[chosen], masked[chosen]) for chosen in ([0], [0, 1], [0, 2, 1]))
+    return PaddingTraits(
+        left_padding=max(_distance(padded, plain), _distance(with_one, plain)) > limit,
+        right_padding=_distance(run(flipped, on_the_right), plain) > limit,
+        alone=_distance(padded, with_one) > limit,
+        company=_distance(with_one, with_two) > limit,
+    )
+
+
+def _made_up_rows(config: PretrainedConfig) -> Tensor:
+    """(3, P + N) ordinary tokens, in the columns of padding too: the embedding of a padding token may be 0."""
+    text_config = config.get_text_config()
+    plain = {"full_attention", "sliding_attention"}.issuperset(_layer_types(text_config)) and not any(
+        _chunks(text_config)
+    )
+    sizes = [size for size in _chunks(text_config) if size <= _LONGEST_CHUNK]
+    columns = _PADDING + (12 if plain else max(_CHUNK, *sizes) + 8)
+    columns = min(columns, getattr(text_config, "max_position_embeddings", None) or columns)
+    special: set[Any] = set()
+    for name, value in config.to_dict().items():
+        if name.endswith(("token_id", "token_index")):
+            special.update(value if isinstance(value, list) else [value])
+    ordinary = [token for token in range(min(text_config.vocab_size, 1000)) if token not in special]
+    return torch.tensor(ordinary)[
+        torch.randint(len(ordinary), (3, columns), generator=torch.Generator().manual_seed(0))
+    ]
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Of two tensors of logits (N, V): relative to how much they vary, where four positions in a row differ most."""
+    b = b.float()
+    squares = ((a.float() - b).square().mean(1), (b - b.mean(1, keepdim=True)).square().mean(1))
+    difference, scale = (torch.stack([span.mean() for span in each.split(4)]) for each in squares)
+    return float((difference / scale.clamp(min=torch.finfo(b.dtype).tiny)).max().sqrt())
+
+
+def _rounding(logits: Tensor) -> float:
+    """The distance of logits that can be rounding, by the precision that they were computed in."""
+    precisions = [torch.bfloat16, torch.float16]
+    # Mixed precision returns float32.
+    eps = [torch.finfo(dtype).eps for dtype in precisions if torch.equal(logits, logits.to(dtype).to(logits.dtype))]
+    if torch.get_float32_matmul_precision() != "highest":
+        eps.append(2**-10)  # TF32
+    return min(256 * max([torch.finfo(logits.dtype).eps, *eps]), 0.1)
+
+
+@contextlib.contextmanager
+def _as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """Puts a model in a mode, without dropout and gradients. Restores the mode of each module and random numbers."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = cast(Any, model).device
+    model.train(training)
+    for module, _ in modes:
+        if "Dropout" in type(module).__name__:
+            module.training = False
+    try:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            warnings.catch_warnings(),
+        ):
+            # Checkpointing warns that there are no gradients.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _layer_types(config: PretrainedConfig) -> list[str]:
+    return getattr(config, "layer_types", None) or []
+
+
+def _chunks(config: PretrainedConfig) -> list[int]:
+    """Sizes that a configuration gives for chunks of columns; 0 if it gives none."""
+    return [0] + [
+        value
+        for name, value in vars(config).items()
+        if isinstance(value, int) and ("chunk" in name or name == "block_size") and "feed_forward" not in name
+    ]
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    config = config.get_text_config()
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

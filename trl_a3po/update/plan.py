@@ -1,0 +1,94 @@
+"""Which rows share a packed pass: those of one prompt, within the positions that a padded micro-batch would take."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .layout import PackedLayout, RowShape
+from .micro_batches import Extent
+
+
+@dataclass
+class Plan:
+    """
+    What the loss of a micro-batch computes, decided when the rollout was made.
+
+    Attributes:
+        computed (`int`): How many rows are computed, the first ones.
+        present (`int`): How many rows the micro-batch has.
+        rows (`int`): How many rows the loss reads, the same on all processes, since TRL gathers them. Those that the
+            micro-batch lacks are added without a token.
+        positions_of (callable): From a number of rows to the positions that the model sees for the first ones.
+        skipped_signs (`frozenset[int]`): Signs of advantages (-1, 0 or 1) whose rows are not computed.
+        loss_scale (`float`): What the loss is multiplied by, since TRL divides some losses by the number of rows.
+    """
+
+    computed: int
+    present: int
+    rows: int
+    positions_of: Callable[[int], Extent | PackedLayout]
+    skipped_signs: frozenset[int]
+    loss_scale: float
+
+    @cached_property
+    def positions(self) -> Extent | PackedLayout:
+        """Those of the rows that are computed. A rollout that is used again uses them again."""
+        return self.positions_of(self.computed)
+
+
+def by_prompt(
+    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, most_rows: int
+) -> list[list[int]]:
+    """
+    Shares the live rows of one optimizer step out over its micro-batches: those of one prompt together, and about as
+    many positions in each micro-batch.
+
+    Groups go, the largest first, to the micro-batch with the fewest positions. A group that fits nowhere is divided.
+
+    Args:
+        shapes (sequence of [`RowShape`]): Lengths and prompts of the rows.
+        live (sequence of `bool`): Whether a row has to be computed.
+        batches (`int`): Number of micro-batches.
+        budget (`int`): Most positions of a micro-batch: at least the longest row times `len(shapes) / batches`, so
+            that there is room for every row.
+        most_rows (`int`): Most rows of a micro-batch, at least `len(shapes) / batches`.
+
+    Returns:
+        `list[list[int]]`: The live rows of each micro-batch, the emptiest micro-batches first.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, shape in enumerate(shapes):
+        if live[row]:
+            groups.setdefault(shape.prompt_number, []).append(row)
+
+    def prefix(group: Sequence[int]) -> int:
+        return shapes[group[0]].prompt - 1
+
+    def positions(group: Sequence[int]) -> int:
+        return prefix(group) + sum(shapes[row].completion for row in group)
+
+    shared: list[list[int]] = [[] for _ in range(batches)]
+    used = [0] * batches
+
+    def has_room(batch: int, size: int, rows: int) -> bool:
+        return used[batch] + size <= budget and len(shared[batch]) + rows <= most_rows
+
+    for group in sorted(groups.values(), key=positions, reverse=True):
+        size, rows = positions(group), len(group)
+        batch = min(
+            (each for each in range(batches) if has_room(each, size, rows)), key=used.__getitem__, default=None
+        )
+        if batch is not None:
+            shared[batch] += group
+            used[batch] += size
+            continue
+        batch = None
+        for row in sorted(group, key=lambda row: -shapes[row].completion):
+            if batch is None or not has_room(batch, shapes[row].completion, 1):
+                size = prefix(group) + shapes[row].completion
+                roomy = (each for each in range(batches) if has_room(each, size, 1))
+                batch = min(roomy, key=used.__getitem__)
+                used[batch] += prefix(group)
+            shared[batch].append(row)
+            used[batch] += shapes[row].completion
+    return [shared[batch] for batch in sorted(range(batches), key=used.__getitem__)]
