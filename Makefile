@@ -34,7 +34,7 @@ test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest supported TRL a
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm"
 
 test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
-	$(VENV_VLLM)/bin/python -m pytest -m vllm tests/engines/test_vllm.py
+	$(VENV_VLLM)/bin/python -m pytest -m vllm tests
 
 test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on TRL, with each of TRL_VERSIONS
 	@failed=; for version in $(TRL_VERSIONS); do \
@@ -45,7 +45,7 @@ test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # datasets is named because its newest release needs a newer Hub client than transformers 4 does.
-test-transformers: $(VENV_TRANSFORMERS)/ready  ## those of the update, with each of TRANSFORMERS_VERSIONS
+test-transformers: $(VENV_TRANSFORMERS)/ready  ## the tests of the update, with each of TRANSFORMERS_VERSIONS
 	@failed=; for version in $(TRANSFORMERS_VERSIONS); do \
 		echo "transformers $$version"; \
 		$(VENV_TRANSFORMERS)/bin/python $(INSTALL) transformers==$$version datasets trl \

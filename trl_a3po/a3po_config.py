@@ -91,14 +91,21 @@ class A3POConfig(GRPOConfig):
         > Parameters that control which positions of a rollout are computed
 
         trim_padding (`bool`, *optional*, defaults to `True`):
-            Whether each pass over the model computes only the columns that its micro-batch uses. The rows of an
-            optimizer step are grouped by length if the loss does not depend on the grouping and `shape_advantages` is
-            not your own. The update is the same to rounding. Ignored for models with images.
+            Whether passes over the model compute no padding, and the prompt of a group only once. Rows are packed; a
+            model that cannot be packed gets padded rows of similar length. The rows of an optimizer step are regrouped
+            if the loss does not depend on the grouping and `shape_advantages` is not your own. The update is the same
+            to rounding. Ignored for models with images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
             own. While completions are skipped, the metric `entropy` is the mean over the others.
+        skip_old_logps (`bool`, *optional*, defaults to `True`):
+            Whether the forward pass for the old log-probabilities, which GRPOTrainer runs after each generation with
+            vLLM or when rollouts are reused, is skipped while the loss can take them from its own forward pass.
+            Otherwise it runs for completions with an advantage only. The update is the same to rounding. While it is
+            skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for models with
+            images, and with TRL before 1.15.
 
         > Parameters that control the logging
 
@@ -204,9 +211,10 @@ class A3POConfig(GRPOConfig):
     trim_padding: bool = field(
         default=True,
         metadata={
-            "help": "Whether each pass over the model computes only the columns that its micro-batch uses. The rows "
-            "of an optimizer step are grouped by length if the loss does not depend on the grouping and "
-            "`shape_advantages` is not your own. The update is the same to rounding. Ignored for models with images."
+            "help": "Whether passes over the model compute no padding, and the prompt of a group only once. Rows are "
+            "packed; a model that cannot be packed gets padded rows of similar length. The rows of an "
+            "optimizer step are regrouped if the loss does not depend on the grouping and `shape_advantages` "
+            "is not your own. The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(
@@ -217,6 +225,16 @@ class A3POConfig(GRPOConfig):
             "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
             "`shape_advantages` of your own. While completions are skipped, the metric `entropy` is the mean over the "
             "others."
+        },
+    )
+    skip_old_logps: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the forward pass for the old log-probabilities, which GRPOTrainer runs after each "
+            "generation with vLLM or when rollouts are reused, is skipped while the loss can take them from its own "
+            "forward pass. Otherwise it runs for completions with an advantage only. The update is the same to "
+            "rounding. While it is skipped, the metrics `sampling/*` cover the completions that the loss computes. "
+            "Ignored for models with images, and with TRL before 1.15."
         },
     )
 
@@ -247,7 +265,7 @@ class A3POConfig(GRPOConfig):
                 f"{steps!r}. Pass for example 500 for 500 optimizer steps, or 0.5 for half of the training. To turn "
                 "the shaping off, set the scales to 1."
             )
-        for name in ("trim_padding", "skip_zero_advantage"):
+        for name in ("trim_padding", "skip_zero_advantage", "skip_old_logps"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not _is_count(self.log_tokens):

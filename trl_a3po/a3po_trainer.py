@@ -278,10 +278,6 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     # What it logs
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
     def _reduce_polarity_sums(self, mode: str) -> None:
         """Adds up the sums of all processes, and appends the means to TRL's metrics. Every process must call it."""
         if mode not in self._polarity_sums:
@@ -292,6 +288,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         if self._skippable_signs() and mode == "train":
             # TRL's own mean is NaN for every micro-batch in which a row is skipped.
             self._metrics[mode]["entropy"] = [mean_entropy(sums)]
+        for name, value in self._sampler.pop_metrics(mode).items() if self._sampler else ():
+            self._metrics[mode][name].append(value)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # All processes come here at the end of each step, after all callbacks. They do not all come to `log`: users

@@ -36,7 +36,7 @@ def check_scale_decay(scale_decay: str) -> None:
     if scale_decay not in SCALE_DECAYS:
         raise ValueError(
             f"`scale_decay` must be one of {', '.join(map(repr, SCALE_DECAYS))}, got {scale_decay!r}. Pass 'constant' "
-            "to keep the scales as they are."
+            "to keep the scales at their initial values."
         )
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from trl_a3po.evaluation.evaluate import pass_at_k
+from trl_a3po.evaluation.metrics import pass_at_k
 
 
 Result = dict[str, Any]

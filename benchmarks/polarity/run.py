@@ -45,7 +45,7 @@ from start_model import imitate, untrained_model, word_tokenizer
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from trl_a3po import A3POConfig, __version__
-from trl_a3po.evaluation.evaluate import sample
+from trl_a3po.evaluation.runs import sample_model
 
 
 @dataclass(frozen=True)
@@ -210,16 +210,18 @@ def reward(completions, numbers, target, **kwargs) -> list[float]:
 
 def right_answers(model, tokenizer, held_out: list[Problem], samples: int, max_completion_length: int) -> list[int]:
     """For each problem, how many of the samples, drawn at temperature 1, are right. The noise is always the same."""
-    training, counts = model.training, []
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        batch_size = max(1, 1024 // samples)
-        for start in range(0, len(held_out), batch_size):
-            batch = held_out[start : start + batch_size]
-            texts = iter(sample(model, tokenizer, [row(p)["prompt"] for p in batch], samples, max_completion_length))
-            counts += [sum(is_right(next(texts), p.numbers, p.target) for _ in range(samples)) for p in batch]
-    model.train(training)
-    return counts
+    drawn = sample_model(
+        model,
+        tokenizer,
+        [row(problem)["prompt"] for problem in held_out],
+        num_samples=samples,
+        max_completion_length=max_completion_length,
+        batch_size=max(1, 1024 // samples),
+    )
+    return [
+        sum(is_right(each.text, problem.numbers, problem.target) for each in completions)
+        for problem, completions in zip(held_out, drawn, strict=True)
+    ]
 
 
 class HeldOutCurve(TrainerCallback):

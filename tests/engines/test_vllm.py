@@ -16,7 +16,6 @@ from support import processes, reference, tiny, vllm_on_cpu
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.evaluation import evaluate
 
 
 pytestmark = [
@@ -241,20 +240,6 @@ def test_weights_that_a_server_does_not_get_are_noticed(server, make, model_dir,
         trainer.train()
     assert logged(trainer, DIFFERENCE)[0] < 1e-4
     assert min(logged(trainer, DIFFERENCE)[1:]) > 1e-2
-
-
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-def test_evaluation_samples_what_transformers_would(adapter, make, tmp_path):
-    trainer = make(arguments=tiny.lora() if adapter else {}, use_vllm=False)
-    trainer.train()
-    trainer.save_model()
-    greedy = {"num_samples": 1, "temperature": 0.0, "max_completion_length": 8, "dtype": "float32"}
-    arguments = evaluate.EvaluateArguments(trainer.args.output_dir, "", str(tmp_path), **greedy)
-    prompts = [[{"role": "user", "content": f"{i}+1="}] for i in range(8)]
-    samplers = evaluate.transformers_sampler(arguments), evaluate.vllm_sampler(arguments)
-    expected, completions = (sampler(prompts, 0) for sampler in samplers)
-    assert completions == expected
-    assert len({text for texts in completions for text in texts}) > 4
 
 
 @pytest.fixture

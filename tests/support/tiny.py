@@ -23,7 +23,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 # What computes GRPO's update in GRPO's own way, and what is GRPO.
-PLAIN = {"trim_padding": False, "skip_zero_advantage": False}
+PLAIN = {"trim_padding": False, "skip_zero_advantage": False, "skip_old_logps": False}
 NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0, **PLAIN}
 
 

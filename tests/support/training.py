@@ -101,16 +101,17 @@ class Recorder(A3POTrainer):
     def __init__(self, *args, **kwargs):
         self.batches, self.passes, self.calls = [], [], []
         super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        model.register_forward_pre_hook(self._note_pass, with_kwargs=True)
 
-    def _compute_loss(self, model, inputs):
-        self.batches.append(inputs)
-        hook = self.accelerator.unwrap_model(model).register_forward_pre_hook(
-            lambda module, args, kwargs: self.passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-        )
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            hook.remove()
+    def _note_pass(self, module, args, kwargs):
+        if torch.is_grad_enabled():  # only the passes of the loss have gradients
+            self.passes.append(tuple(kwargs["input_ids"].shape))
+
+    def _before_loss_reads(self, scope, **outputs):
+        # Not by an override of the loss: then rows would stay in the micro-batches that TRL makes.
+        self.batches.append(dict(scope.inputs))
+        super()._before_loss_reads(scope, **outputs)
 
     @property
     def cells(self):

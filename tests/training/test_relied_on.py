@@ -147,6 +147,7 @@ def test_every_name_of_the_table_is_used_where_it_says():
 
 
 def test_the_installed_releases_have_what_the_table_says_and_nothing_else(plain_trainers):
+    assert list(modules())  # imported: a submodule is an attribute only then
     for each in RELIED_ON:
         if each.name == "push_in_progress":
             continue  # only a trainer that pushes has it: see test_hub.py

@@ -379,7 +379,12 @@ def test_the_update_is_that_of_grpo(name, tmp_path):
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 @pytest.mark.parametrize(
     "fields",
-    [{"trim_padding": False}, {"pad_to_multiple_of": 16}, {"loss_type": "bnpo"}, {"per_device_train_batch_size": 1}],
+    [
+        {"trim_padding": False},
+        {"pad_to_multiple_of": 16},
+        {"loss_type": "bnpo"},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
+    ],
     ids=str,
 )
 def test_a_single_row_keeps_its_mask(fields, tmp_path):

@@ -35,8 +35,9 @@ from transformers.utils.logging import disable_progress_bar
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
 from ..demo import arithmetic
-from ..demo.evaluate import Estimate, pass_rates, score_samples
+from ..evaluation.metrics import Estimate
 from ..evaluation.problems import load_problems, split_off_last
+from ..evaluation.runs import evaluate_model
 from ..report import write_report
 from ..rewards import accuracy_reward
 from ..training.dataset_checks import check_dataset_sizes
@@ -125,17 +126,21 @@ def train_and_held_out(demo: DemoArguments) -> tuple[Dataset, Dataset]:
     return Dataset.from_list(train), Dataset.from_list(held_out)
 
 
-def held_out_pass_rates(trainer: A3POTrainer, problems: Dataset, num_samples: int) -> tuple[Estimate, Estimate]:
-    model = cast(PreTrainedModel, trainer.model)
-    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
-    return pass_rates(score_samples(model, tokenizer, problems, num_samples, trainer.args.max_completion_length))
+def held_out_metrics(trainer: A3POTrainer, problems: Dataset, num_samples: int) -> dict[str, Estimate]:
+    return evaluate_model(
+        cast(PreTrainedModel, trainer.model),
+        cast(PreTrainedTokenizerBase, trainer.processing_class),
+        problems,
+        num_samples=num_samples,
+        max_completion_length=cast(int, trainer.args.max_completion_length),
+    )
 
 
-def before_after_table(before: tuple[Estimate, Estimate], after: tuple[Estimate, Estimate], num_samples: int) -> str:
-    lines = [f"{'held-out':<10}{'before':>16}{'after':>16}"]
-    for name, start, end in zip(("pass@1", f"pass@{num_samples}"), before, after, strict=True):
-        lines.append(f"{name:<10}{start!s:>16}{end!s:>16}")
-    return "\n".join(lines)
+def before_after_table(before: dict[str, Estimate], after: dict[str, Estimate], num_samples: int) -> str:
+    lines = [f"{'held-out':<10}{'before':>22}{'after':>22}"]
+    for name in ("pass@1", f"pass@{num_samples}"):
+        lines.append(f"{name:<10}{before[name]!s:>22}{after[name]!s:>22}")
+    return "\n".join([*lines, "mean and 95 % interval over the problems"])
 
 
 def main(line: Sequence[str] | None = None) -> int:
@@ -160,14 +165,14 @@ def main(line: Sequence[str] | None = None) -> int:
         check_dataset_sizes(config, train_problems)
         trainer = make_trainer(demo, config, train_problems)
         print(f"{len(train_problems)} training problems, {len(held_out_problems)} held out", flush=True)
-        before = held_out_pass_rates(trainer, held_out_problems, demo.eval_samples)
+        before = held_out_metrics(trainer, held_out_problems, demo.eval_samples)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
 
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    after = held_out_pass_rates(trainer, held_out_problems, demo.eval_samples)
+    after = held_out_metrics(trainer, held_out_problems, demo.eval_samples)
     output_dir = Path(config.output_dir)
     trainer.save_model(str(output_dir))
     trainer.save_state()

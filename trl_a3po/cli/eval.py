@@ -4,18 +4,25 @@ Evaluate a model on problems with checkable answers: avg@k, pass@k and maj@k, ea
   trl-a3po eval --model_name_or_path gsm8k-a3po --dataset_name openai/gsm8k --dataset_config main --output_dir scores
 
 The defaults are the evaluation settings of the A3PO authors' scripts: 8 samples at temperature 0.6, top-p 0.95. Every
-completion is kept in `samples.jsonl`; the same command, run again, goes on where it was interrupted.
+completion is kept in `samples.jsonl`; the same command, run again, resumes an interrupted evaluation. `trl-a3po
+compare` compares the results of several models.
 """
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trl import TrlParser
 
-from ..evaluation.evaluate import EvaluateArguments, evaluate, transformers_sampler, vllm_sampler
 from ..evaluation.problems import load_problems
+from ..evaluation.runs import EvaluateArguments, estimates, evaluate
+from .compare import compare_directories
 from .main import parser_of
+
+
+NAMED = 5
 
 
 def make_parser() -> TrlParser:
@@ -23,22 +30,68 @@ def make_parser() -> TrlParser:
 
 
 def main(line: Sequence[str] | None = None) -> int:
+    line = list(sys.argv[1:] if line is None else line)
     parser = make_parser()
     try:
-        (arguments,) = parser.parse_args_and_config(list(sys.argv[1:] if line is None else line))
+        (arguments,) = parser.parse_args_and_config(line)
+        if arguments.checkpoints:
+            return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         problems = load_problems(
             arguments.dataset_name, arguments.dataset_split, arguments.dataset_config, arguments.instruction
         )
         if arguments.max_problems is not None:
             problems = problems.select(range(min(arguments.max_problems, len(problems))))
-        make_sampler = vllm_sampler if arguments.use_vllm else transformers_sampler
-        results = evaluate(arguments, problems, lambda: make_sampler(arguments))
+        results = evaluate(arguments, problems)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"\n{results['problems']} problems, mean and 95 % interval over them")
-    for name, value in results["metrics"].items():
-        print(f"{name:<10} {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]")
-    if results["without_a_parseable_solution"]:
-        print(f"{results['without_a_parseable_solution']} more have a solution that math-verify cannot parse")
+    print("\n".join(lines_of(results)))
     print(f"\nwritten to {Path(arguments.output_dir) / 'results.json'}")
     return 0
+
+
+def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
+    """
+    Evaluates each checkpoint of a run in a process of its own, which leaves no memory taken, and shows the curve.
+
+    Returns:
+        `int`: 0, or the status of a checkpoint that could not be evaluated. The others are.
+
+    Raises:
+        `ValueError`: the run has no whole checkpoint.
+    """
+    found = {int(path.name.split("-")[1]): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
+    whole = [found[step] for step in sorted(found) if not Path(f"{found[step]}.incomplete").exists()]
+    if not whole:
+        raise ValueError(f"'{run}' contains no checkpoint that was written to its end.")
+    status, results = 0, []
+    for checkpoint in whole:
+        directory = output / checkpoint.name
+        own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
+        print(f"\n{checkpoint}", flush=True)
+        code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
+        status = status or code
+        results += [] if code else [directory]
+    if len(results) > 1:
+        print(f"\n{compare_directories(results, output / 'comparison.html')}")
+    return status
+
+
+def lines_of(results: dict[str, Any]) -> list[str]:
+    """What the terminal shows of `results.json`."""
+    samples = results["samples_per_problem"]
+    lines = ["", f"{results['problems']} problems, {samples} samples of each; mean and 95 % interval over problems"]
+    lines += [f"{name:<10} {value}" for name, value in estimates(results).items()]
+    lines.append(f"{results['mean_tokens']:.0f} tokens a completion; {results['reached_the_end']:.1%} reached an end")
+    if results["rows"] > results["problems"]:
+        lines.append(f"{results['rows']} rows: rows with the same prompt are one problem with more samples")
+    kwargs, source = results["settings"]["chat_template_kwargs"], results["chat_template_kwargs_from"]
+    lines.append(f"chat_template_kwargs: {kwargs} ({source})")
+    if skipped := results["rows_not_sampled"]:
+        lines.append(f"{len(skipped)} rows were not sampled, and count as unsolved:")
+        lines += [f"  row {row}: {reason}" for row, reason in list(skipped.items())[:NAMED]]
+    if unparsed := results["rows_without_a_parseable_solution"]:
+        rows = ", ".join(map(str, unparsed[:NAMED])) + (", ..." if len(unparsed) > NAMED else "")
+        lines.append(f"{len(unparsed)} rows have a solution that math-verify cannot parse, and do not count: {rows}")
+    if several := results["problems_with_several_solutions"]:
+        lines.append(f"{several} problems have rows with different solutions")
+    return lines

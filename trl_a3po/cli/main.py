@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
     "eval": ("eval", "measure avg@k, pass@k and maj@k of a model, with 95 %% intervals"),
+    "compare": ("compare", "say which of several evaluated models is better, by how much, and how sure that is"),
     "report": ("report", "write what runs logged as one HTML file, token by token if `log_tokens` was set"),
     "demo": ("demo", "train a tiny model on arithmetic, on a CPU, and show what it learned"),
 }

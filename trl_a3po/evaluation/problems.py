@@ -1,5 +1,6 @@
 """Datasets of problems with checkable answers, as they are published, in TRL's columns: `prompt` and `solution`."""
 
+import functools
 import json
 import logging
 import math
@@ -119,19 +120,13 @@ def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> 
         `ValueError`: other columns, which the message names; an answer of an unknown shape; no problem is left.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
-    read = _reader(columns)
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        prompt, answers = read(row)
-        if isinstance(prompt, np.ndarray):
-            prompt = prompt.tolist()
-        if not (prompt.strip() if isinstance(prompt, str) else prompt):
-            return {"prompt": [], "solution": []}
-        return {"prompt": _with_instruction(as_conversation(prompt), instruction), "solution": answers}
-
-    mapped = dataset.map(convert, remove_columns=columns)
+    _reader(columns)  # refuses other columns before any row is read
+    convert = functools.partial(_convert, columns=columns, instruction=instruction)
     if isinstance(dataset, IterableDataset):
+        mapped = dataset.map(convert, remove_columns=columns)
         return mapped.filter(_is_answered, with_indices=True).map(_alone_if_single)
+    # Not from the cache: another version of this package may have filled it.
+    mapped = dataset.map(convert, remove_columns=columns, load_from_cache_file=False)
     if not len(mapped):
         raise ValueError("The dataset has no rows.")
     counts = pc.list_value_length(mapped.data.column("solution")).to_numpy()
@@ -148,7 +143,16 @@ def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> 
         mapped = mapped.select(np.flatnonzero(counts))
     if counts.max() > 1:
         return mapped
-    return mapped.map(lambda batch: {"solution": [answer for (answer,) in batch["solution"]]}, batched=True)
+    return mapped.map(_single_answers, batched=True, load_from_cache_file=False)
+
+
+def _convert(row: dict[str, Any], columns: list[str], instruction: str | None) -> dict[str, Any]:
+    prompt, answers = _reader(columns)(row)
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if not (prompt.strip() if isinstance(prompt, str) else prompt):
+        return {"prompt": [], "solution": []}
+    return {"prompt": _with_instruction(as_conversation(prompt), instruction), "solution": answers}
 
 
 def rows(indices: Sequence[int]) -> str:
@@ -156,6 +160,10 @@ def rows(indices: Sequence[int]) -> str:
     named = ", ".join(str(index) for index in indices[:10])
     more = f" and {len(indices) - 10} more" if len(indices) > 10 else ""
     return f"{'row' if len(indices) == 1 else 'rows'} {named}{more} (counted from 0)"
+
+
+def _single_answers(batch: dict[str, list]) -> dict[str, list]:
+    return {"solution": [answer for (answer,) in batch["solution"]]}
 
 
 def _is_answered(row: dict[str, Any], index: int) -> bool:

@@ -1,7 +1,7 @@
 """Whether datasets are large enough for the batches that TRL makes of them."""
 
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import IterableDataset
 
@@ -26,13 +26,14 @@ def check_dataset_sizes(args: A3POConfig, train_dataset: Any, eval_dataset: Any 
     Raises:
         `ValueError`: a dataset has too few rows. Names the sizes and what to change.
     """
-    generations = args.num_generations
-    prompts = args.generation_batch_size // generations  # as TRL's RepeatSampler
+    # Never None once constructed.
+    generations, batch_size = cast(int, args.num_generations), cast(int, args.generation_batch_size)
+    prompts = batch_size // generations  # as TRL's RepeatSampler
     rows = _length(train_dataset)
     if rows is not None and rows < prompts:
         raise ValueError(
             f"The training dataset has {_rows(rows)}, fewer than the {prompts} prompts of a generation batch "
-            f"(`generation_batch_size={args.generation_batch_size}` completions, `num_generations={generations}`), so "
+            f"(`generation_batch_size={batch_size}` completions, `num_generations={generations}`), so "
             f"that there is nothing to train on. Use at least {prompts} rows, or lower `per_device_train_batch_size`, "
             "`steps_per_generation` (by default `gradient_accumulation_steps`) or `generation_batch_size`."
         )

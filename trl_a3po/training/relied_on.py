@@ -134,7 +134,7 @@ RELIED_ON = (
         "_entropy_bonus_enabled",
         ("update.efficient_update",),
         "which rows may be skipped and regrouped: none with an entropy bonus",
-        since="1.9",
+        since="1.8",
     ),
     ReliedOn(
         "trl.GRPOTrainer",

@@ -84,7 +84,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of a batch of prompts, with `rewards`, and with the numbers of groups that the log needs."""
         with self._observed_rewards() as observed:
-            rollout = super()._generate_and_score_completions(inputs)
+            rollout = self._sample(super()._generate_and_score_completions, inputs)
         if observed:
             rollout = {**rollout, "rewards": observed[-1]}
         if self.args.log_tokens and self.model.training:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from ..a3po_config import A3POConfig
 from .layout import PackedLayout, RowShape, row_shapes
@@ -29,9 +30,10 @@ from .micro_batches import (
     take_rows,
 )
 from .model_traits import PaddingTraits, configured_traits, has_experts_as_modules, never_alone, padding_traits
-from .packed_forward import PackedForward
+from .packed_forward import PackedForward, trl_has_fused_head
 from .plan import Plan, by_prompt
 from .probe import Packing, check_packing
+from .sampler_correction import SamplerCorrection
 
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     # Of the call of TRL's loss that is running.
     _loss_scope: LossScope | None = None
+    # For the pass for `old_per_token_logps`: whether it is the next one, and does not run; which rows it computes.
+    _skips_next_pass: bool = False
+    _live_rows: list[bool] | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -76,6 +81,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         # The scale of NEFTune's noise is that of the padded width.
         self._trims = self.args.trim_padding and suited and not self.args.neftune_noise_alpha
         self._may_skip = self.args.skip_zero_advantage and suited
+        self._may_skip_old_logps = self.args.skip_old_logps and suited and trl_has_fused_head()
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        self._sampler = SamplerCorrection(self) if corrects else None
         self._traits: PaddingTraits = configured_traits(self.model)
         self._packing = Packing("it was not checked")
         # A sharded model cannot run before training begins.
@@ -86,25 +94,30 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off what is not exact for it. All processes must call it."""
         self._checks_model = False
+        if self._trims:
+            self._packing = self._agree_on_packing()
+        if self._packing.reason is None and not self.args.dynamic_sampling:
+            return  # attention only, which depends on nothing but a row's own tokens
         if self._trims or self._may_skip or self.args.dynamic_sampling:
             self._traits = padding_traits(self.model)
-        self._trims &= not (self._traits.right_padding or self._traits.company)
-        self._may_skip &= not self._traits.company
-        if not self._trims:
-            return
-        if self.args.torch_compile:
-            self._packing = Packing("`torch_compile=True` would compile the model again for every layout")
-        elif getattr(self, "aux_loss_enabled", False):  # since TRL 1.7
-            self._packing = Packing("the router loss counts all positions")
-        else:
-            with self.accelerator.autocast():
-                self._packing = check_packing(self.model)
-        # Numbers may differ between processes, and so may what follows from them.
-        failed = torch.tensor([self._packing.reason is not None], device=self.accelerator.device)
-        if self._packing.reason is None and self.accelerator.gather(failed).any():
-            self._packing = Packing("it cannot be packed on another process")
         if self._packing.reason is not None:
-            logger.info("The rows of an update are padded, not packed: %s.", self._packing.reason)
+            self._trims &= not (self._traits.right_padding or self._traits.company)
+            self._may_skip &= not self._traits.company
+
+    def _agree_on_packing(self) -> Packing:
+        if self.args.torch_compile:
+            return Packing("`torch_compile=True` would compile the model again for every layout")
+        if getattr(self, "aux_loss_enabled", False):
+            return Packing("the router loss counts all positions")
+        with self.accelerator.autocast():
+            packing = check_packing(self.model)
+        # Numbers may differ between processes, and so may what follows from them.
+        fails = torch.tensor([packing.reason is not None], device=self.accelerator.device)
+        if self.accelerator.gather(fails).any() and packing.reason is None:
+            packing = Packing("it cannot be packed on another process")
+        if packing.reason is not None:
+            logger.info("The rows of an update are padded, not packed: %s.", packing.reason)
+        return packing
 
     def _signs_without_gradient(self) -> frozenset[int]:
         """
@@ -130,7 +143,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         """Whether a row, or the company of rows in a micro-batch, matters to the loss beyond its own advantage."""
         return (
             self.top_entropy_quantile < 1.0
-            or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.9
+            or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.8
             or getattr(self, "aux_loss_enabled", False)
         )
 
@@ -211,7 +224,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return PackedLayout(shapes, shape, self._packing.by_column, self.accelerator.device)
 
     def _lengths(self, prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
-        if not self._trims:
+        if not self._trims or self._packing.reason is None:  # then these rows cannot be packed, which is rare
             return [(prompt_mask.shape[1], completion_mask.shape[1])] * len(prompt_mask)
         keeps_prompt = self._traits.left_padding
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
@@ -229,16 +242,24 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
+        if self._skips_next_pass:
+            self._skips_next_pass = False
+            return input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32), None, None
         compute = functools.partial(super()._get_per_token_logps_and_entropies, **kwargs)
         scope = self._loss_scope
         if scope is None or not scope.waits_for_logps:
-            run = functools.partial(self._run_all, compute) if self._trims else compute
+            run = compute if not self._trims else functools.partial(self._run_all, compute, live=self._live_rows)
             return run(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope.waits_for_logps = False
         if scope.plan is None:
             output = compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         else:
             output = self._run_planned(compute, model, input_ids, attention_mask, logits_to_keep, scope)
+        if self._sampler is not None and "importance_sampling_ratio" not in scope.inputs:
+            computed = scope.present if scope.plan is None else scope.plan.computed
+            is_computed = torch.arange(len(input_ids), device=input_ids.device) < computed
+            ratio = self._sampler.correct(scope.inputs, output[0], is_computed, self._mode)
+            scope.inputs["importance_sampling_ratio"] = ratio
         self._before_loss_reads(scope, per_token_logps=output[0], entropies=output[1])
         return output
 
@@ -250,6 +271,11 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # A row that was skipped when the rollout was planned may have a gradient by now: in a subclass that
             # changes the weights from step to step, or with a hook that was assigned in between.
             computed, positions = plan.present, plan.positions_of(plan.present)
+            if "old_per_token_logps" in scope.inputs and 0 not in self._skippable_signs() and self._may_skip_old_logps:
+                raise RuntimeError(
+                    "`shape_advantages` was assigned while a rollout was in use, whose completions of zero advantage "
+                    "have no old log-probabilities. Assign it before training, or set `skip_old_logps=False`."
+                )
         if isinstance(positions, PackedLayout):
             output = compute(PackedForward(model, positions), input_ids, attention_mask, logits_to_keep)
         else:
@@ -265,24 +291,25 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             logps = torch.cat([logps[:computed], logps[computed:] + scope.inputs["old_per_token_logps"][computed:]])
         return logps, entropies, *others
 
-    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size=None):
-        """All rows, in as many passes of at most the positions that TRL's would have."""
+    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size=None, live=None):
+        """All rows, or the live ones, in as many passes of at most the positions that TRL's would have."""
         prompt_width, rows = input_ids.shape[1] - logits_to_keep, len(input_ids)
         prompt_mask, completion_mask = attention_mask[:, :prompt_width], attention_mask[:, prompt_width:]
-        batch_size = batch_size or rows
+        batch_size, live = batch_size or rows, live or [True] * rows
         shapes = self._row_shapes(input_ids[:, :prompt_width], prompt_mask, completion_mask)
         if shapes is None:
             forward = self._forward(compute, model, min(batch_size, rows))
             lengths = self._lengths(prompt_mask, completion_mask)
             return run_in_order(
-                forward, input_ids, attention_mask, logits_to_keep, lengths, batch_size, self._multiple
+                forward, input_ids, attention_mask, logits_to_keep, lengths, live, batch_size, self._multiple
             )
         passes = math.ceil(rows / batch_size)
-        shared = by_prompt(shapes, [True] * rows, passes, batch_size * input_ids.shape[1], rows)
+        shared = fill_up(by_prompt(shapes, live, passes, batch_size * input_ids.shape[1], rows), rows)
         parts = []
         for numbers in shared:
             chosen = numbers or [0]  # the model runs in any case, so that no other process waits
-            layout = self._layout([shapes[row] for row in numbers], (len(chosen), prompt_width, logits_to_keep))
+            computed = [shapes[row] for row in numbers if live[row]]
+            layout = self._layout(computed, (len(chosen), prompt_width, logits_to_keep))
             output = compute(PackedForward(model, layout), input_ids[chosen], attention_mask[chosen], logits_to_keep)
             parts.append(
                 [each[: len(numbers)] if isinstance(each, Tensor) and each.dim() else each for each in output]
@@ -293,6 +320,80 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         """What computes padded rows, in company if GRPOTrainer's have it and it makes a difference to the model."""
         forward = functools.partial(compute, model)
         return never_alone(forward) if self._traits.alone and rows_of_trl > 1 else forward
+
+    # The pass for `old_per_token_logps`, which TRL runs after generation
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _sample(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
+        """
+        TRL's rollout, without log-probabilities that nobody needs.
+
+        If the loss runs before the model changes, its own log-probabilities are the old ones, and TRL needs the pass
+        only for the importance ratio of vLLM, which the loss can compute as well. If the loss runs later, the pass
+        runs for the rows with a gradient only. Those are known once the rewards are.
+
+        Args:
+            generate (callable): TRL's method.
+            inputs (`list[dict]`): What it is called with.
+        """
+        generate_every = cast(int, self.args.steps_per_generation) * self.num_iterations
+        trains_aligned = self.args.gradient_accumulation_steps % generate_every == 0
+        is_aligned = trains_aligned or self._mode == "eval"
+        # Not those of a polarity of weight 0, which may have a gradient before the rollout is used up.
+        skipped = self._skippable_signs() & {0}
+        sampler = self._sampler
+        is_due = sampler is not None or not trains_aligned
+        is_wrong = sampler is not None and sampler.is_trls is False
+        if not (self._may_skip_old_logps and is_due and (is_aligned or skipped)) or is_wrong:
+            return generate(inputs)
+        is_known = sampler is None or bool(sampler.is_trls)
+        metrics = self._metrics[self._mode]
+        before = {name: len(values) for name, values in metrics.items()}
+        self._skips_next_pass = is_known
+        try:
+            rollout = dict(generate(inputs))
+        finally:
+            self._skips_next_pass = False
+        if sampler is not None and not is_known and not (sampler.check(rollout) and is_aligned):
+            return rollout
+        # Metrics of rows without a gradient, or of the zeros that took the place of log-probabilities.
+        for name in [name for name in metrics if name.startswith("sampling/")]:
+            del metrics[name][before.get(name, 0) :]
+        del rollout["old_per_token_logps"]
+        rollout.pop("importance_sampling_ratio", None)
+        return rollout if is_aligned else self._with_old_logps(rollout, skipped)
+
+    def _with_old_logps(self, rollout: dict[str, Any], skipped: frozenset[int]) -> dict[str, Any]:
+        """A rollout with the old log-probabilities, and vLLM's ratio, of the rows that the loss computes."""
+        names = ("prompt", "completion")
+        input_ids, attention_mask = (
+            torch.cat([rollout[f"{name}_{kind}"] for name in names], dim=1) for kind in ("ids", "mask")
+        )
+        is_computed = _has_other_sign(rollout, skipped)
+        self._live_rows = is_computed.tolist()
+        try:
+            with (
+                torch.no_grad(),
+                disable_gradient_checkpointing(
+                    cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)
+                ),
+            ):
+                old_logps = self._get_per_token_logps_and_entropies(
+                    self.model,
+                    input_ids,
+                    attention_mask,
+                    rollout["completion_ids"].shape[1],
+                    batch_size=self.args.per_device_train_batch_size,
+                )[0]
+        finally:
+            self._live_rows = None
+        rollout["old_per_token_logps"] = old_logps
+        if self._sampler is not None:
+            rollout["importance_sampling_ratio"] = self._sampler.correct(rollout, old_logps, is_computed, self._mode)
+        return rollout
 
 
 def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:

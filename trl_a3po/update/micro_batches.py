@@ -171,20 +171,21 @@ def run_in_order(
     attention_mask: Tensor,
     logits_to_keep: int,
     lengths: Sequence[tuple[int, int]],
+    live: Sequence[bool],
     batch_size: int,
     multiple: int = 1,
 ) -> tuple[Any, ...]:
     """
-    Computes all rows, `batch_size` at a time, those of like length together.
+    Computes the live rows, those of like length together, in as many passes as it takes for all rows.
 
     Returns:
         What `forward` returns, its rows in the order of `input_ids`, 0 in columns that are padding.
     """
-    order = _longest_first(lengths, [True] * len(lengths))
+    order = _longest_first(lengths, live)
     parts = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        extent = extent_of([lengths[row] for row in rows], multiple)
+        extent = extent_of([lengths[row] for row in rows if live[row]], multiple)
         parts.append(run_extent(forward, input_ids[rows], attention_mask[rows], logits_to_keep, extent))
     return gather_parts(parts, order)
 

@@ -1,0 +1,160 @@
+"""`trl-a3po compare`: paired differences over the same problems, and which problems only one model solves."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from trl_a3po.cli import main as cli
+from trl_a3po.evaluation import metrics
+from trl_a3po.evaluation.compare import Difference, compare, markdown, names_of, read_result
+from trl_a3po.evaluation.page import write_page
+from trl_a3po.evaluation.runs import problem_fingerprint, summary
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes an evaluation: the correct samples of each problem, by its text."""
+
+    def write(name, correct, solution="$2$", settings=None):
+        records = []
+        for text, samples in correct.items():
+            prompt = [{"role": "user", "content": text}]
+            records.append(
+                {
+                    "problem": problem_fingerprint(prompt),
+                    "prompt": prompt,
+                    "solution": solution,
+                    "completions": [f"\\boxed{{{2 if each else 3}}}" for each in samples],
+                    "correct": samples,
+                    "tokens": [5] * len(samples),
+                    "ended": [True] * len(samples),
+                }
+            )
+        directory = tmp_path / name
+        directory.mkdir(parents=True)
+        (directory / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        results = {**summary(records), "settings": settings or {"temperature": 0.6}}
+        (directory / "results.json").write_text(json.dumps(results))
+        return directory
+
+    return write
+
+
+def read(directory):
+    return read_result(directory, directory.name)
+
+
+def random_outcomes(seed, problems=200, samples=4, gain=0.0):
+    generator = np.random.default_rng(seed)
+    difficulty = np.random.default_rng(0).beta(0.5, 0.5, size=problems)
+    probabilities = np.clip(difficulty + gain, 0, 1)
+    drawn = generator.random((problems, samples)) < probabilities[:, None]
+    return {f"{i}?": [float(each) for each in row] for i, row in enumerate(drawn)}
+
+
+def test_a_gain_is_seen_though_problems_differ_more_than_models(write):
+    before, after = random_outcomes(1), random_outcomes(2, gain=0.08)
+    pair = compare(read(write("grpo", before)), read(write("a3po", after)))
+    found = pair.differences["avg@4"]
+    expected = np.mean(list(after.values())) - np.mean(list(before.values()))
+    assert found.estimate.mean == pytest.approx(expected)
+    assert found.verdict == "better"
+    assert found.share_above_zero > 0.99
+    # Unpaired, the intervals are wider than the gain.
+    separate = [each.estimates["avg@4"] for each in (pair.first, pair.second)]
+    assert separate[0].high > separate[1].low
+    back = compare(pair.second, pair.first).differences["avg@4"]
+    assert back.verdict == "worse"
+    assert back.estimate.mean == pytest.approx(-expected)
+
+
+def test_nineteen_of_twenty_comparisons_of_equals_tell_nothing(monkeypatch):
+    monkeypatch.setattr(metrics, "RESAMPLES", 400)
+    told = 0
+    for seed in range(400):
+        sides = [np.mean(list(random_outcomes(2 * seed + side, 60).values()), axis=1) for side in (0, 1)]
+        told += Difference(metrics.estimate(sides[1] - sides[0]), 0.5).verdict != "not told apart"
+    assert 0.02 < told / 400 < 0.09
+
+
+def test_which_problems_only_one_solves(write):
+    first = write("first", {"a?": [1.0, 0.0], "b?": [0.0, 0.0], "c?": [1.0, 1.0], "d?": [0.0, 0.0]})
+    second = write("second", {"a?": [0.0, 0.0], "b?": [1.0, 1.0], "c?": [1.0, 0.0], "d?": [0.0, 0.0]})
+    pair = compare(read(first), read(second))
+    texts = pair.first.texts
+    assert [texts[each].prompt for each in pair.solved_only_by(pair.first)] == ["a?"]
+    assert [texts[each].prompt for each in pair.solved_only_by(pair.second)] == ["b?"]
+    assert [texts[each].prompt for each in pair.by_difference()] == ["b?", "a?", "c?"]
+    text = markdown([pair.first, pair.second], [pair])
+    assert "1 only by first, 1 only by second." in text
+
+
+def test_what_is_not_the_same_is_said_and_not_compared(write):
+    first = write("first", {"a?": [1.0] * 4, "b?": [0.0] * 4, "c?": [0.0] * 4})
+    second = write("second", {"a?": [0.0] * 2, "b?": [0.0] * 2, "d?": [1.0] * 2}, settings={"temperature": 1.0})
+    pair = compare(read(first), read(second))
+    assert len(pair.shared) == 2
+    assert list(pair.differences) == ["avg@2", "pass@1", "pass@2", "maj@2"]
+    assert pair.differences["avg@2"].estimate.mean == -0.5
+    assert pair.notes == [
+        "1 problems are only in first, and are not compared.",
+        "1 problems are only in second, and are not compared.",
+        "first has 4 samples of each problem, second 2: too few for a k above 2. avg@k is over all samples.",
+        "temperature differs: 0.6, and 1.0.",
+    ]
+
+
+def test_problems_with_another_solution_are_not_the_same(write):
+    first, second = write("first", {"a?": [1.0]}), write("second", {"a?": [1.0]}, solution="$3$")
+    with pytest.raises(ValueError, match="'first' and 'second' share no problem with the same solution"):
+        compare(read(first), read(second))
+
+
+def test_names(tmp_path):
+    paths = [tmp_path / name for name in ("a/eval", "b/eval", "c")]
+    assert names_of(paths) == ["a/eval", "b/eval", f"{tmp_path.name}/c"]
+    assert names_of(paths[1:]) == ["eval", "c"]
+    with pytest.raises(ValueError, match="The same directory was given twice"):
+        names_of([paths[0], paths[0]])
+
+
+def test_the_page_shows_hostile_text_as_text(write, tmp_path):
+    hostile = "<script>alert(1)</script>\u202e\x00&\"'"
+    first, second = write("<b>first</b>", {hostile: [1.0]}), write("second", {hostile: [0.0], "x": [0.0]})
+    results = [read(first), read(second)]
+    page = write_page(results, [compare(*results)], tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "\u202e" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;⟨U+202E⟩⟨U+0000⟩&amp;" in page
+    assert not re.search(r"(src|href)=", page)
+
+
+def test_the_command(write, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    directories = [str(write(name, random_outcomes(seed))) for seed, name in enumerate(["base", "grpo", "a3po"])]
+    assert cli.main(["compare", *directories]) == 0
+    out = capsys.readouterr().out
+    assert "grpo minus base, 200 problems, paired" in out
+    assert "a3po minus base, 200 problems, paired" in out
+    assert "Nothing is corrected for the 2 comparisons." in out
+    assert (tmp_path / "comparison.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["a"], "pass two directories or more"),
+        (["a", "b"], "'a' contains no whole evaluation: results.json is missing. Run, or resume"),
+    ],
+)
+def test_bad_lines_are_refused(line, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(["compare", *line])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err

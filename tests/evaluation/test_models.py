@@ -1,0 +1,336 @@
+"""What is evaluated is the model as it was trained: its files, adapter, chat template, end tokens and class."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from support import adapters, tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trl_a3po import A3POTrainer
+from trl_a3po.evaluation.models import (
+    can_be_merged,
+    find_model,
+    fingerprint,
+    load_adapted_model,
+    load_chat,
+    load_model,
+    ordinary_checkpoint,
+    resolve_dtype,
+    trained_chat_template_kwargs,
+)
+from trl_a3po.evaluation.samplers import Request, Sampling, transformers_engine
+
+
+PROMPTS = [[*range(3, 3 + length)] for length in (5, 5, 5, 5)] + [[*range(9, 14)], [40, 5, 30, 6, 22]]
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, end_ids=(1,))
+
+
+def greedy(model):
+    return transformers_engine(model, GREEDY)([Request(prompt, 12, 0) for prompt in PROMPTS])
+
+
+def reference(adapter):
+    """By PEFT itself, with the adapter beside its base model, one prompt at a time."""
+    base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    completions = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        completions.append(output[0, -(output.shape[1] - len(prompt)) :].tolist())
+    return completions
+
+
+# Adapters
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("kind", adapters.MERGED)
+def test_a_merged_adapter_completes_as_the_adapter(kind, tmp_path):
+    config, fields = adapters.MERGED[kind]
+    adapter = adapters.save(tmp_path, config, **fields)
+    files = find_model(str(adapter))
+    assert can_be_merged(files)
+    with ordinary_checkpoint(files, "float32", tmp_path / "merged") as directory:
+        assert not list(directory.glob("adapter*"))
+        merged = greedy(load_model(directory, "float32"))
+    assert not (tmp_path / "merged").exists()
+    assert merged == reference(adapter)
+    assert merged != greedy(load_model(tmp_path / "base", "float32"))
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")
+def test_prompt_tuning_completes_as_the_adapter(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.PROMPT_TUNING)
+    files = find_model(str(adapter))
+    assert not can_be_merged(files)
+    completed = greedy(load_adapted_model(files, "float32"))
+    assert completed == reference(adapter)
+    assert completed != greedy(load_model(tmp_path / "base", "float32"))
+
+
+def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
+    adapter = adapters.save(tmp_path, adapters.lora())
+
+    def forgetful(self, *args, **kwargs):
+        return self.unload()
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", forgetful, raising=False)
+    with (
+        pytest.raises(ValueError, match="computes something else once it is merged"),
+        ordinary_checkpoint(find_model(str(adapter)), "float32", tmp_path / "merged"),
+    ):
+        pass
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (adapter / name).unlink(missing_ok=True)
+    files = find_model(str(adapter))
+    assert load_chat(files).encode([{"role": "user", "content": "12"}]) == tiny.tokenizer()("12").input_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model_name_or_path": None}, "names no `base_model_name_or_path`"),
+        ({"base_model_name_or_path": "no/where"}, "The base model of the adapter .* 'no/where' is no directory"),
+    ],
+)
+def test_an_adapter_without_its_base_is_refused(change, message, tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        find_model(str(adapter))
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"contains no model: neither .* pass `--checkpoints`"):
+        find_model(str(tmp_path))
+
+
+# Fingerprints
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("base/model.safetensors", "weights"),
+        ("base/config.json", "configuration"),
+        ("adapter/tokenizer.json", "tokenizer"),
+        ("adapter/chat_template.jinja", "tokenizer"),
+        ("adapter/adapter_model.safetensors", "adapter"),
+        ("adapter/adapter_config.json", "adapter"),
+        ("base/modeling_own.py", "code"),
+    ],
+)
+def test_a_change_of_a_file_changes_its_part_of_the_fingerprint(file, part, tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    (tmp_path / "base" / "modeling_own.py").write_text("pass  ")
+    files = find_model(str(adapter))
+    before = fingerprint(files)
+    path = tmp_path / file
+    stat, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-2] + b"\n ")  # of the same size, and as old
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = fingerprint(files)
+    assert {name for name in before if before[name] != after[name]} == {part}
+
+
+def test_what_does_not_act_is_not_in_the_fingerprint(tmp_path):
+    tiny.save(tmp_path)
+    before = fingerprint(find_model(str(tmp_path)))
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "README.md", "results.json", "run.json"):
+        (tmp_path / name).write_text("{}")
+    shutil.copytree(tmp_path, tmp_path / "checkpoint-2", ignore=lambda *_: ["checkpoint-2"])
+    moved = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-moved"))
+    assert fingerprint(find_model(str(tmp_path))) == fingerprint(find_model(str(moved))) == before
+
+
+# Chat template, tokens
+
+
+def test_the_chat_template_is_called_as_in_training(tmp_path, monkeypatch):
+    """By what a real run leaves beside its model."""
+    model = tiny.save(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        tiny.CHAT_TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}7{% endif %}"
+    )
+    args = tiny.config(tmp_path / "run", max_steps=1, chat_template_kwargs={"enable_thinking": False})
+    trainer = A3POTrainer(
+        model, tiny.parity_reward, args, tiny.prompts(conversational=True), processing_class=tokenizer
+    )
+    seen = []
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda ids, *rest, **keywords: seen.extend(ids) or generate(ids, *rest, **keywords)
+    trainer.train()
+    trainer.save_model()
+    files = find_model(str(tmp_path / "run"))
+    assert trained_chat_template_kwargs(files) == {"enable_thinking": False}
+    chat = load_chat(files, trained_chat_template_kwargs(files))
+    prompts = [row["prompt"] for row in tiny.prompts(conversational=True)]
+    assert seen
+    assert {tuple(ids) for ids in seen} <= {tuple(chat.encode(prompt)) for prompt in prompts}
+    assert load_chat(files).encode(prompts[0]) == [*chat.encode(prompts[0]), *tokenizer("7").input_ids]
+
+
+def test_no_code_of_the_training_arguments_is_run(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'run'}",)
+
+    tiny.save(tmp_path)
+    (tmp_path / "training_args.bin").unlink(missing_ok=True)
+    for value in (Malicious(), {"chat_template_kwargs": Malicious()}, [Malicious()]):
+        with zipfile.ZipFile(tmp_path / "training_args.bin", "w") as archive:
+            archive.writestr("training_args/data.pkl", pickle.dumps(value))
+        assert trained_chat_template_kwargs(find_model(str(tmp_path))) is None
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text", pickle.dumps({"chat_template_kwargs": {}})])
+def test_training_arguments_that_cannot_be_read_are_not_known(content, tmp_path):
+    tiny.save(tmp_path)
+    if content is not None:
+        (tmp_path / "training_args.bin").write_bytes(content)
+    assert trained_chat_template_kwargs(find_model(str(tmp_path))) is None
+
+
+def test_arguments_that_the_chat_template_does_not_read_are_refused(model_dir):
+    with pytest.raises(ValueError, match=r"`chat_template_kwargs`: the chat template of '.*' reads no enable_thinkin"):
+        load_chat(find_model(model_dir), {"enable_thinkin": False})
+
+
+def test_end_tokens_are_those_of_tokenizer_and_model(tmp_path):
+    for declared, expected in [(None, (1,)), (1, (1,)), (5, (1, 5)), ([5, 6], (1, 5, 6))]:
+        tiny.save(tmp_path)
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))
+        assert load_chat(find_model(str(tmp_path))).end_ids == expected
+    (tmp_path / "generation_config.json").unlink()
+    assert load_chat(find_model(str(tmp_path))).end_ids == (1,)
+
+
+def test_a_model_without_a_padding_token(tmp_path):
+    model = tiny.save(tmp_path)
+    config = AutoConfig.from_pretrained(model)
+    config.pad_token_id = None
+    config.save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(model)
+    assert AutoTokenizer.from_pretrained(model).pad_token is None
+    files = find_model(model)
+    chat = load_chat(files)
+    requests = [Request(chat.encode([{"role": "user", "content": text}]), 8, 0) for text in ("1", "2+2=", "1+2+3=")]
+    sampling = Sampling(0.0, 1.0, 0, chat.end_ids)
+    engine = transformers_engine(load_model(files.base, "float32"), sampling)
+    assert engine(requests) == [engine([request])[0] for request in requests]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    model = tiny.save(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model)
+    Path(model, "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="has no chat template"):
+        load_chat(find_model(model))
+
+
+# Classes and data types
+
+
+def test_the_data_type_is_that_of_the_configuration(model_dir, tmp_path):
+    config = AutoConfig.from_pretrained(model_dir)
+    assert resolve_dtype("auto", config) == "float32"
+    assert resolve_dtype("bfloat16", config) == "bfloat16"
+    config.dtype = torch.bfloat16
+    assert resolve_dtype("auto", config) == "bfloat16"
+    config.dtype = torch.float64
+    with pytest.raises(ValueError, match="data type is float64"):
+        resolve_dtype("auto", config)
+
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "depth": 1,
+    "out_hidden_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+VISION_LANGUAGE = {
+    "Qwen2_5_VL": ("Qwen2_5_VLForConditionalGeneration", {"rope_parameters": SECTIONS, "rope_scaling": SECTIONS}),
+    "Qwen3VL": ("Qwen3VLForConditionalGeneration", {"rope_parameters": SECTIONS, "rope_scaling": SECTIONS}),
+    "Mistral3": ("Mistral3ForConditionalGeneration", {}),
+    "SmolVLM": ("SmolVLMForConditionalGeneration", {}),
+}
+
+
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
+def test_models_for_images_are_evaluated_on_text(family, tmp_path):
+    """Those that AutoModelForCausalLM does not load."""
+    architecture, text = VISION_LANGUAGE[family]
+    model_class = getattr(transformers, architecture)
+    config = getattr(transformers, f"{family}Config")(text_config={**TEXT, **text}, vision_config=VISION)
+    for each in (config, config.get_text_config()):
+        each.eos_token_id, each.pad_token_id, each.bos_token_id = 1, 0, None
+    for name in (
+        "image_token_id",
+        "image_token_index",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    ):
+        if hasattr(config, name):
+            setattr(config, name, 60)
+    torch.manual_seed(0)
+    model = model_class(config)
+    model.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    files = find_model(str(tmp_path))
+    chat = load_chat(files)
+    assert chat.context == 128
+    requests = [Request(chat.encode([{"role": "user", "content": text}]), 6, 3) for text in ("1", "2+2=")]
+    engine = transformers_engine(load_model(files.base, resolve_dtype("auto", config)), Sampling(1.0, 1.0, 0, (1,)))
+    completions = engine(requests)
+    assert all(0 < len(ids) <= 6 for ids in completions)
+    assert completions == [engine([request])[0] for request in requests]

@@ -1,0 +1,46 @@
+"""Compare evaluations of several models on the same problems: `trl-a3po compare DIR DIR [DIR ...]`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..evaluation.compare import compare, markdown, names_of, read_result
+from ..evaluation.page import write_page
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    The command line.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): In place of those that the program was started with.
+
+    Returns:
+        `int`: the exit status, 0, or 2 where there is nothing to compare.
+    """
+    parser = argparse.ArgumentParser(
+        prog="trl-a3po compare",
+        description="Compare evaluations: the paired difference of each from the first, over the problems that both "
+        "have, with 95 % intervals by bootstrap over distinct problems; and the problems that only one of them "
+        "solves, in an HTML file.",
+    )
+    parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="`output_dir` of `trl-a3po eval`")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="file to write (comparison.html)")
+    parsed = parser.parse_args(arguments)
+    if len(parsed.directories) < 2:
+        parser.error("pass two directories or more")
+    try:
+        print(compare_directories(parsed.directories, parsed.output))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare_directories(directories: Sequence[Path], output: Path) -> str:
+    """Writes the page, and returns what the terminal shows."""
+    names = names_of(directories)
+    results = [read_result(directory, name) for directory, name in zip(directories, names, strict=True)]
+    pairs = [compare(results[0], other) for other in results[1:]]
+    return f"{markdown(results, pairs)}\n\nwritten to {write_page(results, pairs, output)}"

@@ -1,0 +1,210 @@
+"""Evaluations side by side: how much better one model is than another on the same problems, and how sure that is."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .metrics import Estimate, Solved, estimate, per_problem, share_above_zero
+from .runs import distinct_problems, estimates
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    A whole evaluation, as it lies in its directory.
+
+    Args:
+        name (`str`): What it is called in a comparison.
+        results (`dict`): Its `results.json`.
+        problems (`dict[str, Solved]`): The samples of each problem that counts, by its fingerprint.
+        texts (`dict[str, Problem]`): What each problem is.
+    """
+
+    name: str
+    results: dict[str, Any]
+    problems: dict[str, Solved]
+    texts: dict[str, "Problem"]
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        return estimates(self.results)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The last message of a prompt, and the solutions that its rows give."""
+
+    prompt: str
+    solutions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences with its interval, and the share of resamples in which it is above 0."""
+
+    estimate: Estimate
+    share_above_zero: float
+
+    @property
+    def verdict(self) -> str:
+        low, high = self.estimate.low, self.estimate.high
+        if low is None or high is None:
+            return "one problem says nothing"
+        return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    One evaluation against another, on the problems that both have.
+
+    Args:
+        first (`Result`): What is compared with.
+        second (`Result`): What is compared: differences are this one minus the first.
+        shared (`list[str]`): The problems that both have, with the same solutions.
+        differences (`dict[str, Difference]`): Of each metric that both have samples enough for.
+        notes (`list[str]`): What a reader of the differences must know.
+    """
+
+    first: Result
+    second: Result
+    shared: list[str]
+    differences: dict[str, Difference]
+    notes: list[str]
+
+    def solved_only_by(self, result: Result) -> list[str]:
+        """Problems of which this one has a correct sample, and the other none."""
+        other = self.first if result is self.second else self.second
+        return [
+            problem
+            for problem in self.shared
+            if any(result.problems[problem].correct) and not any(other.problems[problem].correct)
+        ]
+
+    def by_difference(self) -> list[str]:
+        """The problems whose share of correct samples differs, the largest differences first."""
+
+        def difference(problem: str) -> float:
+            first, second = (_share(each.problems[problem]) for each in (self.first, self.second))
+            return second - first
+
+        return sorted((each for each in self.shared if difference(each)), key=lambda each: -abs(difference(each)))
+
+
+def _share(problem: Solved) -> float:
+    return sum(problem.correct) / len(problem.correct)
+
+
+def read_result(directory: Path, name: str) -> Result:
+    """
+    Reads an evaluation.
+
+    Raises:
+        `ValueError`: it is not over, or there is none.
+    """
+    try:
+        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+        lines = (directory / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"'{directory}' contains no whole evaluation: {Path(error.filename).name} is missing. Run, or resume, "
+            "`trl-a3po eval`."
+        ) from error
+    records = [json.loads(line) for line in lines]
+    solutions: dict[str, set[str]] = {}
+    for record in records:
+        solutions.setdefault(record["problem"], set()).add(_text(record["solution"]))
+    texts = {
+        record["problem"]: Problem(_text(record["prompt"][-1]["content"]), frozenset(solutions[record["problem"]]))
+        for record in records
+    }
+    return Result(name, results, distinct_problems(records), texts)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def compare(first: Result, second: Result) -> Pair:
+    """
+    The paired differences, the second minus the first.
+
+    Raises:
+        `ValueError`: they share no problem.
+    """
+    common = [problem for problem in first.problems if problem in second.problems]
+    shared = [each for each in common if first.texts[each].solutions == second.texts[each].solutions]
+    if not shared:
+        raise ValueError(
+            f"'{first.name}' and '{second.name}' share no problem with the same solution. A problem is the same if "
+            "its whole prompt is, with the instruction."
+        )
+    sides = [[result.problems[problem] for problem in shared] for result in (first, second)]
+    numbers = [min(len(problem.correct) for problem in side) for side in sides]
+    values = [per_problem(side, min(numbers)) for side in sides]
+    differences = {}
+    for name in values[0]:
+        paired = [after - before for before, after in zip(values[0][name], values[1][name], strict=True)]
+        differences[name] = Difference(estimate(paired), share_above_zero(paired))
+    return Pair(first, second, shared, differences, _notes(first, second, len(common), len(shared), numbers))
+
+
+def _notes(first: Result, second: Result, common: int, shared: int, numbers: list[int]) -> list[str]:
+    notes = []
+    for result in (first, second):
+        if others := len(result.problems) - common:
+            notes.append(f"{others} problems are only in {result.name}, and are not compared.")
+    if common > shared:
+        notes.append(f"{common - shared} problems have other solutions in the other evaluation, and are not compared.")
+    if numbers[0] != numbers[1]:
+        notes.append(
+            f"{first.name} has {numbers[0]} samples of each problem, {second.name} {numbers[1]}: too few for a k "
+            f"above {min(numbers)}. avg@k is over all samples."
+        )
+    before, after = first.results["settings"], second.results["settings"]
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    notes += [f"{name} differs: {before.get(name)!r}, and {after.get(name)!r}." for name in changed]
+    return notes
+
+
+def names_of(directories: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many of the last parts as tell them apart."""
+    parts = [directory.resolve().parts for directory in directories]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("The same directory was given twice.")
+
+
+def markdown(results: Sequence[Result], pairs: Sequence[Pair]) -> str:
+    """The whole comparison as text."""
+    lines = ["Mean and 95 % interval over problems", "", *_table_of_results(results)]
+    for pair in pairs:
+        lines += [
+            "",
+            f"{pair.second.name} minus {pair.first.name}, {len(pair.shared)} problems, paired",
+            "",
+            "| metric | difference | above 0 | |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {name} | {each.estimate.signed} | {each.share_above_zero:.1%} | {each.verdict} |"
+            for name, each in pair.differences.items()
+        ]
+        only = [f"{len(pair.solved_only_by(result))} only by {result.name}" for result in (pair.first, pair.second)]
+        lines += ["", f"With at least one correct sample: {', '.join(only)}.", *pair.notes]
+    if len(pairs) > 1:
+        lines += ["", f"Nothing is corrected for the {len(pairs)} comparisons."]
+    return "\n".join(lines)
+
+
+def _table_of_results(results: Sequence[Result]) -> list[str]:
+    names = list(dict.fromkeys(name for result in results for name in result.estimates))
+    lines = [f"| | problems | {' | '.join(names)} |", f"| --- {'| --- ' * (len(names) + 1)}|"]
+    for result in results:
+        cells = [str(result.estimates.get(name, "")) for name in names]
+        lines.append(f"| {result.name} | {result.results['problems']} | {' | '.join(cells)} |")
+    return lines

@@ -1,0 +1,154 @@
+"""
+avg@k, pass@k and maj@k over distinct problems, their intervals, and the paired differences of two models.
+
+Rows with the same prompt are one problem, and all samples of these rows are samples of that problem: a file that has
+each problem 32 times, as published files of AIME do, gives each problem 32 times as many samples, and no narrower
+interval.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from math_verify import LatexExtractionConfig, parse, verify
+
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The samples of one distinct problem: for each of them its text, and 1 if it is correct, else 0."""
+
+    completions: Sequence[str]
+    correct: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems, and the ends of its 95 % interval. Both ends are None for a single problem."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} {_ends(self, '.3f')}"
+
+    @property
+    def signed(self) -> str:
+        return f"{self.mean:+.3f} {_ends(self, '+.3f')}"
+
+
+def _ends(estimate: Estimate, form: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return "[no interval]"
+    return f"[{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """
+    Probability that at least one of k samples, drawn without replacement, is correct: the unbiased estimator of Chen
+    et al. (arXiv 2107.03374, equation 1).
+
+    Raises:
+        `ValueError`: fewer than k samples.
+    """
+    if samples < k:
+        raise ValueError(f"pass@{k} needs {k} samples of every problem or more, and there are {samples}.")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def majority_is_correct(completions: Sequence[str], correct: Sequence[float]) -> float:
+    """
+    Whether the answer that most completions give is correct.
+
+    Answers are equal if math-verify says so. A completion without an answer has no vote. If several answers have the
+    most votes, the one that was given first is taken (our choice).
+    """
+    return _majority(tuple(completions), tuple(correct))
+
+
+@cache  # a comparison asks again and again
+def _majority(completions: tuple[str, ...], correct: tuple[float, ...]) -> float:
+    groups: list[list[int]] = []
+    answers = [_answer(text) for text in completions]
+    for index, answer in enumerate(answers):
+        if not answer:
+            continue
+        for group in groups:
+            if answers[group[0]] == answer or verify(answers[group[0]], answer):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return correct[max(groups, key=len)[0]] if groups else 0.0
+
+
+def _answer(text: str) -> list:
+    try:
+        return parse(text, [LatexExtractionConfig(boxed_match_priority=0)], "any_match")
+    except Exception:  # any text may come from a model, and one without an answer has no vote
+        return []
+
+
+def ks_of(samples: int) -> list[int]:
+    """The k of pass@k: 1, 2, 4, ..., as far as there are samples, and their number."""
+    return sorted({*(2**i for i in range(samples.bit_length())), samples})
+
+
+def per_problem(problems: Sequence[Solved], samples: int | None = None) -> dict[str, list[float]]:
+    """
+    Each metric of each problem.
+
+    Args:
+        problems (`Sequence[Solved]`): Distinct problems.
+        samples (`int`, *optional*):
+            The largest k; by default the lowest number of samples that a problem has. Where a problem has more, avg@k
+            is the mean over all of them, pass@k is estimated from all of them, and maj@k takes the first k.
+    """
+    samples = min(len(problem.correct) for problem in problems) if samples is None else samples
+    counts = [(int(sum(problem.correct)), len(problem.correct)) for problem in problems]
+    values = {f"avg@{samples}": [correct / number for correct, number in counts]}
+    for k in ks_of(samples):
+        values[f"pass@{k}"] = [pass_at_k(correct, number, k) for correct, number in counts]
+    values[f"maj@{samples}"] = [
+        majority_is_correct(each.completions[:samples], each.correct[:samples]) for each in problems
+    ]
+    return values
+
+
+def metrics(problems: Sequence[Solved]) -> dict[str, Estimate]:
+    """Each metric's mean over distinct problems, with its interval."""
+    return {name: estimate(values) for name, values in per_problem(problems).items()}
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """
+    The mean over distinct problems and its 95 % interval, by bootstrap: percentiles of the means of problems drawn
+    with replacement. The interval covers the choice of the problems and the sampling of their completions.
+
+    Args:
+        values (`Sequence[float]`): One value for each distinct problem.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, None, None)
+    low, high = np.percentile(_resampled_means(values), [2.5, 97.5])
+    return Estimate(mean, float(low), float(high))
+
+
+def share_above_zero(values: Sequence[float]) -> float:
+    """Of the means that the bootstrap draws, the share above 0, with half of those at 0."""
+    means = _resampled_means(values)
+    return float(np.mean((means > 1e-12) + 0.5 * (np.abs(means) <= 1e-12)))
+
+
+def _resampled_means(values: Sequence[float]) -> np.ndarray:
+    array, generator = np.asarray(values, dtype=float), np.random.default_rng(0)
+    # A million numbers at once: those of all resamples take gigabytes for a large dataset.
+    rows = max(1, 1_000_000 // len(array))
+    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    return np.concatenate([array[generator.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes])

@@ -1,0 +1,574 @@
+"""One evaluation of one model in a directory: sampled, scored, resumed, and never mixed with another."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from .. import __version__
+from ..rewards import accuracy_reward
+from .metrics import Estimate, Solved, metrics
+from .models import (
+    DTYPES,
+    Chat,
+    ModelFiles,
+    Prompt,
+    can_be_merged,
+    find_model,
+    fingerprint,
+    load_adapted_model,
+    load_chat,
+    load_config,
+    load_model,
+    ordinary_checkpoint,
+    resolve_dtype,
+    trained_chat_template_kwargs,
+)
+from .samplers import Engine, Request, Sampling, seed_of, transformers_engine, vllm_engine
+
+
+@dataclass
+class EvaluateArguments:
+    """Which model to evaluate, on which problems, and how to sample."""
+
+    model_name_or_path: str = field(metadata={"help": "Directory or Hub name of a model, or of an adapter (PEFT)."})
+    dataset_name: str = field(
+        metadata={
+            "help": "A .jsonl, .json or .parquet file, or a dataset on the Hub, with columns as in GSM8K, MATH, AIME, "
+            "DAPO-Math-17k, verl or TRL."
+        }
+    )
+    output_dir: str = field(metadata={"help": "Where `samples.jsonl` and `results.json` are written."})
+    checkpoints: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate every checkpoint in the directory that `model_name_or_path` names, each in a directory "
+            "of its own below `output_dir`, and show the curve."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
+    instruction: str | None = field(default=None, metadata={"help": "Appended to each of the problems."})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'. By default those "
+            "that the model was trained with, if `training_args.bin` is beside it, else none."
+        },
+    )
+    max_problems: int | None = field(default=None, metadata={"help": "Evaluate only the first N problems."})
+    num_samples: int = field(default=8, metadata={"help": "Completions sampled for each problem."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 takes the most likely token."})
+    top_p: float = field(
+        default=0.95,
+        metadata={"help": "Sample only from the most likely tokens that have this total probability; 1 disables it."},
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample only from the N most likely tokens; 0 disables it."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Maximum tokens per completion."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    batch_size: int = field(
+        default=32, metadata={"help": "Problems sampled at once. Completions do not depend on it."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM instead of transformers."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Data type of the model: float32, bfloat16, float16, or auto for that of its config.json."},
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={
+            "help": "Maximum tokens of a prompt with its completion; by default what the model's config.json says. "
+            "Problems that do not fit count as unsolved."
+        },
+    )
+    gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "Share of the GPU's memory that vLLM takes; by default vLLM's own."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model's repository."}
+    )
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_completion_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        if self.max_problems is not None and self.max_problems < 1:
+            raise ValueError(f"`max_problems` must be 1 or more, got {self.max_problems}. Omit it for all problems.")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"`max_model_len` must be 2 or more, got {self.max_model_len}.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` must be 0 or more, got {self.temperature}.")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError("`temperature=0` gives the same completion every time. Pass `num_samples=1`.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and not above 1, got {self.top_p}.")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` must be 0 or more, got {self.top_k}.")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"`gpu_memory_utilization` must be above 0 and not above 1, got {self.gpu_memory_utilization}."
+            )
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got '{self.dtype}'.")
+        _template_kwargs(self.chat_template_kwargs)
+
+
+def _template_kwargs(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        kwargs = json.loads(text)
+    except ValueError:
+        kwargs = None
+    if not isinstance(kwargs, dict):
+        raise ValueError(
+            f"`chat_template_kwargs` must be a JSON object such as '{{\"enable_thinking\": false}}', got '{text}'."
+        )
+    return kwargs
+
+
+# Sampling one batch
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A row of the dataset, ready to be sampled.
+
+    Args:
+        problem (`str`): Fingerprint of its prompt.
+        occurrence (`int`): How many rows with this prompt come before it.
+        prompt_ids (`list[int]`): The tokens of the prompt; none if it cannot be sampled.
+        max_tokens (`int`): Of a completion.
+        not_sampled (`str`, *optional*): Why it cannot be sampled.
+    """
+
+    problem: str
+    occurrence: int
+    prompt_ids: list[int]
+    max_tokens: int
+    not_sampled: str | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sample: its text, its number of tokens, and whether it reached an end token."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def problem_fingerprint(prompt: Prompt) -> str:
+    """What makes a problem the same one in two files: its prompt, with the instruction."""
+    return _hash(prompt)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tasks_of(prompts: Sequence[Prompt], chat: Chat, max_completion_length: int, context: int | None) -> list[Task]:
+    """Each prompt, tokenized. One that the tokenizer refuses, or that leaves no room for a token, is marked."""
+    seen: dict[str, int] = {}
+    tasks = []
+    for prompt in prompts:
+        problem = problem_fingerprint(prompt)
+        occurrence = seen.get(problem, 0)
+        seen[problem] = occurrence + 1
+        ids, reason = [], None
+        try:
+            ids = chat.encode(prompt)
+        except Exception as error:  # whatever a template or tokenizer makes of it, the other problems are evaluated
+            reason = f"it cannot be tokenized: {type(error).__name__}: {error}"
+        limit = max_completion_length if context is None else min(max_completion_length, context - len(ids))
+        if reason is None and not ids:
+            reason = "it has no tokens"
+        elif reason is None and limit < 1:
+            reason = f"it has {len(ids)} tokens, and the context {context}"
+        tasks.append(Task(problem, occurrence, ids, limit, reason))
+    return tasks
+
+
+def sample(engine: Engine, chat: Chat, tasks: Sequence[Task], num_samples: int, seed: int) -> list[list[Completion]]:
+    """Completions of each task; empty ones of a task that cannot be sampled."""
+    requests = [
+        Request(task.prompt_ids, task.max_tokens, seed_of(seed, task.problem, task.occurrence, index))
+        for task in tasks
+        if task.not_sampled is None
+        for index in range(num_samples)
+    ]
+    sampled = iter(engine(requests)) if requests else iter(())
+    completions = []
+    for task in tasks:
+        if task.not_sampled is not None:
+            completions.append([Completion("", 0, False)] * num_samples)
+            continue
+        ids = [next(sampled) for _ in range(num_samples)]
+        completions.append([Completion(chat.decode(each), len(each), each[-1] in chat.end_ids) for each in ids])
+    return completions
+
+
+def score(texts: Sequence[str], solution: Any) -> list[float | None]:
+    """1 for each correct text, 0 for each other; None for all if the solution cannot be parsed."""
+    return [_score(text, solution) for text in texts]
+
+
+def _score(text: str, solution: Any) -> float | None:
+    try:
+        (correct,) = accuracy_reward([[{"role": "assistant", "content": text}]], [solution])
+    except Exception:  # any text may come from a model, and one that cannot be compared is not correct
+        return 0.0
+    return correct
+
+
+# A whole evaluation
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and everything that acts on its completions."""
+
+    files: ModelFiles
+    chat: Chat
+    sampling: Sampling
+    dtype: str
+    context: int | None
+    template_kwargs_from: str
+
+
+def subject_of(arguments: EvaluateArguments) -> Subject:
+    """
+    Finds the model and settles what its evaluation leaves open.
+
+    Raises:
+        `ValueError`: there is no such model, it cannot be talked to, or vLLM cannot sample from its adapter.
+    """
+    files = find_model(arguments.model_name_or_path)
+    kwargs, source = _template_kwargs(arguments.chat_template_kwargs), "option"
+    if kwargs is None:
+        kwargs, source = trained_chat_template_kwargs(files), "training_args.bin"
+    if kwargs is None:
+        kwargs, source = {}, "not known: no training_args.bin of GRPO beside the model"
+    chat = load_chat(files, kwargs, arguments.trust_remote_code)
+    context = chat.context if arguments.max_model_len is None else arguments.max_model_len
+    if context is not None and chat.context is not None and context > chat.context:
+        raise ValueError(f"`max_model_len` is {context}, and the context of '{files.name}' {chat.context}.")
+    if arguments.use_vllm and files.is_adapter and not can_be_merged(files):
+        raise ValueError(
+            f"The adapter '{files.name}' cannot be merged into its base model, which vLLM needs. Evaluate it without "
+            "`use_vllm`."
+        )
+    return Subject(
+        files=files,
+        chat=chat,
+        sampling=Sampling(
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            end_ids=chat.end_ids,
+            suppressed_ids=chat.suppressed_ids,
+        ),
+        dtype=resolve_dtype(arguments.dtype, load_config(files, arguments.trust_remote_code)),
+        context=context,
+        template_kwargs_from=source,
+    )
+
+
+@contextmanager
+def open_engine(arguments: EvaluateArguments, subject: Subject, longest: int | None) -> Iterator[Engine]:
+    """The engine that the arguments ask for; `longest` is the most tokens of a prompt with its completion."""
+    files, dtype, trust = subject.files, subject.dtype, arguments.trust_remote_code
+    if files.is_adapter and not can_be_merged(files):
+        yield transformers_engine(load_adapted_model(files, dtype, trust), subject.sampling)
+        return
+    with ordinary_checkpoint(files, dtype, Path(arguments.output_dir, "merged"), trust) as directory:
+        if not arguments.use_vllm:
+            yield transformers_engine(load_model(directory, dtype, trust), subject.sampling)
+            return
+        with vllm_engine(
+            directory,
+            subject.sampling,
+            dtype=dtype,
+            max_model_len=longest,
+            gpu_memory_utilization=arguments.gpu_memory_utilization,
+            trust_remote_code=trust,
+            is_multimodal=subject.chat.is_multimodal,
+        ) as engine:
+            yield engine
+
+
+OpenEngine = Callable[[EvaluateArguments, Subject, int | None], AbstractContextManager[Engine]]
+
+
+def evaluate(arguments: EvaluateArguments, problems: Dataset, open_engine: OpenEngine = open_engine) -> dict[str, Any]:
+    """
+    Samples and scores the problems that are not in `samples.jsonl` yet, and writes `results.json`.
+
+    Raises:
+        `ValueError`: `output_dir` holds samples of another model, of other problems or of other settings; or no
+        problem can be sampled, or none has a solution that math-verify can parse.
+    """
+    subject = subject_of(arguments)
+    directory = Path(arguments.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = list(problems)
+    tasks = tasks_of([row["prompt"] for row in rows], subject.chat, arguments.max_completion_length, subject.context)
+    sampled = [task for task in tasks if task.not_sampled is None]
+    if not sampled:
+        raise ValueError(
+            f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'none is given'}."
+        )
+    identity = {
+        "model": {**fingerprint(subject.files), "tokens of the problems": _hash([task.prompt_ids for task in tasks])},
+        "dataset": _hash([[row["prompt"], row["solution"]] for row in rows]),
+        "settings": _settings(arguments, subject),
+    }
+    samples = directory / "samples.jsonl"
+    done = _read_samples(samples)
+    _check_identity(directory, identity, done, tasks)
+    if len(done) < len(rows):
+        # The results of an evaluation that is not over, under these settings, do not exist.
+        (directory / "results.json").unlink(missing_ok=True)
+        longest = max(len(task.prompt_ids) + task.max_tokens for task in sampled) if subject.context else None
+        with open_engine(arguments, subject, longest) as engine:
+            if not done:
+                _write_whole(directory / "run.json", {**identity, "versions": versions(arguments.use_vllm)})
+            with samples.open("a" if done else "w", encoding="utf-8") as file:
+                for start in range(len(done), len(rows), arguments.batch_size):
+                    stop = min(start + arguments.batch_size, len(rows))
+                    batch = tasks[start:stop]
+                    drawn = sample(engine, subject.chat, batch, arguments.num_samples, arguments.seed)
+                    new = [_record(*each) for each in zip(rows[start:stop], drawn, batch, strict=True)]
+                    file.writelines(json.dumps(each) + "\n" for each in new)
+                    file.flush()
+                    done += new
+                    print(f"{len(done)}/{len(rows)} problems", flush=True)
+    results = {
+        **summary(done),
+        **identity,
+        "chat_template_kwargs_from": subject.template_kwargs_from,
+        "arguments": asdict(arguments),
+        "versions": json.loads((directory / "run.json").read_text(encoding="utf-8"))["versions"],
+    }
+    _write_whole(directory / "results.json", results)
+    return results
+
+
+def _settings(arguments: EvaluateArguments, subject: Subject) -> dict[str, Any]:
+    """All that acts on a completion besides the model and the problems."""
+    return {
+        "engine": "vllm" if arguments.use_vllm else "transformers",
+        "num_samples": arguments.num_samples,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "top_k": arguments.top_k,
+        "max_completion_length": arguments.max_completion_length,
+        "max_model_len": subject.context,
+        "seed": arguments.seed,
+        "dtype": subject.dtype,
+        "chat_template_kwargs": dict(subject.chat.template_kwargs),
+        "end_token_ids": list(subject.sampling.end_ids),
+        "suppressed_token_ids": list(subject.sampling.suppressed_ids),
+    }
+
+
+def versions(use_vllm: bool) -> dict[str, str]:
+    found = {"trl_a3po": __version__, "device": _device()}
+    for package in ("trl", "transformers", "torch", "peft", "math-verify", *(["vllm"] if use_vllm else [])):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed, or under another name"
+    return found
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+
+
+def _record(row: dict[str, Any], completions: list[Completion], task: Task | None = None) -> dict[str, Any]:
+    """A line of `samples.jsonl`."""
+    texts = [completion.text for completion in completions]
+    record = {
+        "problem": problem_fingerprint(row["prompt"]),
+        "prompt": row["prompt"],
+        "solution": row["solution"],
+        "completions": texts,
+        "tokens": [completion.tokens for completion in completions],
+        "ended": [completion.ended for completion in completions],
+        "correct": score(texts, row["solution"]),
+    }
+    return record if task is None or task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """What is in the file. A last line that was cut off is removed from it."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        _replace(path, whole)
+    return [json.loads(line) for line in whole.split("\n")[:-1]]
+
+
+def _check_identity(
+    directory: Path, identity: dict[str, Any], done: list[dict[str, Any]], tasks: Sequence[Task]
+) -> None:
+    if not done:
+        return
+    path = directory / "run.json"
+    if not path.exists():
+        raise ValueError(
+            f"'{directory}' contains samples, and no `run.json` that says of which model. Choose another `output_dir`."
+        )
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"the model's {part}" for part in _differing(before["model"], identity["model"])]
+    if before["dataset"] != identity["dataset"]:
+        changed.append("the problems")
+    changed += [
+        f"{name}={before['settings'].get(name)!r}" for name in _differing(before["settings"], identity["settings"])
+    ]
+    now = versions(identity["settings"]["engine"] == "vllm")
+    if len(done) < len(tasks) and not changed:
+        changed += [f"{name} {before['versions'].get(name)}" for name in _differing(before["versions"], now)]
+    if changed:
+        raise ValueError(
+            f"'{directory}' holds an evaluation of another kind: {', '.join(changed)} differed when it was started. "
+            "Use the same to resume it. To start anew, choose another `output_dir`, or delete this one."
+        )
+    if [each["problem"] for each in done] != [task.problem for task in tasks[: len(done)]]:
+        raise ValueError(f"'{directory / 'samples.jsonl'}' does not hold these problems in this order. Delete it.")
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def _write_whole(path: Path, value: dict[str, Any]) -> None:
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def sample_model(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """
+    Completions of each prompt by a model in memory, such as a trainer's, sampled by transformers from its whole
+    distribution.
+
+    Neither the model nor the global random state is changed, and the same seed draws the same random numbers for every
+    model. Prompts that do not fit into the model's context get empty completions.
+    """
+    chat = Chat.of(processor, model.config, model.generation_config)
+    tasks = tasks_of(prompts, chat, max_completion_length, chat.context)
+    sampling = Sampling(temperature, top_p=1.0, top_k=0, end_ids=chat.end_ids, suppressed_ids=chat.suppressed_ids)
+    engine = transformers_engine(model, sampling)
+    batches = (tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size))
+    return [each for batch in batches for each in sample(engine, chat, batch, num_samples, seed)]
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    problems: Dataset,
+    *,
+    num_samples: int,
+    max_completion_length: int,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """
+    The metrics of a model in memory, see [`sample_model`].
+
+    Raises:
+        `ValueError`: math-verify can parse none of the solutions.
+    """
+    drawn = sample_model(
+        model,
+        processor,
+        list(problems["prompt"]),
+        num_samples=num_samples,
+        max_completion_length=max_completion_length,
+        seed=seed,
+    )
+    return estimates(summary([_record(*each) for each in zip(problems, drawn, strict=True)]))
+
+
+# Results
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """
+    The metrics of what `samples.jsonl` holds, and what they do not say.
+
+    Raises:
+        `ValueError`: math-verify can parse none of the solutions.
+    """
+    problems = distinct_problems(records)
+    if not problems:
+        raise ValueError("math-verify could not parse any of the solutions.")
+    scored = [record for record in records if None not in record["correct"]]
+    sampled = [record for record in scored if "not_sampled" not in record]
+    tokens = [number for record in sampled for number in record["tokens"]]
+    ended = [each for record in sampled for each in record["ended"]]
+    return {
+        "metrics": {name: asdict(value) for name, value in metrics(list(problems.values())).items()},
+        "problems": len(problems),
+        "rows": len(scored),
+        "samples_per_problem": min(len(problem.correct) for problem in problems.values()),
+        "mean_tokens": sum(tokens) / max(1, len(tokens)),
+        "reached_the_end": sum(ended) / max(1, len(ended)),
+        "rows_without_a_parseable_solution": [row for row, record in enumerate(records) if None in record["correct"]],
+        "rows_not_sampled": {
+            str(row): record["not_sampled"] for row, record in enumerate(records) if "not_sampled" in record
+        },
+        "problems_with_several_solutions": _with_several_solutions(scored),
+    }
+
+
+def distinct_problems(records: Sequence[dict[str, Any]]) -> dict[str, Solved]:
+    """Each distinct problem that has a solution, by its fingerprint: the samples of all its rows."""
+    problems: dict[str, Solved] = {}
+    for record in records:
+        if None not in record["correct"]:
+            before = problems.get(record["problem"], Solved((), ()))
+            problems[record["problem"]] = Solved(
+                (*before.completions, *record["completions"]), (*before.correct, *record["correct"])
+            )
+    return problems
+
+
+def _with_several_solutions(records: Sequence[dict[str, Any]]) -> int:
+    """How many problems have rows with different solutions: at most one of them can be right."""
+    solutions: dict[str, set[str]] = {}
+    for record in records:
+        solutions.setdefault(record["problem"], set()).add(json.dumps(record["solution"]))
+    return sum(len(each) > 1 for each in solutions.values())
+
+
+def estimates(results: dict[str, Any]) -> dict[str, Estimate]:
+    """The metrics of `results.json`."""
+    return {name: Estimate(**value) for name, value in results["metrics"].items()}
