@@ -39,8 +39,8 @@ test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
 test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on TRL, with each of TRL_VERSIONS
 	@failed=; for version in $(TRL_VERSIONS); do \
 		echo "TRL $$version"; \
-		$(VENV_VERSIONS)/bin/python $(INSTALL) --no-deps trl==$$version && $(VENV_VERSIONS)/bin/python -m pytest -q \
-			tests/test_loss.py tests/test_trainer.py tests/training tests/update \
+		$(VENV_VERSIONS)/bin/python $(INSTALL) --no-deps trl==$$version && $(VENV_VERSIONS)/bin/python $(PYTEST) -q \
+			-m "not slow and not vllm" tests/test_loss.py tests/test_testing.py tests/test_trainer.py tests/training tests/update \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 

@@ -14,6 +14,7 @@ from support.training import (
     make,
     moved,
     train,
+    update_difference,
 )
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward
@@ -71,6 +72,14 @@ def test_neutral_settings_log_what_grpo_logs(model_dir, tmp_path):
         assert {key for key in our if not key.startswith("a3po/")} == their.keys()
         for key in their.keys() - {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}:
             assert our[key] == their[key]
+
+
+@pytest.mark.parametrize("arguments", [dict, tiny.lora], ids=["full", "lora"])
+def test_the_checks_notice_a_trainer_that_never_trained(arguments, model_dir, tmp_path):
+    trainer = make(tmp_path, model=model_dir, arguments=arguments())
+    for check in (assert_trained, lambda trainer: update_difference(trainer, trainer)):
+        with pytest.raises(AssertionError):
+            check(trainer)
 
 
 def test_a3po_is_not_grpo(model_dir, tmp_path):

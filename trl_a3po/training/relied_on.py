@@ -134,7 +134,7 @@ RELIED_ON = (
         "_entropy_bonus_enabled",
         ("update.efficient_update",),
         "which rows may be skipped and regrouped: none with an entropy bonus",
-        since="1.9",
+        since="1.8",
     ),
     ReliedOn(
         "trl.GRPOTrainer",
@@ -174,6 +174,12 @@ RELIED_ON = (
     # The rollout
     ReliedOn(
         "trl.GRPOTrainer",
+        "get_train_dataloader",
+        ("training.rollouts",),
+        "the check that a dataset fills a generation batch: called before the steps are counted",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
         "_prepare_inputs",
         ("update.efficient_update",),
         "the savings: fills `_buffered_inputs` with a new rollout, and returns one of its micro-batches",
@@ -208,7 +214,15 @@ RELIED_ON = (
     ReliedOn("trl.GRPOTrainer", "reward_weights", ("training.rollouts",), "the total reward of a completion"),
     ReliedOn("trl.GRPOTrainer", "reward_func_names", ("training.rollouts",), "the error about a reward"),
     ReliedOn("trl.GRPOTrainer", "rollout_func", ("training.rollouts",), "the check of completions without tokens"),
-    ReliedOn("trl.GRPOTrainer", "num_generations", ("training.rollouts",), "which rows of a rollout are a group"),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "num_generations",
+        (
+            "training.rollouts",
+            "update.efficient_update",
+        ),
+        "which rows of a rollout are a group",
+    ),
     ReliedOn(
         "trl.GRPOTrainer", "max_completion_length", ("training.rollouts",), "the check that prompts fit into a model"
     ),
@@ -238,7 +252,10 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "log",
-        ("a3po_trainer",),
+        (
+            "a3po_trainer",
+            "training.checkpoints",
+        ),
         "the metrics of a log: takes the means of `_metrics`, and clears them",
     ),
     ReliedOn("transformers.Trainer", "create_model_card", ("a3po_trainer",), "the settings on the model card"),
@@ -259,6 +276,18 @@ RELIED_ON = (
         "_save_checkpoint",
         ("training.checkpoints",),
         "the mark of unfinished checkpoints: writes everything that belongs to one",
+    ),
+    ReliedOn(
+        "transformers.Trainer",
+        "save_model",
+        ("training.checkpoints",),
+        "the user's `save_total_limit` in the arguments that are saved",
+    ),
+    ReliedOn(
+        "transformers.Trainer",
+        "_push_from_checkpoint",
+        ("training.checkpoints",),
+        "the user's `save_total_limit` in the arguments that are pushed to the Hub",
     ),
     ReliedOn("transformers.Trainer", "_get_output_dir", ("training.checkpoints",), "where checkpoints are written"),
     ReliedOn(
@@ -292,7 +321,7 @@ RELIED_ON = (
         ("cli.train",),
         "`trl-a3po train`: imports `GRPOTrainer` from `trl` when it runs, so that `A3POTrainer` can take its place",
     ),
-    ReliedOn("trl.scripts.utils", "DatasetConfig", ("cli.train",), "local files in `trl-a3po train`"),
+    ReliedOn("trl.scripts.utils", "DatasetConfig", ("cli.dataset_options",), "local files in `trl-a3po train`"),
     ReliedOn(
         "trl.cli.accelerate_config",
         "resolve_accelerate_config_argument",

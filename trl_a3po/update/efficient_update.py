@@ -143,7 +143,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         """Whether a row, or the company of rows in a micro-batch, matters to the loss beyond its own advantage."""
         return (
             self.top_entropy_quantile < 1.0
-            or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.9
+            or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.8
             or getattr(self, "aux_loss_enabled", False)
         )
 
