@@ -313,7 +313,7 @@ def test_the_mismatch_is_that_of_the_selected_tokens(tmp_path):
 
     class Sampled(Recorder):
         def shape_advantages(self, advantages, **batch):
-            self.sampled = self._loss_inputs["sampling_per_token_logps"]
+            self.sampled = self._loss_scope.inputs["sampling_per_token_logps"]
             return super().shape_advantages(advantages, **batch)
 
     trainer = make(tmp_path, Sampled, rollout_func=rollout, max_steps=1)
@@ -330,6 +330,7 @@ def test_a_user_who_logs_on_one_process_alone_causes_no_communication(tmp_path, 
     trainer = make(tmp_path, max_steps=1)
     trainer.train()
     trainer._polarity_sums["train"] = torch.zeros(3, 8)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda *_, **__: pytest.fail("a collective operation"))
     trainer.log({"mine": 1.0})
 
@@ -363,6 +364,6 @@ def test_model_card_says_whose_the_shaping_is(trainer_class, tmp_path):
 def test_every_field_of_the_shaping_is_on_the_model_card(tmp_path):
     make(tmp_path).create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    others = {"dynamic_sampling", "trim_padding", "skip_zero_advantage", "log_tokens"}
+    others = {"dynamic_sampling", "trim_padding", "skip_zero_advantage", "skip_old_logps", "log_tokens"}
     for name in inspect.get_annotations(A3POConfig).keys() - others:
         assert f'"{name}": ' in card
