@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import reference, tiny
+from support.training import update_difference
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 

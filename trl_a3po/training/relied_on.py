@@ -234,6 +234,7 @@ RELIED_ON = (
             "a3po_trainer",
             "training.rollouts",
             "training.trl_contract",
+            "update.efficient_update",
         ),
         "the metrics `a3po/*`: lists by mode and name, whose means the next log takes",
     ),
@@ -333,14 +334,25 @@ RELIED_ON = (
         "accelerate.commands.launch", "launch_command_parser", ("cli.train",), "the options of `accelerate launch`"
     ),
     ReliedOn(
-        "transformers.utils.peft_utils",
-        "find_adapter_config_file",
-        ("evaluation.evaluate",),
-        "adapters in `trl-a3po eval --use_vllm`",
+        "trl.models.utils",
+        "disable_gradient_checkpointing",
+        ("update.efficient_update",),
+        "the pass for old log-probabilities: no checkpoints without gradients, as in TRL's own pass",
     ),
-    ReliedOn("vllm.lora.request", "LoRARequest", ("evaluation.evaluate",), "adapters in `trl-a3po eval --use_vllm`"),
+    ReliedOn(
+        "trl.trainer.utils",
+        "create_model_from_path",
+        ("evaluation.models",),
+        "`trl-a3po eval`: the class of model that training would take",
+    ),
+    ReliedOn(
+        "trl.data_utils",
+        "prepare_multimodal_messages",
+        ("evaluation.models",),
+        "`trl-a3po eval`: problems of text for models with images",
+    ),
     ReliedOn("transformers.utils.logging", "disable_progress_bar", ("cli.demo",), "the output of `trl-a3po demo`"),
-    ReliedOn("trl.rewards", "accuracy_reward", ("cli.demo", "demo.evaluate", "evaluation.evaluate"), "the scores"),
+    ReliedOn("trl.rewards", "accuracy_reward", ("cli.demo",), "the scores"),
 )
 
 

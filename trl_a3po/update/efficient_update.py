@@ -82,7 +82,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self._trims = self.args.trim_padding and suited and not self.args.neftune_noise_alpha
         self._may_skip = self.args.skip_zero_advantage and suited
         self._may_skip_old_logps = self.args.skip_old_logps and suited and trl_has_fused_head()
-        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        corrects = self.args.use_vllm and self.args.vllm_importance_sampling_correction
         self._sampler = SamplerCorrection(self) if corrects else None
         self._traits: PaddingTraits = configured_traits(self.model)
         self._packing = Packing("it was not checked")
@@ -112,9 +112,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         with self.accelerator.autocast():
             packing = check_packing(self.model)
         # Numbers may differ between processes, and so may what follows from them.
-        fails = torch.tensor([packing.reason is not None], device=self.accelerator.device)
-        if self.accelerator.gather(fails).any() and packing.reason is None:
-            packing = Packing("it cannot be packed on another process")
+        found = torch.tensor([[packing.reason is None, packing.by_column]], device=self.accelerator.device)
+        if packing.reason is None and not (self.accelerator.gather(found) == found).all():
+            packing = Packing("another process finds that it cannot be packed, or another way")
         if packing.reason is not None:
             logger.info("The rows of an update are padded, not packed: %s.", packing.reason)
         return packing
@@ -340,7 +340,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             generate (callable): TRL's method.
             inputs (`list[dict]`): What it is called with.
         """
-        generate_every = cast(int, self.args.steps_per_generation) * self.num_iterations
+        generate_every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
         trains_aligned = self.args.gradient_accumulation_steps % generate_every == 0
         is_aligned = trains_aligned or self._mode == "eval"
         # Not those of a polarity of weight 0, which may have a gradient before the rollout is used up.

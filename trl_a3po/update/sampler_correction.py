@@ -10,12 +10,12 @@ Shapes: B completions, T token positions.
 
 import logging
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from .micro_batches import loss_mask
 
@@ -72,14 +72,14 @@ class SamplerCorrection:
         return ratio.where(is_computed[:, None], 1.0)
 
     def _ratio(self, inputs: dict[str, Any], per_token_logps: Tensor) -> Tensor:
-        trainer = self._trainer
+        args = cast(GRPOConfig, self._trainer.args)
         return sampler_ratio(
             per_token_logps,
             inputs["sampling_per_token_logps"],
             loss_mask(inputs),
-            trainer.vllm_importance_sampling_mode,
-            trainer.vllm_importance_sampling_clip_min,
-            trainer.vllm_importance_sampling_clip_max,
+            args.vllm_importance_sampling_mode,
+            args.vllm_importance_sampling_clip_min,
+            args.vllm_importance_sampling_clip_max,
         )
 
     def pop_metrics(self, mode: str) -> dict[str, float]:
