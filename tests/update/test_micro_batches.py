@@ -119,8 +119,6 @@ def test_rows_computed_in_order_come_back_in_place():
         assert (ours is None) if theirs is None else torch.equal(ours, theirs)
     assert [rows for rows, _ in calls] == [3, 3, 1]
     assert sum(rows * width for rows, width in calls) < ids.numel()
-<<<<<<< HEAD
-=======
 
     calls.clear()
     live = [row in (1, 4) for row in range(7)]
@@ -128,4 +126,3 @@ def test_rows_computed_in_order_come_back_in_place():
     assert [rows for rows, _ in calls] == [2, 1, 1]  # as many passes; those without a live row compute a token
     assert torch.equal(logps[[1, 4]], outputs[0][[1, 4]])
     assert not logps[[0, 2, 3, 5, 6]].any()
->>>>>>> main
