@@ -101,11 +101,11 @@ class A3POConfig(GRPOConfig):
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
             own. While completions are skipped, the metric `entropy` is the mean over the others.
         skip_old_logps (`bool`, *optional*, defaults to `True`):
-            Whether the forward pass for the old log-probabilities, which GRPOTrainer runs after each generation with
-            vLLM or when rollouts are reused, is skipped while the loss can take them from its own forward pass.
-            Otherwise it runs for completions with an advantage only. The update is the same to rounding. While it is
-            skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for models with
-            images, and with TRL before 1.15.
+            Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
+            forward pass. GRPOTrainer runs it after each generation with vLLM, and when rollouts are reused. If it
+            cannot be skipped, it runs only for completions with an advantage. The update is the same to rounding.
+            While it is skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for
+            models with images, and with TRL before 1.15.
 
         > Parameters that control the logging
 
@@ -230,11 +230,11 @@ class A3POConfig(GRPOConfig):
     skip_old_logps: bool = field(
         default=True,
         metadata={
-            "help": "Whether the forward pass for the old log-probabilities, which GRPOTrainer runs after each "
-            "generation with vLLM or when rollouts are reused, is skipped while the loss can take them from its own "
-            "forward pass. Otherwise it runs for completions with an advantage only. The update is the same to "
-            "rounding. While it is skipped, the metrics `sampling/*` cover the completions that the loss computes. "
-            "Ignored for models with images, and with TRL before 1.15."
+            "help": "Whether the forward pass for the old log-probabilities is skipped if the loss can take them "
+            "from its own forward pass. GRPOTrainer runs it after each generation with vLLM, and when "
+            "rollouts are reused. If it cannot be skipped, it runs only for completions with an advantage. "
+            "The update is the same to rounding. While it is skipped, the metrics `sampling/*` cover the "
+            "completions that the loss computes. Ignored for models with images, and with TRL before 1.15."
         },
     )
 

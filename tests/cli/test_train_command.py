@@ -215,7 +215,8 @@ def test_help_lists_the_options_of_the_shaping_together(capsys):
         *("negative_low_ratio", "negative_low_scale", "negative_high_ratio", "negative_high_scale"),
         *("token_metric", "scale_decay", "scale_decay_steps"),
         *("positive_weight", "negative_weight", "dynamic_sampling"),
-        *("trim_padding", "no_trim_padding", "skip_zero_advantage", "no_skip_zero_advantage", "log_tokens"),
+        *("trim_padding", "no_trim_padding", "skip_zero_advantage", "no_skip_zero_advantage"),
+        *("skip_old_logps", "no_skip_old_logps", "log_tokens"),
     ]
 
 
