@@ -84,7 +84,7 @@ def test_greedy_completions_are_the_same(kind, model_dir, run, tmp_path):
         model = adapters.save(tmp_path, config, **{**vllm_on_cpu.MODEL, **fields})
     expected, found = map(completions, run(model, sums(), **GREEDY))
     assert found == expected
-    assert len({text for (text,) in found}) > 4
+    assert len({text for (text,) in found}) > 2
 
 
 def test_nothing_is_inherited_from_the_generation_config(model_dir, run, tmp_path):
@@ -139,10 +139,12 @@ def test_tokens_have_the_probabilities_of_the_model(model_dir):
 
 
 def test_sampled_figures_are_within_their_intervals(run):
-    rows = [arithmetic.row(problem) for problem in arithmetic.problems("test")[:64]]
-    directories = run(START_MODEL, Dataset.from_list(rows), num_samples=8, max_completion_length=40)
+    rows = [arithmetic.row(problem) for problem in arithmetic.problems("test")[:160]]
+    directories = run(START_MODEL, Dataset.from_list(rows), max_completion_length=40, batch_size=160)
     pair = compare(*(read_result(directory, directory.name) for directory in directories))
-    assert {each.verdict for each in pair.differences.values()} == {"not told apart"}
+    difference = pair.differences["avg@8"].estimate
+    assert difference.low < 0 < difference.high
+    assert difference.high - difference.low < 0.1
     assert 0.1 < pair.second.estimates["avg@8"].mean < 0.4
 
 

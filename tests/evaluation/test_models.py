@@ -307,7 +307,9 @@ VISION_LANGUAGE = {
 def test_models_for_images_are_evaluated_on_text(family, tmp_path):
     """Those that AutoModelForCausalLM does not load."""
     architecture, text = VISION_LANGUAGE[family]
-    model_class = getattr(transformers, architecture)
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
     config = getattr(transformers, f"{family}Config")(text_config={**TEXT, **text}, vision_config=VISION)
     for each in (config, config.get_text_config()):
         each.eos_token_id, each.pad_token_id, each.bos_token_id = 1, 0, None
@@ -318,7 +320,7 @@ def test_models_for_images_are_evaluated_on_text(family, tmp_path):
         "vision_start_token_id",
         "vision_end_token_id",
     ):
-        if hasattr(config, name):
+        if hasattr(config, name) or family.startswith("Qwen"):  # older ones have no defaults
             setattr(config, name, 60)
     torch.manual_seed(0)
     model = model_class(config)
