@@ -356,7 +356,7 @@ def test_model_card_names_method_paper_and_settings(tmp_path):
 def test_model_card_says_whose_the_shaping_is(trainer_class, tmp_path):
     make(tmp_path, trainer_class).create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert ("In force where `OnlyTheFirstToken.shape_advantages` calls" in card) == (
+    assert ("They apply where `OnlyTheFirstToken.shape_advantages` calls" in card) == (
         trainer_class is OnlyTheFirstToken
     )
 

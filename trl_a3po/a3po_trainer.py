@@ -1,4 +1,4 @@
-"""[`A3POTrainer`]: the seam between TRL's loss and the shaping of its advantages."""
+"""[`A3POTrainer`]: what A3PO is, where it enters TRL's loss, and what it logs."""
 
 import functools
 import json
@@ -35,9 +35,16 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     2512.21625): GRPO whose advantage, one per completion, is raised on the low-probability tokens of positive
     completions and on the high-probability tokens of negative ones, strongly at first, decaying to GRPO.
 
-    What changes with respect to [`~trl.GRPOTrainer`] is the advantage of each token, nothing else: generation,
-    rewards, loss, clipping, KL term and logging are TRL's. The arguments are those of [`~trl.GRPOTrainer`], with an
-    [`A3POConfig`] as `args`. To shape advantages in a way of your own, override [`~A3POTrainer.shape_advantages`].
+    What changes with respect to [`~trl.GRPOTrainer`]:
+
+    - The advantage of each token is shaped. Generation, rewards, loss types, clipping and the KL term are TRL's.
+    - The update computes the same gradients from fewer positions: rows are packed, regrouped and skipped. The metric
+      `entropy` is then the mean over the completions that are computed.
+    - Rewards that are infinite, and parameters that are not finite, raise an error.
+    - Checkpoints are resumed only if they are whole.
+
+    The arguments are those of [`~trl.GRPOTrainer`], with an [`A3POConfig`] as `args`. To shape advantages in a way of
+    your own, override [`~A3POTrainer.shape_advantages`].
 
     `importance_sampling_level="sequence"` is computed as GSPO-token (arXiv 2507.18071, section 4.3) while tokens of a
     completion have different advantages: the same ratio and clipping, and a gradient of its own for each token.
@@ -62,10 +69,10 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     Raises:
         `TypeError`: `args` is not an [`A3POConfig`].
-        `ValueError`: an option of TRL that leaves no room for advantages of single tokens; in training, a reward that
-            is infinite (see [`~trl_a3po.training.reward_checks`]), or a completion without tokens.
-        `RuntimeError`: the installed TRL no longer computes the loss from them (see
-            [`~trl_a3po.training.trl_contract`]).
+        `ValueError`: an option of TRL does not work with advantages of single tokens; in training, a reward is
+            infinite, or a completion has no tokens.
+        `FloatingPointError`: in training, gradients or parameters are not finite.
+        `RuntimeError`: the installed TRL no longer computes the loss from the advantages of single tokens.
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012
@@ -149,44 +156,46 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         progress: float,
     ) -> Tensor:
         """
-        The seam: from one advantage per completion to one per token. Override it to shape advantages your own way,
-        and take what you do not use as `**batch`: `super().shape_advantages(advantages, **batch)` is A3PO, and
-        without it the settings of the shaping in [`A3POConfig`] do nothing.
+        The hook: turns one advantage per completion into one per token.
 
-        It is called once for each batch that the loss is computed on, without gradients, before the loss reads the
-        advantages. It must change no argument in place: they are the rollout's own. It should neither wait for the
-        device (`.item()`, a Python `if` on a tensor) nor communicate.
+        Override it to shape advantages in your own way. Take the arguments that you do not use as `**batch`.
+        `super().shape_advantages(advantages, **batch)` is A3PO. If you do not call it, the shaping settings of
+        [`A3POConfig`] have no effect.
+
+        It is called once for each batch of the loss, without gradients, before TRL's loss reads the advantages. It
+        must not change its arguments in place: they are used again in later iterations. It should neither wait for
+        the device (`.item()`, a Python `if` on a tensor) nor communicate with other processes.
 
         Args:
             advantages (`torch.Tensor` of shape `(B,)`):
                 Advantage of each completion, as GRPO computes it.
             per_token_logps (`torch.Tensor` of shape `(B, T)`):
-                Log-probabilities of the sampled tokens under the policy being trained; where masked, of whatever
-                stands there.
+                Log-probabilities of the sampled tokens under the policy being trained. Values of masked tokens have
+                no meaning.
             old_per_token_logps (`torch.Tensor` of shape `(B, T)`):
-                The same under the policy that the rollout's importance ratios refer to. While rollout and update are
-                aligned it is `per_token_logps`. Never the log-probabilities that a vLLM sampler reports.
+                The same under the policy that the importance ratios refer to. It is `per_token_logps` while rollout
+                and update are aligned. It is never what a vLLM sampler reports.
             entropies (`torch.Tensor` of shape `(B, T)`):
                 Entropy of the policy being trained at each position, in nats.
             mask (`torch.Tensor` of shape `(B, T)`):
-                1 on the tokens that count: `completion_mask`, times `tool_mask` where tools are used. A row may be 0
+                1 for the tokens of the loss: `completion_mask`, times `tool_mask` if tools are used. A row may be 0
                 throughout.
             rewards (`torch.Tensor` of shape `(B,)`, or `None`):
-                Reward of each completion, summed over the reward functions with their weights; NaN where all of them
-                returned None. `None` if a method of yours, in place of TRL's, scores the completions.
+                Reward of each completion, summed over the reward functions with their weights; NaN if all of them
+                returned None. `None` if `_generate_and_score_completions` is overridden without `super()`.
             progress (`float`):
                 Share of the optimizer steps that are done, from 0 to 1.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`, or `(B,)` where all tokens of a completion share one advantage; called
-            by a method of yours, always `(B, T)`, 0 where `mask` is 0.
+            `torch.Tensor` of shape `(B, T)`, or of shape `(B,)` if all tokens of a completion share one advantage.
+            A3PO's own result is always `(B, T)` when a subclass calls it, and 0 where `mask` is 0.
         """
         settings = self.current_shaping_settings()
         for end in TOKEN_ENDS:
             if settings[f"{end}_ratio"] > 0:
                 self._metrics[self._mode][f"a3po/scale/{end}"].append(settings[f"{end}_scale"])
         if not selects_tokens(settings) and not self._shapes_its_own_way:
-            # In TRL's own shape the loss is GRPO's to the last bit. Who goes on from here gets one shape throughout.
+            # (B,) keeps the loss bit-identical to GRPO's. Subclasses that call super() always get (B, T).
             return weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
         token_metric = old_per_token_logps if self.args.token_metric == "prob" else entropies
         return shape_advantages(advantages, token_metric, mask, **settings)
@@ -251,12 +260,12 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
 
     def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
-        """A subclass's `shape_advantages`, with what can be told of it without waiting for the device."""
+        """A subclass's `shape_advantages`, with the checks that need not wait for the device."""
         given = {"advantages": advantages, "mask": mask, **batch}
         versions = {
             name: tensor._version
             for name, tensor in given.items()
-            if isinstance(tensor, Tensor) and not tensor.is_inference()  # those count no versions
+            if isinstance(tensor, Tensor) and not tensor.is_inference()  # inference tensors have no version
         }
         shaped = self.shape_advantages(advantages, mask=mask, **batch)
         if not isinstance(shaped, Tensor) or not shaped.is_floating_point():
@@ -270,8 +279,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         changed = [f"`{name}`" for name, version in versions.items() if given[name]._version != version]
         if changed:
             raise ValueError(
-                f"`shape_advantages` changed {', '.join(changed)} in place. What it is given is the rollout's own and "
-                "comes back for every iteration: make a new tensor, for example `advantages * 2`."
+                f"`shape_advantages` changed {', '.join(changed)} in place. These tensors are reused in later "
+                "iterations: return a new tensor, for example `advantages * 2`."
             )
         # TRL multiplies by the mask, and 0 times NaN is NaN.
         return shaped if shaped.dim() == 1 else shaped.where(mask.bool(), 0.0)
@@ -326,7 +335,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         }
         section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
         if self._shapes_its_own_way:
-            section += f"In force where `{type(self).__name__}.shape_advantages` calls that of `A3POTrainer`.\n\n"
+            section += f"They apply where `{type(self).__name__}.shape_advantages` calls `super()`.\n\n"
         path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
         card = path.read_text(encoding="utf-8")
         before, heading, after = card.partition("### Framework versions")
