@@ -40,6 +40,7 @@ def test_live_rows_are_shared_out_by_length_and_every_row_has_a_place():
     assert shared == [[3, 0], [2, 4]]
     assert fill_up(shared, 6) == [[3, 0, 1], [2, 4, 5]]
     assert fill_up([[5, 4, 3, 2], [1]], 6) == [[5, 4, 3, 2], [1, 0]]
+    assert fill_up([[], [3], []], 10) == [[0, 1, 2, 4], [3, 5, 6, 7], [8, 9]]
 
 
 def test_added_rows_have_no_token_and_no_advantage():

@@ -84,12 +84,19 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of a batch of prompts, with `rewards`, and with the numbers of groups that the log needs."""
         with self._observed_rewards() as observed:
-            rollout = self._sample(super()._generate_and_score_completions, inputs)
+            rollout = self._sample(
+                super()._generate_and_score_completions, inputs, result_is_final=self._rollout_is_ours()
+            )
         if observed:
             rollout = {**rollout, "rewards": observed[-1]}
         if self.args.log_tokens and self.model.training:
             rollout = {**rollout, GROUPS: self._number_groups(len(inputs))}
         return rollout
+
+    def _rollout_is_ours(self) -> bool:
+        """Whether no subclass overrides what makes a rollout."""
+        ours = RolloutGRPOTrainer._generate_and_score_completions
+        return type(self)._generate_and_score_completions is ours
 
     def _generate_and_score_completions(self, inputs):
         rollout = self._sample_round(inputs)

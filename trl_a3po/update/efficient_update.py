@@ -162,9 +162,14 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self.loss_type in (*_MEANS_OVER_ROWS, *_SUMS_OVER_TOKENS)
             and not self._loss_looks_at_all_rows
             and bool(self._signs_without_gradient())
-            # A loss of a subclass may be a mean over the rows of its micro-batch.
-            and type(self)._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
-            and type(self).compute_loss is GRPOTrainer.compute_loss
+            and self._loss_is_trls()  # that of a subclass may be a mean over the rows of its micro-batch
+        )
+
+    def _loss_is_trls(self) -> bool:
+        own = type(self)
+        return (
+            own._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
+            and own.compute_loss is GRPOTrainer.compute_loss
         )
 
     def _prepare_inputs(self, generation_batch):
@@ -328,7 +333,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _sample(self, generate: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
+    def _sample(
+        self, generate: Callable[[Any], dict[str, Any]], inputs: Any, *, result_is_final: bool
+    ) -> dict[str, Any]:
         """
         TRL's rollout, without log-probabilities that nobody needs.
 
@@ -339,6 +346,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         Args:
             generate (callable): TRL's method.
             inputs (`list[dict]`): What it is called with.
+            result_is_final (`bool`): Whether no subclass reads the rollout, or changes its advantages, before the
+                update. One that does gets all that TRL computes.
         """
         generate_every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
         trains_aligned = self.args.gradient_accumulation_steps % generate_every == 0
@@ -347,8 +356,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         skipped = self._skippable_signs() & {0}
         sampler = self._sampler
         is_due = sampler is not None or not trains_aligned
-        is_wrong = sampler is not None and sampler.is_trls is False
-        if not (self._may_skip_old_logps and is_due and (is_aligned or skipped)) or is_wrong:
+        is_wanted = not (result_is_final and self._loss_is_trls()) or (
+            sampler is not None and sampler.is_trls is False
+        )
+        if is_wanted or not (self._may_skip_old_logps and is_due and (is_aligned or skipped)):
             return generate(inputs)
         is_known = sampler is None or bool(sampler.is_trls)
         metrics = self._metrics[self._mode]

@@ -92,9 +92,9 @@ def fill_up(shared: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
 
     Args:
         shared (sequence of sequences of `int`): The live rows of each micro-batch.
-        rows (`int`): Number of all rows, a multiple of the number of micro-batches.
+        rows (`int`): Number of all rows.
     """
-    size = rows // len(shared)
+    size = math.ceil(rows / len(shared))
     others = iter(sorted(set(range(rows)).difference(*shared)))
     return [[*live, *islice(others, max(0, size - len(live)))] for live in shared]
 
