@@ -16,7 +16,8 @@ from packaging.version import Version
 from support import processes, tiny
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trl_a3po import A3POTrainer, dynamic_sampling
+from trl_a3po import A3POTrainer
+from trl_a3po.training import rollouts
 
 
 ROWS = 8
@@ -52,15 +53,16 @@ def reward_with_equal_groups(prompts, completion_ids, **kwargs):
 class Trainer(A3POTrainer):
     """Makes sure that each row has the reward of its own completion, not of another process's."""
 
-    def _compute_loss(self, model, inputs):
+    def _before_loss_reads(self, scope, **outputs):
+        inputs = scope.inputs
         if self.reward_funcs == [reward]:
             sums = (inputs["completion_ids"] * inputs["completion_mask"]).sum(1)
             known = inputs["completion_mask"].any(1)  # not masked whole
             assert torch.equal(inputs["rewards"][known], (sums % 2)[known].float())
-        return super()._compute_loss(model, inputs)
+        super()._before_loss_reads(scope, **outputs)
 
 
-def pair_groups_as_two_processes(live, fresh_live, pair_groups=dynamic_sampling.pair_groups):
+def pair_groups_as_two_processes(live, fresh_live, pair_groups=rollouts.pair_groups):
     half = len(live) // 2
     second = pair_groups(live[half:], fresh_live[half:])
     return pair_groups(live[:half], fresh_live[:half]) + [(place + half, group + half) for place, group in second]
@@ -81,7 +83,7 @@ def mixture_of_experts():
 def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, experts=False, **fields):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        dynamic_sampling.pair_groups = pair_groups_as_two_processes
+        rollouts.pair_groups = pair_groups_as_two_processes
     experts_are_modules = experts and Version(transformers.__version__) < Version("5")
     if experts_are_modules and world_size == 1:
         fields |= tiny.PLAIN  # as two have by themselves
@@ -111,7 +113,7 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
         rollout_func=rollout,
     )
     assert trainer.accelerator.num_processes == world_size
-    assert not (experts_are_modules and (trainer._trims or trainer._skips))
+    assert not (experts_are_modules and (trainer._trims or trainer._may_skip))
     passes = []
     trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

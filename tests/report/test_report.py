@@ -243,7 +243,7 @@ def test_the_terminal_says_where_there_is_nothing(tmp_path, capsys):
     pytest.importorskip("rich")
     run = str(logged_runs.a3po(tmp_path / "run"))
     assert main([run, "--tokens", "--step", "11"]) == 2
-    assert "holds no completions of step 11. `log_tokens` of A3POConfig logs some" in capsys.readouterr().err
+    assert "has no logged completions of step 11. Set `log_tokens` in A3POConfig." in capsys.readouterr().err
 
 
 def test_the_terminal_without_rich_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -261,7 +261,7 @@ def test_a_file_is_flushed_without_the_right_to_write_it(tmp_path):
     path = tmp_path / "modeling.py"
     path.write_text("pass")
     path.chmod(0o444)
-    for directory in (tmp_path, *tmp_path.parents[:2]):
+    for directory in (tmp_path, *tmp_path.parents[:-2]):
         directory.chmod(directory.stat().st_mode | stat.S_IROTH | stat.S_IXOTH)
     pid = os.fork()
     if pid == 0:

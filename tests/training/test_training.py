@@ -299,11 +299,11 @@ def test_a_scale_of_1_at_the_end_is_grpo(model_dir, tmp_path):
     calls = []
 
     class Watched(A3POTrainer):  # a subclass with a `shape_advantages` of its own has one shape throughout
-        def _shape_loss_inputs(self, inputs, **others):
-            before = inputs["advantages"]
-            super()._shape_loss_inputs(inputs, **others)
+        def _before_loss_reads(self, scope, **outputs):
+            before = scope.inputs["advantages"]
+            super()._before_loss_reads(scope, **outputs)
             if self.is_in_train:
-                calls.append((before, inputs["advantages"]))
+                calls.append((before, scope.inputs["advantages"]))
 
     train(tmp_path, Watched, model=model_dir, max_steps=3, scale_decay_steps=2)
     assert [shaped.dim() for _, shaped in calls] == [2, 2, 1]

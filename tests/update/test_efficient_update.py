@@ -93,12 +93,33 @@ def test_the_update_is_the_same_from_fewer_cells(fields, model_dir, tmp_path, re
     assert packed.cells <= padded.cells < plain.cells
 
 
-@pytest.mark.parametrize("option", tiny.PLAIN)
+@pytest.mark.parametrize("option", ["trim_padding", "skip_zero_advantage"])
 def test_each_saving_alone(option, model_dir, tmp_path):
     plain = train(model_dir, tmp_path, **tiny.PLAIN)
     saved = train(model_dir, tmp_path, **{**tiny.PLAIN, option: True})
     assert update_difference(saved, plain) < 1e-4
     assert saved.cells < plain.cells
+
+
+class OldPasses(Recorder):
+    """Also keeps the shapes of the passes for old log-probabilities."""
+
+    def _note_pass(self, module, args, kwargs):
+        super()._note_pass(module, args, kwargs)
+        if self.is_in_train and not torch.is_grad_enabled():
+            self.old_passes = [*getattr(self, "old_passes", []), tuple(kwargs["input_ids"].shape)]
+
+
+@pytest.mark.skipif(not trl_has_fused_head(), reason="this TRL has no fused head")
+@pytest.mark.parametrize("padding", [{}, {"trim_padding": False}], ids=["packed", "plain"])
+def test_old_log_probabilities_of_rows_without_an_advantage_are_not_computed(padding, model_dir, tmp_path):
+    fields = {"num_iterations": 2, "max_steps": 4, **padding}
+    plain = train(model_dir, tmp_path, OldPasses, skip_old_logps=False, **fields)
+    saved = train(model_dir, tmp_path, OldPasses, **fields)
+    assert update_difference(saved, plain) < 1e-4
+    assert len(saved.old_passes) == len(plain.old_passes) == 8  # two rollouts of four micro-batches
+    cells_of = [sum(rows * columns for rows, columns in trainer.old_passes) for trainer in (saved, plain)]
+    assert (cells_of[0] < cells_of[1]) == (not padding)
 
 
 def test_lora(model_dir, tmp_path):

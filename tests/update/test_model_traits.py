@@ -362,18 +362,32 @@ NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
 
 def relative_difference(name, tmp_path, grpo=None, **fields):
     """Of the parameters of A3POTrainer and GRPOTrainer, relative to the largest distance moved."""
+    grpo = grpo or {}
+    return distance(name, tmp_path, (GRPOTrainer, grpo), (A3POTrainer, {**NEUTRAL, **grpo, **fields}))
+
+
+def distance(name, tmp_path, one, other):
+    """Of the parameters that two runs, a trainer and its settings each, end with, relative to what the first moved."""
     start = {name: parameter.detach().clone() for name, parameter in build(name).named_parameters()}
-    theirs = tiny.parameters(train(GRPOTrainer, build(name), tmp_path, **(grpo or {})))
-    ours = tiny.parameters(train(A3POTrainer, build(name), tmp_path, **NEUTRAL, **(grpo or {}), **fields))
-    moved = max(float((value - start[name]).abs().max()) for name, value in theirs.items())
+    ends = [tiny.parameters(train(trainer, build(name), tmp_path, **fields)) for trainer, fields in (one, other)]
+    moved, apart = (
+        max(float((value - origin[name]).abs().max()) for name, value in ends[0].items())
+        for origin in (start, ends[1])
+    )
     assert moved > 1e-3
-    return max(float((ours[name] - value).abs().max()) for name, value in theirs.items()) / moved
+    return apart / moved
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_update_is_that_of_grpo(name, tmp_path):
-    assert relative_difference(name, tmp_path) < 1e-5
+    difference = relative_difference(name, tmp_path)
+    if name == "Qwen3Next":
+        # Its gated delta rule amplifies rounding: GRPOTrainer itself ends elsewhere if it pads to another width.
+        other_width = (GRPOTrainer, {"pad_to_multiple_of": 16})
+        assert difference < 2 * distance(name, tmp_path, (GRPOTrainer, {}), other_width) < 1e-3
+    else:
+        assert difference < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
