@@ -199,7 +199,7 @@ def main():
         return
     headline = (SIGMA, DEAD, args.micro_batch)
     cases = {headline}
-    if not args.headline:  # each of the three by itself, and equal lengths
+    if not args.headline:  # each of the three by itself, and where nothing can be saved
         cases |= {(sigma, DEAD, args.micro_batch) for sigma in SIGMAS}
         cases |= {(SIGMA, dead, args.micro_batch) for dead in DEADS}
         cases |= {(SIGMA, DEAD, micro_batch) for micro_batch in MICRO_BATCHES}

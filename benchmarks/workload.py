@@ -96,7 +96,8 @@ def make_rollout(sigma, dead, args):
     the completions that have an advantage, and once those of each prompt that has such completions.
 
     Completions are made up. Their lengths are log-normal, and so are those of prompts that are made up. With a `sigma`
-    of 0 all lengths are equal. `dead` is the share of the groups without spread.
+    of 0 there is nothing to save: all completions are equally long, and prompts have one token. `dead` is the share of
+    the groups without spread.
     """
     generator = torch.Generator().manual_seed(args.seed)
     rows, groups = args.rows, args.rows // GROUP
@@ -110,7 +111,7 @@ def make_rollout(sigma, dead, args):
     lengths = log_normal(rows, args.length, sigma).clamp(2, args.longest).tolist()
     without_spread = set(torch.randperm(groups, generator=generator)[: round(dead * groups)].tolist())
     tokenizer = load_tokenizer(args)
-    if args.problems:
+    if args.problems and sigma:
         problems = load_problems(args.problems, "train")
         chosen = torch.randperm(len(problems), generator=generator)[:groups].tolist()
         prompts = [
@@ -118,7 +119,8 @@ def make_rollout(sigma, dead, args):
             for prompt in problems.select(chosen)["prompt"]
         ]
     else:
-        prompts = [draw(n) for n in log_normal(groups, args.prompt, PROMPT_SIGMA if sigma else 0.0).clamp(1).tolist()]
+        lengths_of_prompts = log_normal(groups, args.prompt, PROMPT_SIGMA) if sigma else torch.ones(groups).long()
+        prompts = [draw(n) for n in lengths_of_prompts.clamp(1).tolist()]
     completions = [[*draw(n - 1), tokenizer.eos_token_id] for n in lengths]
     is_live = [row // GROUP not in without_spread for row in range(rows)]
     distinct = sum(map(len, itertools.compress(completions, is_live)))
