@@ -23,7 +23,7 @@ COLORS = {
 
 def table(text: str, heading: str) -> list[dict[str, str]]:
     """The rows of the table in a section of a Markdown page, by the names of its columns."""
-    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    section = text.split(f"# {heading}\n")[1].split("\n#")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     names, _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines)
     return [dict(zip(names, row, strict=True)) for row in rows]
@@ -31,15 +31,15 @@ def table(text: str, heading: str) -> list[dict[str, str]]:
 
 def savings(text: str) -> dict[str, dict[str, dict[str, float]]]:
     """The figures of the chart in the page of benchmarks: by title of a panel, label, and share of equal rewards."""
-    update = [row for row in table(text, "The update") if (row["sigma"], row["micro-batch"]) == ("0.8", "4")]
+    update = [row for row in table(text, "A small model") if (row["sigma"], row["micro-batch"]) == ("0.8", "8")]
 
     def column(rows: list[dict[str, str]], name: str) -> dict[str, float]:
         return {row["equal rewards"]: float(row[name].split()[0]) for row in rows}
 
     return {
-        "Positions computed per position needed": {
-            "GRPOTrainer": column(update, "cells, GRPO"),
-            "A3POTrainer": column(update, "cells, ours"),
+        "Positions computed per distinct position": {
+            "GRPOTrainer": column(update, "positions, GRPO"),
+            "A3POTrainer": column(update, "positions, ours"),
         },
         "Times as fast as GRPOTrainer": {
             "whole step": column(table(text, "A whole step"), "transformers"),
@@ -66,7 +66,7 @@ def draw_savings(path: Path) -> None:
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_ylabel("groups with equal rewards")
         panel.invert_yaxis()
-        panel.set_xlim(0, 13.5)
+        panel.set_xlim(0, 20)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, loc="upper right")
     picture.savefig(path, metadata={"Date": None})

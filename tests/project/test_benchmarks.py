@@ -1,5 +1,6 @@
 """The benchmarks run, at a size that measures nothing, and end with the line that they promise."""
 
+import json
 import re
 import subprocess
 import sys
@@ -12,16 +13,50 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = ["--rows", "16", "--length", "8", "--longest", "16", "--repeats", "2"]
 
 
+def lines(script, *options):
+    result = subprocess.run([sys.executable, BENCHMARKS / script, *SMALL, *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def figures(line):
+    return [float(figure) for figure in re.findall(r"\d+\.\d+|\d+", line)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "name"),
     [
-        (["step_overhead.py", "--lora", *SMALL], "ratio"),
-        (["update_throughput.py", "--headline", *SMALL], "speedup"),
-        (["update_throughput.py", "--whole-steps", *SMALL], "speedup"),
+        (["step_overhead.py", "--lora"], "ratio"),
+        (["update_throughput.py", "--headline"], "speedup"),
+        (["update_throughput.py", "--whole-steps"], "speedup"),
     ],
 )
 def test_benchmarks_end_with_their_figure(line, name):
-    result = subprocess.run([sys.executable, BENCHMARKS / line[0], *line[1:]], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert re.fullmatch(rf"{name}: \d+\.\d+", result.stdout.splitlines()[-1])
+    assert re.fullmatch(rf"{name}: \d+\.\d+", lines(*line)[-1])
+
+
+@pytest.mark.slow
+def test_the_positions_that_are_counted_are_those_that_the_model_computes(model_dir, tmp_path):
+    """On a real model with real problems, which has another number of distinct positions than made-up prompts."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"question": f"{n} * 11 =", "answer": f"#### {11 * n}"}) + "\n" for n in (2, 300, 4000))
+    )
+    real = ["--model", model_dir, "--problems", problems]
+    measured = lines("update_throughput.py", "--headline", "--micro-batch", "2", *real)[-2]
+    counted = lines("update_throughput.py", "--count-only", *real)
+    assert [line.split()[0] for line in counted[-5:]] == ["1", "2", "4", "8", "16"]
+    theirs, ours = figures(measured)[5:7]
+    # Of two rollouts, the first of which is the measured one: the quartiles of two figures lie around them.
+    _, _, low_theirs, high_theirs, _, low_ours, high_ours = figures(counted[-4])
+    assert low_theirs <= theirs <= high_theirs
+    assert low_ours <= ours <= high_ours
+
+
+def test_problems_need_the_chat_template_of_a_model():
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / "update_throughput.py", "--problems", "x.jsonl"], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "add --model DIR" in result.stderr
