@@ -97,7 +97,7 @@ def reports(output):
 @pytest.fixture(scope="module")
 def warnings(output):
     """Of pushes that failed in the background, the repository and the error that users are told of."""
-    return re.findall(r"A push to (\S+) failed: (.*?)\nTraining goes on", (output / "log").read_text(), re.DOTALL)
+    return re.findall(r"A push to (\S+) failed: (.*?)\nTraining continues", (output / "log").read_text(), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -218,5 +218,5 @@ def test_a_hub_that_hangs_holds_up_the_end_of_training_and_nothing_before(hub, m
             time.sleep(0.1)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=3)
-        assert "waits for a push to the Hub to end" in (tmp_path / "log").read_text()
+        assert "is waiting for a push to the Hub to finish" in (tmp_path / "log").read_text()
     assert_goes_on(checkpoint, model_dir, tmp_path / "resumed", uninterrupted)

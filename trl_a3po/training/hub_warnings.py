@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 class WarnOfFailedPushes(TrainerCallback):
     """
-    Warns of a push that failed, and of one that the end of training waits for.
+    Warns about a push that failed, and about one that the end of training waits for.
 
     Neither is an error: the checkpoints are on the disk, and every save pushes again.
     """
@@ -34,8 +34,8 @@ class WarnOfFailedPushes(TrainerCallback):
     def _warn_if_failed(self, job: Future) -> None:
         if not job.cancelled() and job.exception() is not None:
             logger.warning(
-                "A push to %s failed: %s\nTraining goes on, and the checkpoints in '%s' are whole. The next save "
-                "pushes again; at the end, `trainer.push_to_hub()` does.",
+                "A push to %s failed: %s\nTraining continues, and the checkpoints in '%s' are complete. The next save "
+                "pushes again. At the end, `trainer.push_to_hub()` does.",
                 self._trainer.hub_model_id,
                 job.exception(),
                 self._trainer.args.output_dir,
@@ -44,7 +44,7 @@ class WarnOfFailedPushes(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if not all(job.done() for job in self._jobs()):
             logger.warning(
-                "Training is done, and waits for a push to the Hub to end. If the Hub does not answer, this may take "
-                "for ever: the checkpoints in '%s' are whole, and nothing is lost by stopping here.",
+                "Training is done and is waiting for a push to the Hub to finish. If the Hub does not respond, this can "
+                "hang indefinitely. The checkpoints in '%s' are complete: nothing is lost if you stop the process.",
                 args.output_dir,
             )

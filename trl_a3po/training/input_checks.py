@@ -56,7 +56,7 @@ def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
 
 def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """
-    Wraps a `rollout_func`, so that a completion without tokens, which TRL has no place for, is told by its prompt.
+    Wraps a `rollout_func`. TRL cannot train on a completion without tokens; the error names its prompt.
 
     Raises:
         `ValueError`: when called; naming the prompt and the fix.
@@ -69,7 +69,7 @@ def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Cal
             if len(completion_ids) == 0:
                 raise ValueError(
                     f"`rollout_func` returned a completion without tokens for the prompt {prompt!r:.500}. Return one "
-                    "token at least, such as the end of the sequence."
+                    "token at least, such as the end-of-sequence token."
                 )
         return output
 
@@ -80,7 +80,7 @@ def check_prompts_fit(
     prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any
 ) -> None:
     """
-    Refuses prompts that leave no room for a completion in a model that looks its positions up.
+    Refuses prompts that leave no room for a completion, in models with learned absolute positions.
 
     Args:
         prompt_ids (sequence of sequences of `int`): The prompts.
@@ -95,6 +95,6 @@ def check_prompts_fit(
         if len(ids) + max_completion_length > positions:
             raise ValueError(
                 f"A prompt of {len(ids)} tokens and `max_completion_length={max_completion_length}` are more than the "
-                f"{positions} positions of the model. Leave the prompt out, shorten it, or lower "
+                f"{positions} positions of the model. Remove the prompt, shorten it, or lower "
                 f"`max_completion_length`. It begins {tokenizer.decode(ids[:100])!r:.200}."
             )

@@ -28,9 +28,8 @@ class TokenLog(TrainerCallback):
     Writes, at every log, the most positive and the most negative completions of a few prompts to
     `{output_dir}/tokens.jsonl`, a [`~trl_a3po.training.token_log_format.LoggedCompletion`] a line.
 
-    It is for the main process, and knows of its share of the batch alone: nothing is communicated. During a step it
-    keeps references to tensors of the loss. The host waits for the device where it writes, at most four completions a
-    prompt. A run that is resumed goes on where its checkpoint was made: what was written after that is removed.
+    It runs on the main process and covers only the rows of that process: nothing is communicated. During a step it
+    keeps references to tensors of the loss. It waits for the device when it writes, at most four completions a prompt. A resumed run continues where its checkpoint was made: later lines are removed.
 
     Args:
         output_dir (`str`): Where the file is.
