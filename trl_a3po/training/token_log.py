@@ -29,7 +29,8 @@ class TokenLog(TrainerCallback):
     `{output_dir}/tokens.jsonl`, a [`~trl_a3po.training.token_log_format.LoggedCompletion`] a line.
 
     It runs on the main process and covers only the rows of that process: nothing is communicated. During a step it
-    keeps references to tensors of the loss. It waits for the device when it writes, at most four completions a prompt. A resumed run continues where its checkpoint was made: later lines are removed.
+    keeps references to tensors of the loss. It waits for the device when it writes, at most four completions a prompt.
+    A resumed run continues where its checkpoint was made: later lines are removed.
 
     Args:
         output_dir (`str`): Where the file is.
