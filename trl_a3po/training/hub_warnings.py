@@ -44,7 +44,7 @@ class WarnOfFailedPushes(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if not all(job.done() for job in self._jobs()):
             logger.warning(
-                "Training is done and is waiting for a push to the Hub to finish. If the Hub does not respond, this can "
-                "hang indefinitely. The checkpoints in '%s' are complete: nothing is lost if you stop the process.",
+                "Training is done and is waiting for a push to the Hub to finish. If the Hub does not respond, this "
+                "can hang indefinitely. The checkpoints in '%s' are complete: nothing is lost if you stop the process.",
                 args.output_dir,
             )
