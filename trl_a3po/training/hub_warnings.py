@@ -45,6 +45,6 @@ class WarnOfFailedPushes(TrainerCallback):
         if not all(job.done() for job in self._jobs()):
             logger.warning(
                 "Training is done and is waiting for a push to the Hub to finish. If the Hub does not respond, this "
-                "can hang indefinitely. The checkpoints in '%s' are complete: nothing is lost if you stop the process.",
+                "can hang indefinitely. The checkpoints in '%s' are complete: stopping the process loses nothing.",
                 args.output_dir,
             )
