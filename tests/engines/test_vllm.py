@@ -44,7 +44,7 @@ class Recorder(A3POTrainer):
 
     def shape_advantages(self, advantages, **tensors):
         shaped = super().shape_advantages(advantages, **tensors)
-        self.calls.append({"inputs": self._loss_inputs, "advantages": advantages, "shaped": shaped, **tensors})
+        self.calls.append({"inputs": self._loss_scope.inputs, "advantages": advantages, "shaped": shaped, **tensors})
         return shaped
 
 
