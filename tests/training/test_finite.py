@@ -78,12 +78,12 @@ def test_no_run_ends_well_with_nan(norm, model_dir, tmp_path):
 
 
 def test_an_update_of_nan_is_found_without_grad_norm(model_dir, tmp_path):
-    """The update itself makes NaN here, of all parameters."""
+    """The update itself makes NaN here: of which parameters depends on the release of TRL."""
     trainer = make(model_dir, tmp_path, save_total_limit=1, max_grad_norm=0.0)
     trainer.model.lm_head.weight.register_hook(
         lambda gradient: gradient * (math.nan if trainer.state.global_step == 3 else 1)
     )
-    with pytest.raises(FloatingPointError, match=r"checkpoint-4' was not written.* and 26 more"):
+    with pytest.raises(FloatingPointError, match=r"checkpoint-4' was not written: parameters are NaN or infinite"):
         trainer.train()
     assert_finite_files(tmp_path)
 
