@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -175,6 +176,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         if self._checks_model:
             self._check_model()
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # only a backward pass would: TRL sends vLLM the parameters as FSDP2 shards them
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):
