@@ -9,7 +9,7 @@ from trl_a3po.testing import assert_gradients_follow
 
 
 class Twice(A3POTrainer):
-    """At first twice the advantage of likely tokens, and against the others; also where the group teaches nothing."""
+    """At first twice the advantage of likely tokens, and against the others; also in groups without a signal."""
 
     def shape_advantages(self, advantages, *, old_per_token_logps, rewards, mask, progress, **batch):
         likely = old_per_token_logps > -1

@@ -4,7 +4,7 @@ Train every method on the same task, from the same start, with the same rollouts
     python benchmarks/polarity/run.py --preset cpu --output polarity-results --jobs 2
     python benchmarks/polarity/analyse.py polarity-results
 
-Each pair of method and seed writes one file when it is done. The same command goes on where it was interrupted.
+Each pair of method and seed writes one file when it is done. The same command resumes an interrupted run.
 """
 
 import os

@@ -29,7 +29,7 @@ CASES = {
     "truncated, savings": {"mask_truncated_completions": True},
     "reused, savings": {"num_iterations": 2},
     "experts, savings": {"experts": True, "equal_groups": True},
-    # One of the two has only groups that teach nothing, or another number of them.
+    # One of the two has only groups without a learning signal, or another number of them.
     "sampled anew": {"equal_groups": True, "dynamic_sampling": 2, **PLAIN},
     "sampled anew, more": {"rows": 32, "equal_groups": True, "dynamic_sampling": 2},
     "sampled anew, reused": {"rows": 16, "equal_groups": True, "dynamic_sampling": 2, "num_iterations": 2},
