@@ -54,7 +54,7 @@ from .shaping import is_finite_number, select_lowest
 
 
 # The arguments of the hook. A method ignores those that it does not name.
-_HOOK_ARGUMENTS = {"per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards", "progress"}
+HOOK_ARGUMENTS = {"per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards", "progress"}
 
 
 # One value per completion
@@ -308,11 +308,11 @@ def clip_cov(
     per_token_logps: Tensor,
     old_per_token_logps: Tensor,
     mask: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
     clip_ratio: float = 0.0002,
     lower: float = 1.0,
     upper: float = 5.0,
-    epsilon_low: float = 1.0,
-    epsilon_high: float = 1.0,
     generator: torch.Generator | None = None,
     **unused: Any,
 ) -> Tensor:
@@ -327,10 +327,9 @@ def clip_cov(
     `epsilon=1.0, epsilon_high=1.0` in the configuration for that.
 
     Args:
+        epsilon_low, epsilon_high (`float`): Where the loss clips the ratio: the trainer's attributes of these names.
         clip_ratio (`float`, *optional*, defaults to `0.0002`): Share of the tokens to draw, from 0 to 1; at least one.
         lower, upper (`float`, *optional*, defaults to `1.0` and `5.0`): Between which covariances tokens are drawn.
-        epsilon_low, epsilon_high (`float`, *optional*, defaults to `1.0`): Where the loss clips the ratio. Pass
-            the trainer's attributes of these names.
         generator (`torch.Generator`, *optional*): On the device of the tensors. The default is torch's own generator,
             which TRL seeds by process and which checkpoints save.
     """
@@ -605,7 +604,7 @@ def _select_lowest_of_all(values: Tensor, candidates: Tensor, count: Tensor, mos
 
 
 def _refuse_unknown(unused: dict[str, Any]) -> None:
-    for name in unused.keys() - _HOOK_ARGUMENTS:
+    for name in unused.keys() - HOOK_ARGUMENTS:
         raise TypeError(
             f"Unknown argument `{name}`: it is neither a setting of this method nor an argument of "
             "`A3POTrainer.shape_advantages`. Check the spelling."
