@@ -18,6 +18,7 @@ FIGURES = {
     "ends": ["dapo", "positive_low", "positive_high", "negative_low", "negative_high"],
     "a3po": ["dapo", "a3po", "a3po_constant", "reversed", "random"],
     "peers": ["grpo", "dapo", "dapo_fork", "w_reinforce", "a3po", "clip_cov", "steer", "ar"],
+    "more_peers": ["dapo", "a3po", "stare", "fipo", "entropy_advantage", "aspo", "gtpo", "position_bonus", "aepo"],
 }
 
 
