@@ -12,7 +12,7 @@ from support import tiny
 from trl import TrlParser
 
 from trl_a3po import A3POConfig, A3POTrainer, peers
-from trl_a3po.methods import METHODS, needs_of_trainer, settings_of
+from trl_a3po.methods import METHODS, check_shaping, needs_of_trainer, settings_of
 from trl_a3po.testing import assert_gradients_follow
 
 
@@ -161,6 +161,14 @@ def test_refused(fields, message, config):
     with pytest.raises(ValueError, match=message) as error:
         config(**fields)
     assert "\n" not in str(error.value)
+
+
+@all_peers
+def test_a_setting_that_is_no_number_is_refused(name):
+    for setting in settings_of(name):
+        for value in ("0.5", True, math.nan, [1.0]):
+            with pytest.raises(ValueError, match=f"`{setting}` must be a .*number.*, got {re.escape(repr(value))}"):
+                check_shaping(name, {setting: value})
 
 
 def test_what_turns_a3po_off_is_accepted(config):

@@ -334,6 +334,9 @@ def test_the_last_entropy_of_a_log():
     [
         ("forking_tokens", {"top_ratio": 20}, "`top_ratio` must be a number from 0 to 1, got 20."),
         ("clip_cov", {"clip_ratio": -1, **CLIP_AT}, "`clip_ratio` must be a number from 0 to 1, got -1."),
+        ("clip_cov", {"lower": 6, **CLIP_AT}, "`lower` must be a number of 5 or less, got 6"),
+        ("clip_cov", {"upper": math.inf, **CLIP_AT}, "`upper` must be a finite number, got inf"),
+        ("w_reinforce", {"correct_above": "half"}, "`correct_above` must be a finite number, got 'half'"),
         ("advantage_reweighting", {"alpha": math.nan}, "`alpha` must be a number from 0 to 1, got nan"),
         ("w_reinforce", {"positive_weight": -0.1}, "`positive_weight` must be a number of 0 or more, got -0.1"),
         ("steer_exponential", {"min_weight": 2}, "`min_weight` must be a number from 0 to 1, got 2"),

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import trl
 from accelerate.commands.launch import launch_command_parser
 from support import tiny
@@ -80,6 +81,21 @@ def test_the_shapings_that_the_documentation_writes_train_and_pass_their_test(tm
         before = tiny.parameters(trainer)
         trainer.train()
         assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+
+
+def test_the_state_of_the_documentation_survives_a_resume(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer_class = run(SHAPING, tmp_path)["RunningMean"]
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    after = []
+    for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        args = tiny.config(tmp_path / name, **options)
+        trainer = trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after.append((trainer.baseline, tiny.parameters(trainer)))
+    (baseline, parameters), (resumed_baseline, resumed_parameters) = after
+    assert baseline == resumed_baseline != 0.0
+    assert all(torch.equal(value, resumed_parameters[name]) for name, value in parameters.items())
 
 
 def test_a_method_and_its_test_are_under_thirty_lines():
