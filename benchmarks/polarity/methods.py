@@ -1,8 +1,8 @@
 """
-The methods, each as what it changes of the base settings, and whose setting that is.
+The methods: the settings that each one changes, and where these values are from.
 
 The base is DAPO as far as TRL has it: its loss and its asymmetric clipping, without dynamic sampling and overlong
-penalty. All methods but GRPO's share it, so that they differ in the shaping only.
+penalty. All methods except GRPO's share it, so they differ only in the shaping.
 """
 
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class RandomTokens(A3POTrainer):
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of `A3POConfig` besides the base, the trainer that reads them, and how far the sampler lags behind."""
+    """Settings of `A3POConfig` in addition to the base, the trainer, and how far the sampler lags behind."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: type[A3POTrainer] = A3POTrainer
