@@ -62,11 +62,11 @@ MARGIN = 0.02
 # What is claimed: arXiv 2512.21625 and the README of its code. How it is tested: ours. `dapo` has the weights P1N1.
 CLAIMS = [
     Claim(
-        "Only positive samples (PSR) lower the entropy and shorten the completions",
+        "Training on positive samples only (PSR) lowers the entropy and shortens the completions",
         all_against("dapo", "entropy", psr="<") + all_against("dapo", "length", psr="<"),
     ),
     Claim(
-        "Only negative samples (NSR) keep the entropy up and lengthen the completions",
+        "Training on negative samples only (NSR) keeps the entropy up and lengthens the completions",
         all_against("dapo", "entropy", nsr=">") + all_against("dapo", "length", nsr=">"),
     ),
     Claim(
@@ -74,8 +74,8 @@ CLAIMS = [
         all_against("dapo", "pass@1", psr="<", nsr="<") + all_against("dapo", "pass@16", psr="<", nsr="<"),
     ),
     Claim(
-        "More weight on positive samples makes the reward grow faster and the entropy fall; on negative ones, it does the "
-        "opposite",
+        "More weight on positive samples makes the reward grow faster and the entropy fall; on negative ones, it does "
+        "the opposite",
         all_against("dapo", "reward", p2n1=">", p1n2="<") + all_against("dapo", "entropy", p2n1="<", p1n2=">"),
     ),
     Claim(
