@@ -273,6 +273,16 @@ class CitesItsOwn(Doubled):
     _paper = {"title": "Twice as much", "id": "0000.00000", "citation": "@misc{twice}"}  # noqa: RUF012
 
 
+class CitesStare(Doubled):
+    _name, _paper = METHODS["stare"]
+
+
+def test_a_subclass_may_cite_a_paper_of_the_table(tmp_path):
+    text, settings = card(make(tmp_path, CitesStare), tmp_path)
+    assert "trained with STARE, a method introduced in [STARE: " in text
+    assert settings["shaping"] == "a3po"
+
+
 def test_a_subclass_may_cite_its_own_paper(tmp_path):
     text, settings = card(make(tmp_path, CitesItsOwn, shaping="aepo"), tmp_path)
     assert (

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from trl import GRPOConfig
 
-from .methods import A3PO, check_shaping, needs_of_trainer, read_settings, settings_of
+from .methods import A3PO, METHODS, check_shaping, needs_of_trainer, read_settings, settings_of
 from .schedules import check_decay_ends, check_scale_decay
 from .shaping import TOKEN_ENDS, check_settings, is_finite_number, selects_tokens, shape_advantages
 
@@ -44,7 +44,9 @@ class A3POConfig(GRPOConfig):
         > Parameters that control which method shapes the advantages
 
         shaping (`str`, *optional*, defaults to `"a3po"`):
-            Method that shapes the advantages: `"a3po"`, or the name of a function of `trl_a3po.peers`, for example
+            Method that shapes the advantages, A3PO or a function of `trl_a3po.peers`: `"a3po"`, `"w_reinforce"`,
+            `"advantage_reweighting"`, `"entropy_advantage"`, `"aspo"`, `"position_bonus"`, `"fipo"`,
+            `"forking_tokens"`, `"clip_cov"`, `"steer_exponential"`, `"steer_linear"`, `"gtpo_simplified"`, `"aepo"`,
             `"stare"`. The options of A3PO's shaping have no effect with another method, and must keep their defaults.
         shaping_args (`dict` or `str`, *optional*, defaults to `None`):
             Settings of another method than A3PO, for example `{"top_ratio": 0.2}`: the parameters of its function that
@@ -130,9 +132,9 @@ class A3POConfig(GRPOConfig):
     shaping: str = field(
         default=A3PO,
         metadata={
-            "help": "Method that shapes the advantages: 'a3po', or the name of a function of `trl_a3po.peers`, for "
-            "example 'stare'. The options of A3PO's shaping have no effect with another method, and must keep their "
-            "defaults."
+            "help": "Method that shapes the advantages, A3PO or a function of `trl_a3po.peers`: "
+            f"{', '.join(map(repr, METHODS))}. The options of A3PO's shaping have no effect with another method, and "
+            "must keep their defaults."
         },
     )
     # `str`, as for TRL's options that are dictionaries: the command line passes JSON.
@@ -405,7 +407,7 @@ class A3POConfig(GRPOConfig):
 
     @property
     def peer_settings(self) -> dict[str, float | None]:
-        """The settings of the peer that `shaping` names, as arguments of its function in [`~trl_a3po.peers`]."""
+        """If `shaping` is not A3PO: its settings, as arguments of its function in [`~trl_a3po.peers`]."""
         return {**settings_of(self.shaping), **read_settings(self.shaping_args)}
 
 
