@@ -105,13 +105,13 @@ class A3POConfig(GRPOConfig):
         trim_padding (`bool`, *optional*, defaults to `True`):
             Whether passes over the model compute no padding, and the prompt of a group only once. Rows are packed; a
             model that cannot be packed gets padded rows of similar length. The rows of an optimizer step are regrouped
-            if the loss does not depend on the grouping and `shape_advantages` is not your own. The update is the same
-            to rounding. Ignored for models with images.
+            if the loss does not depend on the grouping and the method is A3PO. The update is the same to rounding.
+            Ignored for models with images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
-            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
-            own. While completions are skipped, the metric `entropy` is the mean over the others.
+            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or another method than
+            A3PO. While completions are skipped, the metric `entropy` is the mean over the others.
         skip_old_logps (`bool`, *optional*, defaults to `True`):
             Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
             forward pass. GRPOTrainer runs it after each generation with vLLM, and when rollouts are reused. If it
@@ -243,8 +243,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether passes over the model compute no padding, and the prompt of a group only once. Rows are "
             "packed; a model that cannot be packed gets padded rows of similar length. The rows of an "
-            "optimizer step are regrouped if the loss does not depend on the grouping and `shape_advantages` "
-            "is not your own. The update is the same to rounding. Ignored for models with images."
+            "optimizer step are regrouped if the loss does not depend on the grouping and the method is A3PO. "
+            "The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(
@@ -252,8 +252,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether the loss skips completions whose advantage is zero, such as those of groups that are all "
             "right or all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: "
-            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
-            "`shape_advantages` of your own. While completions are skipped, the metric `entropy` is the mean over the "
+            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or another "
+            "method than A3PO. While completions are skipped, the metric `entropy` is the mean over the "
             "others."
         },
     )

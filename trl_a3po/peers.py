@@ -340,7 +340,7 @@ def clip_cov(
             is drawn.
         lower, upper (`float`, *optional*, defaults to `1.0` and `5.0`): Bounds of the covariance of candidates.
         generator (`torch.Generator`, *optional*): A generator on the device of the tensors. The default is torch's
-            own: TRL gives each process another seed, and checkpoints save its state.
+            own: each process has its own seed, and checkpoints save its state.
     """
     _refuse_unknown(unused)
     _check("clip_ratio", clip_ratio, 0.0, 1.0)
