@@ -17,7 +17,7 @@ from .a3po_config import A3POConfig
 from .methods import A3PO, METHODS, needs_of_trainer, peer
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
-from .training.checkpoints import ResumableGRPOTrainer
+from .training.checkpoints import KeepsTheBest, ResumableGRPOTrainer
 from .training.finite import NaNGradients
 from .training.hub_warnings import WarnOfFailedPushes
 from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
@@ -97,6 +97,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_CheckDecayEnds())
         self.add_callback(NaNGradients(self.accelerator))
+        self.add_callback(KeepsTheBest())
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():
             self._token_log = TokenLog(args.output_dir, args.log_tokens, self.processing_class)

@@ -186,6 +186,30 @@ class TestPackedLayout:
         assert [segment.start for segment in layout.segments] == [0, *(s.end for s in layout.segments)][:-1]
         assert layout.segments[-1].end == layout.positions
 
+    @given(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8),
+        st.integers(1, 20),
+        st.none() | st.integers(1, 6),
+    )
+    def test_a_block_attends_as_its_segments_do(self, rows, size, window):
+        prompt_lengths = [1, 2, 5, 3]
+        batch = make_batch([(prompt_lengths[number], completion, number) for number, completion in rows])
+        layout = PackedLayout(batch.rows, batch.shape)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("trl_a3po.update.layout._BLOCK", size)
+            blocks = layout.blocks
+        attends = torch.zeros(layout.positions, layout.positions, dtype=torch.bool)
+        for block in blocks:
+            assert block.end - block.start <= size or block.segments == 1
+            keys = [*range(block.prefix_start, block.prefix_end), *range(block.start, block.end)]
+            attends[block.start : block.end, keys] = layout.attends(block, window)
+        expected = torch.zeros_like(attends)
+        for segment in layout.segments:
+            for query in range(segment.start, segment.end):
+                keys = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, query + 1)]
+                expected[query, keys[-window:] if window else keys] = True
+        assert torch.equal(attends, expected)
+
     def test_boundaries_for_kernels_gather_each_prefix_for_each_row(self):
         layout = PackedLayout([RowShape(3, 2, 0), RowShape(3, 3, 0), RowShape(1, 2, 1)], (3, 3, 3))
         starts = layout.starts
@@ -248,6 +272,14 @@ def test_a_family_is_packed_and_exact(name):
     if name == "opt":
         assert not packing.by_column
     assert_same(model, make_batch(SHAPES), packing.by_column)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])  # with windows, soft caps and sinks
+@pytest.mark.parametrize("size", [1, 12])
+def test_rows_longer_than_a_block_are_exact(name, size, monkeypatch):
+    monkeypatch.setattr("trl_a3po.update.layout._BLOCK", size)
+    model = make_model(name, **CHANGES.get(name, {}))
+    assert_same(model, make_batch(SHAPES), check_packing(model).by_column)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
@@ -92,13 +92,6 @@ class ResumableGRPOTrainer(GRPOTrainer):
         with _save_total_limit(self.args, self.args.save_total_limit or self._hidden_limit):
             super()._push_from_checkpoint(*args, **kwargs)
 
-    def log(self, logs, *args, **kwargs):
-        super().log(logs, *args, **kwargs)
-        best = self.state.best_model_checkpoint
-        if "train_runtime" in logs and best and self.args.save_total_limit == 1 and self.args.should_save:
-            # After this log transformers deletes all but the best. A kill would leave halves, and no marks.
-            delete_outdated(Path(best), 1, best)
-
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if self._resumed_from:
@@ -114,6 +107,19 @@ class ResumableGRPOTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+
+class KeepsTheBest(TrainerCallback):
+    """
+    Deletes all checkpoints but the best, with `save_total_limit=1`, when training has ended.
+
+    transformers does so after the last log. A kill in between would leave halves, and no marks.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        best = state.best_model_checkpoint
+        if "train_runtime" in (logs or {}) and best and args.save_total_limit == 1 and args.should_save:
+            delete_outdated(Path(best), 1, best)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

@@ -255,10 +255,7 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "log",
-        (
-            "a3po_trainer",
-            "training.checkpoints",
-        ),
+        ("a3po_trainer",),
         "the metrics of a log: takes the means of `_metrics`, and clears them",
     ),
     ReliedOn("transformers.Trainer", "create_model_card", ("a3po_trainer",), "the settings on the model card"),

@@ -6,7 +6,10 @@ name is replaced while a packed pass runs, forward and backward: gradient checkp
 backward pass. Between passes the model has its own attention.
 """
 
+import functools
 import inspect
+import operator
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,7 +20,7 @@ from torch.autograd import Variable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
-from .layout import PackedLayout, Segment
+from .layout import Block, PackedLayout
 
 
 try:
@@ -143,37 +146,38 @@ def _attend_packed(
     plain = softcap is not None or s_aux is not None
     if not plain and dropout == 0 and _varlen_takes(query, value):
         return _attend_varlen(query, key, value, layout, scaling, sliding_window), None
+    attend = functools.partial(_attend_plainly, softcap=softcap, sinks=s_aux) if plain else _attend_fused
+    blocks = layout.blocks
+    # One split, since the gradient of each slice would be as large as the whole row.
+    queries, keys, values = (
+        each.split([end - start for start, end, *_ in blocks], dim=2) for each in (query, key, value)
+    )
     outputs = []
-    for segment in layout.segments:
-        own, prefix = slice(segment.start, segment.end), slice(segment.prefix_start, segment.prefix_end)
-        keys, values = (
-            torch.cat([each[:, :, prefix], each[:, :, own]], dim=2) if segment.has_prefix else each[:, :, own]
-            for each in (key, value)
-        )
-        mask = _mask(layout, segment, sliding_window, query.device)
-        if plain:
-            output = _attend_plainly(query[:, :, own], keys, values, mask, scaling, dropout, softcap, s_aux)
-        else:
-            output = _attend_fused(query[:, :, own], keys, values, mask, scaling, dropout)
-        outputs.append(output.transpose(1, 2))
+    for number, block in enumerate(blocks):
+        own_keys, own_values = keys[number], values[number]
+        if block.has_prefix:
+            holder = bisect(blocks, block.prefix_start, key=operator.attrgetter("start")) - 1
+            prefix = slice(block.prefix_start - blocks[holder].start, block.prefix_end - blocks[holder].start)
+            own_keys = torch.cat([keys[holder][:, :, prefix], own_keys], dim=2)
+            own_values = torch.cat([values[holder][:, :, prefix], own_values], dim=2)
+        mask = _mask(layout, block, sliding_window, query)
+        outputs.append(attend(queries[number], own_keys, own_values, mask, scaling, dropout).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
 AttentionInterface.register(_NAME, _attend_packed)
 
 
-def _mask(layout: PackedLayout, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
-    """(length, prefix + length) mask, true where a segment attends; `None` where it is causal and no more."""
-    prefix, length = segment.prefix_end - segment.prefix_start, segment.end - segment.start
-    window = None if window is None or window >= prefix + length else window
-    if not prefix and window is None:
+def _mask(layout: PackedLayout, block: Block, window: int | None, query: Tensor) -> Tensor | None:
+    """What is added to the scores of a block, 0 or minus infinity; `None` where it is causal and no more."""
+    if window is not None and window >= block.end - block.start + block.prefix_end - block.prefix_start:
+        window = None
+    if block.is_causal and window is None:
         return None
-    name = (prefix, length, window, device)
+    name = (block, window, query.dtype)
     if name not in layout.masks:
-        keys = torch.arange(prefix + length, device=device)
-        queries = keys[prefix:, None]
-        mask = keys <= queries
-        layout.masks[name] = mask if window is None else mask & (keys > queries - window)
+        attends = layout.attends(block, window)
+        layout.masks[name] = torch.zeros_like(attends, dtype=query.dtype).masked_fill(~attends, -torch.inf)
     return layout.masks[name]
 
 
@@ -206,8 +210,8 @@ def _attend_plainly(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.masked_fill(~mask, -torch.inf)
+        mask = scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+    scores = scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]

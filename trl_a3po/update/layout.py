@@ -34,9 +34,31 @@ class Segment(NamedTuple):
     prefix_start: int
     prefix_end: int
 
+
+class Block(NamedTuple):
+    """
+    Adjacent segments that one call of an attention function computes: a call costs more than a short segment.
+
+    Its positions attend to some of a common prefix before the block, and to some of the block itself.
+    """
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+    segments: int
+
+    @property
+    def is_causal(self) -> bool:
+        return self.segments == 1 and not self.has_prefix
+
     @property
     def has_prefix(self) -> bool:
         return self.prefix_end > self.prefix_start
+
+
+# Most positions of a block of several segments. Beyond, the scores that nobody needs cost more than further calls.
+_BLOCK = 128
 
 
 class Starts(NamedTuple):
@@ -110,7 +132,7 @@ class PackedLayout:
     position_ids: Tensor = field(init=False)
     places: Tensor = field(init=False)
 
-    # For attention: masks by kind, and the sliding windows that layers asked for (`None` for none).
+    # For attention: masks of blocks, and the sliding windows that layers asked for (`None` for none).
     masks: dict[tuple[Any, ...], Tensor] = field(init=False, default_factory=dict)
     windows: set[int | None] = field(init=False, default_factory=set)
 
@@ -162,6 +184,48 @@ class PackedLayout:
         cumulated = torch.tensor([queries, counts], dtype=torch.int32).cumsum(1, dtype=torch.int32)
         of_queries, of_keys = _to_device(cumulated, self.device)
         return Starts(of_queries, of_keys, _to_device(torch.cat(keys), self.device), max(queries), max(counts))
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All segments, in blocks."""
+        blocks: list[Block] = []
+        for segment in self.segments:
+            end, prefix = segment.end, segment[2:]
+            if blocks and end - blocks[-1].start <= _BLOCK:
+                block = blocks[-1]
+                if prefix[0] >= block.start or prefix == (block.prefix_start, block.prefix_end):
+                    blocks[-1] = block._replace(end=end, segments=block.segments + 1)
+                    continue
+            blocks.append(Block(*segment, segments=1))
+        return tuple(blocks)
+
+    def attends(self, block: Block, window: int | None = None) -> Tensor:
+        """
+        Which keys the positions of a block attend to.
+
+        Args:
+            block ([`Block`]): Its keys are the K positions of its prefix, and then its own Q.
+            window (`int`, *optional*): Most keys that a position attends to, the last ones and itself.
+
+        Returns:
+            `torch.Tensor` of shape `(Q, K + Q)`, of booleans.
+        """
+        queries, prefix = slice(block.start, block.end), slice(block.prefix_start, block.prefix_end)
+        numbers = torch.arange(self.positions, device=self.device)
+        keys = torch.cat([numbers[prefix], numbers[queries]])
+        start, prefix_start, prefix_end = self._bounds[:, queries, None]
+        attends = ((keys >= prefix_start) & (keys < prefix_end)) | ((keys >= start) & (keys <= numbers[queries, None]))
+        if window is not None:
+            row = self.position_ids[0]
+            attends &= row[queries, None] - row[keys] < window
+        return attends
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        """(3, N) where the segment of each position starts, and where its prefix starts and ends."""
+        bounds = torch.tensor([(each.start, each.prefix_start, each.prefix_end) for each in self.segments])
+        lengths = torch.tensor([each.end - each.start for each in self.segments])
+        return _to_device(bounds.repeat_interleave(lengths, dim=0).T.contiguous(), self.device)
 
     def pack(self, values: Tensor, shift: int = 0) -> Tensor:
         """(1, N) values at the packed positions, or `shift` columns to their right, of a (B, P + C) tensor."""
