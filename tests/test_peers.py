@@ -36,7 +36,8 @@ METHODS = {
     "stare": {"entropy_of_last_step": 0.2, "top_ratio": 0.35, "negative_weight": 0.9},
 }
 # What has no default.
-REQUIRED = {"stare": {"entropy_of_last_step": 0.2}}
+CLIP_AT = {"epsilon_low": 1.0, "epsilon_high": 1.0}
+REQUIRED = {"stare": {"entropy_of_last_step": 0.2}, "clip_cov": CLIP_AT}
 TOKEN_LEVEL = [name for name in METHODS if name != "w_reinforce"]
 # The identity while rollout and update are aligned.
 NEED_REUSE = ["aspo", "fipo"]
@@ -230,7 +231,7 @@ def test_clip_cov_draws_each_candidate_alike():
     drawn, generator, rounds = collections.Counter(), torch.Generator().manual_seed(0), 3000
     clip_ratio = 2.5 / int(given["mask"].sum())
     for _ in range(rounds):
-        shaped = peers.clip_cov(**given, clip_ratio=clip_ratio, generator=generator)
+        shaped = peers.clip_cov(**given, **CLIP_AT, clip_ratio=clip_ratio, generator=generator)
         zeroed = (shaped == 0) & (given["mask"] == 1) & (given["advantages"] != 0)[:, None]
         assert zeroed.sum() == 2
         drawn.update(map(tuple, zeroed.nonzero().tolist()))
@@ -244,14 +245,14 @@ def test_clip_cov_follows_the_seed():
     given = batch(3, rows=12, tokens=30)
 
     def shaped(seed):
-        return peers.clip_cov(**given, generator=torch.Generator().manual_seed(seed))
+        return peers.clip_cov(**given, **CLIP_AT, generator=torch.Generator().manual_seed(seed))
 
     assert torch.equal(shaped(1), shaped(1))
     assert any(not torch.equal(shaped(1), shaped(seed)) for seed in range(2, 6))
     torch.manual_seed(7)
-    first = peers.clip_cov(**given)
+    first = peers.clip_cov(**given, **CLIP_AT)
     torch.manual_seed(7)
-    assert torch.equal(first, peers.clip_cov(**given))
+    assert torch.equal(first, peers.clip_cov(**given, **CLIP_AT))
 
 
 def test_steer_where_the_formula_has_no_number():
@@ -332,7 +333,10 @@ def test_the_last_entropy_of_a_log():
     ("name", "settings", "message"),
     [
         ("forking_tokens", {"top_ratio": 20}, "`top_ratio` must be a number from 0 to 1, got 20."),
-        ("clip_cov", {"clip_ratio": -1}, "`clip_ratio` must be a number from 0 to 1, got -1."),
+        ("clip_cov", {"clip_ratio": -1, **CLIP_AT}, "`clip_ratio` must be a number from 0 to 1, got -1."),
+        ("clip_cov", {"lower": 6, **CLIP_AT}, "`lower` must be a number of 5 or less, got 6"),
+        ("clip_cov", {"upper": math.inf, **CLIP_AT}, "`upper` must be a finite number, got inf"),
+        ("w_reinforce", {"correct_above": "half"}, "`correct_above` must be a finite number, got 'half'"),
         ("advantage_reweighting", {"alpha": math.nan}, "`alpha` must be a number from 0 to 1, got nan"),
         ("w_reinforce", {"positive_weight": -0.1}, "`positive_weight` must be a number of 0 or more, got -0.1"),
         ("steer_exponential", {"min_weight": 2}, "`min_weight` must be a number from 0 to 1, got 2"),
@@ -371,7 +375,7 @@ def test_a_misspelled_setting_is_refused(name):
 
 def test_the_arguments_of_the_hook_are_known():
     _, _, *names = inspect.signature(A3POTrainer.shape_advantages).parameters
-    assert set(names) == peers._HOOK_ARGUMENTS
+    assert set(names) == peers.HOOK_ARGUMENTS
 
 
 def test_every_peer_is_tested():

@@ -79,7 +79,7 @@ def test_takes_one_advantage_per_completion(tmp_path):
     ids=["size", "sign", "policy", "zero advantages", "one token", "progress"],
 )
 def test_finds_what_is_not(wrong, tmp_path):
-    match = r"Token \d of completion \d \(advantage .*, reward .*\) has the gradient .* the loss gives"
+    match = r"Token \d of completion \d \(advantage .*, reward .*\) has the gradient .*\. Expected .*, because"
     with pytest.raises(AssertionError, match=match):
         assert_gradients_follow(make(tmp_path), wrong)
 

@@ -364,6 +364,13 @@ def test_model_card_says_whose_the_shaping_is(trainer_class, tmp_path):
 def test_every_field_of_the_shaping_is_on_the_model_card(tmp_path):
     make(tmp_path).create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    others = {"dynamic_sampling", "trim_padding", "skip_zero_advantage", "skip_old_logps", "log_tokens"}
+    others = {
+        "shaping_args",
+        "dynamic_sampling",
+        "trim_padding",
+        "skip_zero_advantage",
+        "skip_old_logps",
+        "log_tokens",
+    }
     for name in inspect.get_annotations(A3POConfig).keys() - others:
         assert f'"{name}": ' in card

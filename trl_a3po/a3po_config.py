@@ -2,10 +2,11 @@
 
 import inspect
 from dataclasses import dataclass, field, fields
-from typing import cast
+from typing import Any, cast
 
 from trl import GRPOConfig
 
+from .methods import A3PO, METHODS, check_shaping, needs_of_trainer, read_settings, settings_of
 from .schedules import check_decay_ends, check_scale_decay
 from .shaping import TOKEN_ENDS, check_settings, is_finite_number, selects_tokens, shape_advantages
 
@@ -40,6 +41,17 @@ class A3POConfig(GRPOConfig):
     a token end off. A setting at its default never causes an error.
 
     Parameters:
+        > Parameters that control which method shapes the advantages
+
+        shaping (`str`, *optional*, defaults to `"a3po"`):
+            Method that shapes the advantages, A3PO or a function of `trl_a3po.peers`: `"a3po"`, `"w_reinforce"`,
+            `"advantage_reweighting"`, `"entropy_advantage"`, `"aspo"`, `"position_bonus"`, `"fipo"`,
+            `"forking_tokens"`, `"clip_cov"`, `"steer_exponential"`, `"steer_linear"`, `"gtpo_simplified"`, `"aepo"`,
+            `"stare"`. The options of A3PO's shaping have no effect with another method, and must keep their defaults.
+        shaping_args (`dict` or `str`, *optional*, defaults to `None`):
+            Settings of another method than A3PO, for example `{"top_ratio": 0.2}`: the parameters of its function that
+            are numbers with defaults. A dictionary, or one in JSON.
+
         > Parameters that control the token-level advantage shaping
 
         positive_low_ratio (`float`, *optional*, defaults to `0.2`):
@@ -93,13 +105,13 @@ class A3POConfig(GRPOConfig):
         trim_padding (`bool`, *optional*, defaults to `True`):
             Whether passes over the model compute no padding, and the prompt of a group only once. Rows are packed; a
             model that cannot be packed gets padded rows of similar length. The rows of an optimizer step are regrouped
-            if the loss does not depend on the grouping and `shape_advantages` is not your own. The update is the same
-            to rounding. Ignored for models with images.
+            if the loss does not depend on the grouping and the method is A3PO. The update is the same to rounding.
+            Ignored for models with images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
-            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a `shape_advantages` of your
-            own. While completions are skipped, the metric `entropy` is the mean over the others.
+            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or another method than
+            A3PO. While completions are skipped, the metric `entropy` is the mean over the others.
         skip_old_logps (`bool`, *optional*, defaults to `True`):
             Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
             forward pass. GRPOTrainer runs it after each generation with vLLM, and when rollouts are reused. If it
@@ -115,6 +127,24 @@ class A3POConfig(GRPOConfig):
             batch of the main process. Only the first 1024 tokens of a completion are written, at about 35 bytes each.
             0 disables it, at no cost.
     """
+
+    # Parameters that control which method shapes the advantages
+    shaping: str = field(
+        default=A3PO,
+        metadata={
+            "help": "Method that shapes the advantages, A3PO or a function of `trl_a3po.peers`: "
+            f"{', '.join(map(repr, METHODS))}. The options of A3PO's shaping have no effect with another method, and "
+            "must keep their defaults."
+        },
+    )
+    # `str`, as for TRL's options that are dictionaries: the command line passes JSON.
+    shaping_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of another method than A3PO, for example `{'top_ratio': 0.2}`: the parameters of its "
+            "function that are numbers with defaults. A dictionary, or one in JSON."
+        },
+    )
 
     # Parameters that control the token-level advantage shaping
     positive_low_ratio: float = field(
@@ -213,8 +243,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether passes over the model compute no padding, and the prompt of a group only once. Rows are "
             "packed; a model that cannot be packed gets padded rows of similar length. The rows of an "
-            "optimizer step are regrouped if the loss does not depend on the grouping and `shape_advantages` "
-            "is not your own. The update is the same to rounding. Ignored for models with images."
+            "optimizer step are regrouped if the loss does not depend on the grouping and the method is A3PO. "
+            "The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(
@@ -222,8 +252,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether the loss skips completions whose advantage is zero, such as those of groups that are all "
             "right or all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: "
-            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
-            "`shape_advantages` of your own. While completions are skipped, the metric `entropy` is the mean over the "
+            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or another "
+            "method than A3PO. While completions are skipped, the metric `entropy` is the mean over the "
             "others."
         },
     )
@@ -274,6 +304,10 @@ class A3POConfig(GRPOConfig):
                 "log the completions of two prompts, or 0 to log none."
             )
         self._check_dynamic_sampling()
+        self.shaping_args = read_settings(self.shaping_args) or None
+        check_shaping(self.shaping, self.shaping_args or {})
+        if self.shaping != A3PO:
+            self._check_other_method()
         self._check_all_act()
         if self.max_steps > 0:
             self.check_decay_ends(self.max_steps)
@@ -292,6 +326,39 @@ class A3POConfig(GRPOConfig):
                 f"`per_device_train_batch_size` x `steps_per_generation` = {rows} completions of a generation batch, "
                 f"which is not a multiple of `num_generations={self.num_generations}`. Change one of the three, or "
                 "set `dynamic_sampling=0`."
+            )
+
+    def _check_other_method(self) -> None:
+        shaping = f"`shaping={self.shaping!r}`"
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in (*_SHAPING_SETTINGS, "token_metric", "scale_decay", "scale_decay_steps"):
+            value, off = getattr(self, name), {"ratio": 0, "scale": 1}.get(name.rpartition("_")[2])
+            if value not in (off, defaults[name]):
+                raise ValueError(
+                    f"`{name}={value!r}` has no effect because {shaping} replaces A3PO. Leave `{name}` at its default "
+                    f"of {defaults[name]!r}, or set `shaping='a3po'`."
+                )
+        generate_every = cast(int, self.steps_per_generation) * self.num_iterations
+        if self.shaping in ("aspo", "fipo") and self.gradient_accumulation_steps % generate_every == 0:
+            raise ValueError(
+                f"{shaping} has no effect because each rollout serves one optimizer step, so that every importance "
+                f"ratio is 1. Set `num_iterations=2` or more, or `steps_per_generation` (here "
+                f"{self.steps_per_generation}) above `gradient_accumulation_steps` (here "
+                f"{self.gradient_accumulation_steps})."
+            )
+        clipped_losses = ("grpo", "bnpo", "dr_grpo", "dapo")
+        if self.shaping == "aspo" and (
+            self.loss_type not in clipped_losses or self.importance_sampling_level != "token"
+        ):
+            raise ValueError(
+                f"{shaping} needs a loss that clips the ratio of each token, got `loss_type={self.loss_type!r}` and "
+                f"`importance_sampling_level={self.importance_sampling_level!r}`. Set `loss_type` to one of "
+                f"{', '.join(map(repr, clipped_losses))}, and `importance_sampling_level='token'`."
+            )
+        if "entropy_of_last_step" in needs_of_trainer(self.shaping) and self.logging_strategy == "no":
+            raise ValueError(
+                f"{shaping} reads the entropy of the last step from the log, got `logging_strategy='no'`. Set "
+                "`logging_strategy='steps'` and `logging_steps=1`."
             )
 
     def _check_all_act(self) -> None:
@@ -337,6 +404,11 @@ class A3POConfig(GRPOConfig):
     def shaping_settings(self) -> dict[str, float]:
         """The ratios, initial scales and weights, as arguments of [`~trl_a3po.shape_advantages`]."""
         return {name: getattr(self, name) for name in _SHAPING_SETTINGS}
+
+    @property
+    def peer_settings(self) -> dict[str, float | None]:
+        """If `shaping` is not A3PO: its settings, as arguments of its function in [`~trl_a3po.peers`]."""
+        return {**settings_of(self.shaping), **read_settings(self.shaping_args)}
 
 
 def _is_count(value: object) -> bool:

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from . import peers
 from .a3po_config import A3POConfig
+from .methods import A3PO, METHODS, needs_of_trainer, peer
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
 from .training.checkpoints import KeepsTheBest, ResumableGRPOTrainer
@@ -76,22 +77,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     """
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012
-    _name = "A3PO"
-    _paper = {  # noqa: RUF012
-        "title": "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards",
-        "id": "2512.21625",
-        "citation": textwrap.dedent("""\
-            @inproceedings{tang2026rethinking,
-                title        = {{Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards}},
-                author       = {Xinyu Tang and Yuliang Zhan and Zhixun Li and Wayne Xin Zhao and
-                                Zhenduo Zhang and Zujie Wen and Zhiqiang Zhang and Jun Zhou},
-                year         = 2026,
-                booktitle    = {Proceedings of the 64th Annual Meeting of the Association for Computational Linguistics
-                                (Volume 1: Long Papers)},
-                url          = {https://aclanthology.org/2026.acl-long.134/},
-                eprint       = {arXiv:2512.21625},
-            }"""),
-    }
+    _name, _paper = METHODS[A3PO]
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **keywords):
         if args is None:
@@ -103,6 +89,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 "GRPOConfig: change the name and keep the rest of your script."
             )
         self._check_compatible(args)
+        if args.shaping != A3PO and self._paper is A3POTrainer._paper:  # a subclass may cite its own
+            self._tag_names = ["trl", args.shaping]
+            self._name, self._paper = METHODS[args.shaping]
         super().__init__(model, reward_funcs, args, *positional, **keywords)
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
@@ -121,9 +110,13 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     functools.update_wrapper(__init__, GRPOTrainer.__init__)
 
     @property
-    def _shapes_its_own_way(self) -> bool:
+    def _overrides_shaping(self) -> bool:
         is_assigned = "shape_advantages" in vars(self)  # on the instance
         return is_assigned or type(self).shape_advantages is not A3POTrainer.shape_advantages
+
+    @property
+    def _shapes_its_own_way(self) -> bool:
+        return self._overrides_shaping or self.args.shaping != A3PO
 
     def _check_compatible(self, args: A3POConfig) -> None:
         if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
@@ -136,7 +129,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             and args.beta != 0
             and args.use_bias_correction_kl
             and _ratio_has_gradient(args)
-            and (self._shapes_its_own_way or selects_tokens(args.shaping_settings))
+            and (self._overrides_shaping or args.shaping != A3PO or selects_tokens(args.shaping_settings))
         ):
             # There the KL term is multiplied by the ratio, whose gradient is what GSPO-token changes.
             raise ValueError(
@@ -160,8 +153,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         The hook: turns one advantage per completion into one per token.
 
         Override it to shape advantages in your own way. Take the arguments that you do not use as `**batch`.
-        `super().shape_advantages(advantages, **batch)` is A3PO. If you do not call it, the shaping settings of
-        [`A3POConfig`] have no effect.
+        `super().shape_advantages(advantages, **batch)` is A3PO, or the method that `shaping` of [`A3POConfig`] names.
+        If you do not call it, the shaping settings of [`A3POConfig`] have no effect.
 
         It is called once for each batch of the loss, without gradients, before TRL's loss reads the advantages. It
         must not change its arguments in place: they are used again in later iterations. It should neither wait for
@@ -191,6 +184,18 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             `torch.Tensor` of shape `(B, T)`, or of shape `(B,)` if all tokens of a completion share one advantage.
             A3PO's own result is always `(B, T)` when a subclass calls it, and 0 where `mask` is 0.
         """
+        if self.args.shaping != A3PO:
+            return peer(self.args.shaping)(
+                advantages,
+                per_token_logps=per_token_logps,
+                old_per_token_logps=old_per_token_logps,
+                entropies=entropies,
+                mask=mask,
+                rewards=rewards,
+                progress=progress,
+                **self._needs_of_peer(),
+                **self.args.peer_settings,
+            )
         settings = self.current_shaping_settings()
         for end in TOKEN_ENDS:
             if settings[f"{end}_ratio"] > 0:
@@ -200,6 +205,15 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             return weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
         token_metric = old_per_token_logps if self.args.token_metric == "prob" else entropies
         return shape_advantages(advantages, token_metric, mask, **settings)
+
+    def _needs_of_peer(self) -> dict[str, Any]:
+        """The arguments of the peer that `shaping` names which are neither settings nor arguments of the hook."""
+        known = {
+            "epsilon_low": self.epsilon_low,
+            "epsilon_high": self.epsilon_high,
+            "entropy_of_last_step": peers.logged_entropy(self.state.log_history),
+        }
+        return {name: known[name] for name in needs_of_trainer(self.args.shaping)}
 
     def current_shaping_settings(self) -> dict[str, float]:
         """The arguments of [`~trl_a3po.shape_advantages`] at this step of training: the scales have decayed."""
@@ -328,14 +342,14 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
-        settings = {
-            **self.args.shaping_settings,
-            "token_metric": self.args.token_metric,
-            "scale_decay": self.args.scale_decay,
-            "scale_decay_steps": self.args.scale_decay_steps,
-        }
+        settings: dict[str, Any] = {"shaping": self.args.shaping}
+        if self.args.shaping == A3PO:
+            names = ("token_metric", "scale_decay", "scale_decay_steps")
+            settings |= self.args.shaping_settings | {name: getattr(self.args, name) for name in names}
+        else:
+            settings |= self.args.peer_settings
         section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
-        if self._shapes_its_own_way:
+        if self._overrides_shaping:
             section += f"They apply where `{type(self).__name__}.shape_advantages` calls `super()`.\n\n"
         path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
         card = path.read_text(encoding="utf-8")

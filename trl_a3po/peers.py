@@ -1,8 +1,10 @@
 """
 Other ways to shape advantages, as pure functions of tensors: to compare A3PO with, or to combine with it.
 
-Each function takes the arguments of [`A3POTrainer.shape_advantages`] and drops those that it does not use. A trainer
-for a method is a class of one line:
+To train with one of them, set `shaping` of [`~trl_a3po.A3POConfig`] to its name, and `shaping_args` to its settings.
+
+Each function takes the arguments of [`A3POTrainer.shape_advantages`] and ignores those that it does not use. So a
+trainer of your own calls it in one line:
 
 ```python
 >>> class EntropyAdvantageTrainer(A3POTrainer):
@@ -10,8 +12,9 @@ for a method is a class of one line:
 ...         return peers.entropy_advantage(advantages, **batch)
 ```
 
-A setting goes before the batch: `peers.entropy_advantage(advantages, alpha=0.1, **batch)`. A name that is neither a
-setting nor an argument of the hook raises a `TypeError`.
+Pass settings before the batch: `peers.entropy_advantage(advantages, alpha=0.1, **batch)`. A name that is neither a
+setting nor an argument of the hook raises a `TypeError`. [`clip_cov`] and [`stare`] also need a value that the trainer
+knows.
 
 The tensors are those of the hook. B is the number of completions, T the number of token positions:
 
@@ -53,8 +56,8 @@ from torch.nn.functional import pad
 from .shaping import is_finite_number, select_lowest
 
 
-# The arguments of the hook. A method ignores those that it does not name.
-_HOOK_ARGUMENTS = {"per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards", "progress"}
+# The arguments of the hook. A method ignores those that it does not use.
+HOOK_ARGUMENTS = {"per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards", "progress"}
 
 
 # One value per completion
@@ -71,7 +74,7 @@ def w_reinforce(
     """
     W-REINFORCE (arXiv 2506.01347): λ for a correct completion, -1 for a wrong one, in place of `advantages`.
 
-    The group does not matter: groups that are all right or all wrong have a learning signal too, where GRPO's
+    The group does not matter. Groups that are all right or all wrong also have a learning signal, where GRPO's
     advantage is 0. With `positive_weight=0` it is NSR of the same paper, negative samples only.
 
     Source: TianHongZXY/RLVR-Decomposed at a5d4e7c, read: λ = 0.1 and no normalization. There, a score is 1 for correct
@@ -80,7 +83,7 @@ def w_reinforce(
     Args:
         positive_weight (`float`, *optional*, defaults to `0.1`): λ, not negative.
         correct_above (`float`, *optional*, defaults to `0.5`): A completion is correct if its reward is larger. If
-            other rewards are added to correctness, choose a value that they cannot reach without it.
+            other rewards are added to the one for correctness, choose a value that they cannot reach without it.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: 0 where the reward is NaN.
@@ -90,6 +93,7 @@ def w_reinforce(
     """
     _refuse_unknown(unused)
     _check("positive_weight", positive_weight, 0.0)
+    _check("correct_above", correct_above)
     if rewards is None:
         raise ValueError(
             "`w_reinforce` needs `rewards`, got None: the trainer overrides the method of TRL that scores "
@@ -107,10 +111,11 @@ def advantage_reweighting(
     """
     Advantage Reweighting (arXiv 2505.12929): damps rare tokens, A (α p_old + 1 - α).
 
-    On positive completions it does the opposite of A3PO, which makes it a control.
+    On positive completions it does the opposite of A3PO, so it can serve as a control.
 
-    Source: zhyang2226/AR-Lopti at cbeb333, read: the formula under the old policy, and α = 0.2 in the script
-    `train_kklogic_AR_4x80GB.sh`. Together with Lopti, which needs two updates per batch and is not here, it is 0.3.
+    Source: zhyang2226/AR-Lopti at cbeb333, read: the formula with probabilities of the old policy, and α = 0.2 in the
+    script `train_kklogic_AR_4x80GB.sh`. Its scripts for both methods together have 0.3. The other method, Lopti, is
+    not implemented here: it needs two updates per batch.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.2`): α, from 0 to 1. 0 changes nothing.
@@ -129,9 +134,9 @@ def entropy_advantage(
 
     The sign of an advantage stays, and 0 stays 0: positive tokens are reinforced more, negative ones punished less.
 
-    Source: the authors' code was not found. Two forks of verl were read instead, the actor of one and the document
-    "Entropy-Based Advantage Shaping" of the other: both have this formula, with the entropy detached. α = 0.4 and
-    κ = 2 are the values of their scripts; whether they are the paper's was not verified.
+    Source: the authors' code was not found. Two forks of verl were read: the actor of one, and the document
+    "Entropy-Based Advantage Shaping" of the other. Both have this formula, with the entropy detached. α = 0.4 and
+    κ = 2 are the values of their scripts. We did not verify that they are the paper's.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.4`): α, not negative. 0 changes nothing.
@@ -154,7 +159,7 @@ def aspo(
     **unused: Any,
 ) -> Tensor:
     """
-    ASPO (arXiv 2510.06062): on positive tokens, the inverse of the ratio weighs the gradient, in place of the ratio.
+    ASPO (arXiv 2510.06062): weights the gradient of positive tokens by the inverse of the ratio.
 
     In GRPO, the gradient of ln p has the weight A r, with r = p / p_old. Here, it is A min(1 / r, c) where A > 0, and
     A min(r, c) where A < 0. The loss multiplies by r, so the shaped advantage is this weight divided by r. ASPO is the
@@ -162,8 +167,9 @@ def aspo(
     `"bnpo"`, `"dr_grpo"` or `"dapo"`, with `importance_sampling_level="token"`.
 
     Source: wizard-III/Archer2.0 at b08d963, `compute_policy_loss_archer` in verl/trainer/ppo/core_algos.py, read: the
-    weight, c = 3 for both signs, and a log-ratio that is clamped to [-20, 20]. The clipping is that of the loss: the
-    authors clip at 0.2 or at 0.4, depending on the token's entropy, which `epsilon` and `epsilon_high` cannot express.
+    weight, c = 3 for both signs, and a log-ratio that is clamped to [-20, 20]. The loss clips as `epsilon` and
+    `epsilon_high` say. The authors clip at 0.2 or at 0.4, depending on the token's entropy: these two options cannot
+    express that.
 
     Args:
         max_weight (`float`, *optional*, defaults to `3.0`): c, at least 1.
@@ -196,8 +202,8 @@ def position_bonus(
 
     Source: RUCAIBox/Slow_Thinking_with_LLMs at 834e1b7, read: the formula in `compute_policy_loss` of
     entropy2performance/verl/verl/trainer/ppo/core_algos.py, and α = 0.1 in scripts/location.sh. There, ray_trainer.py
-    turns it on after step 200 and off before step 300. Here, `begin` and `end` are shares of the training, and the
-    default is all of it.
+    turns it on after step 200 and off before step 300. Here, `begin` and `end` are shares of the training. By default,
+    the bonus is on throughout.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.1`): α, not negative. 0 changes nothing.
@@ -233,22 +239,22 @@ def fipo(
 
     The token at position t is weighted by f = exp(sum over k >= t of γ^(k - t) (ln p_k - ln p_old_k)), clamped to
     [`lower`, `upper`], with γ = 2^(-1 / half_life). Masked tokens, and those with a ratio above `delta`, count as 0 in
-    the sum. Where A < 0 and the ratio is above `safety_threshold`, f is clamped to [0.8, 1] as well. FIPO is the
+    the sum. Where A < 0 and the ratio is above `safety_threshold`, f is also clamped to [0.8, 1]. FIPO is the
     identity while rollout and update are aligned.
 
     Source: the authors' code (`compute_policy_loss_future_kl` in verl/trainer/ppo/core_algos.py, commit 4d52d01 of
     qwenpilot/FIPO, in the history of a fork), and modelscope/ms-swift at 3602360 (`_compute_fipo_influence` in
     swift/rlhf_trainers/grpo_trainer.py), both read: the formula, and a log-ratio that is clamped to [-20, 20]
     (authors). The defaults are ms-swift's; half-life and clamp are those of the authors' 32B script too, which sets
-    10 for `delta` (the bound of the dual clip) and for `safety_threshold`. Not here: the authors skip a whole
-    completion in which the dual clip cuts more than one token.
+    10 for `delta` (the bound of the dual clip) and for `safety_threshold`. One rule is not implemented here: the
+    authors skip a whole completion if the dual clip cuts more than one of its tokens.
 
     Args:
         half_life (`float`, *optional*, defaults to `32.0`): Tokens after which the weight of a term has halved.
-        lower, upper (`float`, *optional*, defaults to `1.0` and `1.2`): Where f is clamped. The authors' code says
-            that a lower bound of 0.8 works well for smaller models.
-        delta (`float`, *optional*): Largest ratio of a token that counts in the sum, at least 1. To have one bound for
-            sum and loss, pass `self.args.delta`.
+        lower, upper (`float`, *optional*, defaults to `1.0` and `1.2`): Bounds of f. A comment in the authors' code
+            recommends a lower bound of 0.8 for smaller models.
+        delta (`float`, *optional*): Largest ratio of a token that counts in the sum, at least 1. Pass the `delta` of
+            the configuration to have the same bound in the sum and in the loss.
         safety_threshold (`float`, *optional*, defaults to `4.0`): Ratio above which negative tokens are not amplified.
     """
     _refuse_unknown(unused)
@@ -279,19 +285,20 @@ def forking_tokens(
     advantages: Tensor, *, entropies: Tensor, mask: Tensor, top_ratio: float = 0.2, **unused: Any
 ) -> Tensor:
     """
-    Forking tokens (arXiv 2506.01939): trains on the tokens of the highest entropy only, in the authors' scale.
+    Forking tokens (arXiv 2506.01939): trains only on the tokens with the highest entropy, at the authors' scale.
 
-    The ceil(ratio N) highest entropies of the N tokens in the micro-batch keep their advantage; the loss is the mean
-    over those. Here, a factor N / kept gives the same mean: exactly with `loss_type="bnpo"`, and up to the rounding of
-    the counts with `"dapo"`.
+    The ceil(ratio N) tokens with the highest entropy keep their advantage, out of the N tokens in the micro-batch. The
+    authors' loss is the mean over these tokens. Here, a factor N / kept gives the same mean: exactly with
+    `loss_type="bnpo"`, and up to the rounding of the counts with `"dapo"`.
 
-    TRL's `top_entropy_quantile` keeps the same share, but divides by all tokens: at 0.2, its gradient is a fifth of
-    this one. Its threshold is over the micro-batches of all processes, which it gathers.
+    TRL's `top_entropy_quantile` keeps the same share, but divides by the number of all tokens: at 0.2, its gradient is
+    a fifth of this one. It takes its threshold from the micro-batches of all processes.
 
     Source: Shenzhi-Wang/Beyond-the-80-20-Rule-RLVR at 6f5dda6, read: the set, its size, and the mean.
 
     Args:
-        top_ratio (`float`, *optional*, defaults to `0.2`): Share of the tokens to keep, from 0 to 1; at least one.
+        top_ratio (`float`, *optional*, defaults to `0.2`): Share of the tokens to keep, from 0 to 1. At least one
+            is kept.
     """
     _refuse_unknown(unused)
     _check("top_ratio", top_ratio, 0.0, 1.0)
@@ -308,43 +315,46 @@ def clip_cov(
     per_token_logps: Tensor,
     old_per_token_logps: Tensor,
     mask: Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
     clip_ratio: float = 0.0002,
     lower: float = 1.0,
     upper: float = 5.0,
-    epsilon_low: float = 1.0,
-    epsilon_high: float = 1.0,
     generator: torch.Generator | None = None,
     **unused: Any,
 ) -> Tensor:
     """
-    Clip-Cov (arXiv 2505.22617): takes the gradient from a few random tokens that drive entropy down the most.
+    Clip-Cov (arXiv 2505.22617): removes the gradient of a few random tokens that lower the entropy the most.
 
-    The covariance of a token is (A - mean A) (ln p - mean ln p), with means over the tokens of the micro-batch. Of the
-    tokens whose covariance is between `lower` and `upper`, and that the ratio does not clip already,
-    max(1, floor(ratio N)) are drawn at random and get no gradient. The loss is still the mean over all N.
+    The covariance of a token is (A - mean A) (ln p - mean ln p), with means over the tokens of the micro-batch. A
+    token is a candidate if its covariance is between `lower` and `upper` and the loss does not clip its ratio already.
+    max(1, floor(ratio N)) of the candidates are drawn at random and get no gradient. The loss is still the mean over
+    all N tokens.
 
-    Source: PRIME-RL/Entropy-Mechanism-of-RL at 8850579, read: all of it. Its scripts clip the ratio at 0 and 2: set
-    `epsilon=1.0, epsilon_high=1.0` in the configuration for that.
+    Source: PRIME-RL/Entropy-Mechanism-of-RL at 8850579, read: all of it. Its scripts clip the ratio at 0 and 2. Set
+    `epsilon=1.0, epsilon_high=1.0` in the configuration to do the same.
 
     Args:
-        clip_ratio (`float`, *optional*, defaults to `0.0002`): Share of the tokens to draw, from 0 to 1; at least one.
-        lower, upper (`float`, *optional*, defaults to `1.0` and `5.0`): Between which covariances tokens are drawn.
-        epsilon_low, epsilon_high (`float`, *optional*, defaults to `1.0`): Where the loss clips the ratio. Pass
-            the trainer's attributes of these names.
-        generator (`torch.Generator`, *optional*): On the device of the tensors. The default is torch's own generator,
-            which TRL seeds by process and which checkpoints save.
+        epsilon_low, epsilon_high (`float`): Where the loss clips the ratio: the trainer's attributes of these names.
+        clip_ratio (`float`, *optional*, defaults to `0.0002`): Share of the tokens to draw, from 0 to 1. At least one
+            is drawn.
+        lower, upper (`float`, *optional*, defaults to `1.0` and `5.0`): Bounds of the covariance of candidates.
+        generator (`torch.Generator`, *optional*): A generator on the device of the tensors. The default is torch's
+            own: each process has its own seed, and checkpoints save its state.
     """
     _refuse_unknown(unused)
     _check("clip_ratio", clip_ratio, 0.0, 1.0)
+    _check("upper", upper)
+    _check("lower", lower, largest=upper)
     advantages, mask, logps, old_logps = _unmasked(advantages, mask, per_token_logps, old_per_token_logps)
     covariance = (advantages - _mean(advantages, mask)) * (logps - _mean(logps, mask))
     ratio = (logps - old_logps).exp()
     is_clipped = torch.where(advantages > 0, ratio > 1 + epsilon_high, (advantages < 0) & (ratio < 1 - epsilon_low))
     is_candidate = mask & (covariance > lower) & (covariance < upper) & ~is_clipped
-    # The candidates with the lowest random numbers: this draws from any number of them without counting them.
-    lots = torch.rand(mask.shape, generator=generator, device=mask.device)
+    # Those with the lowest random numbers: no need to count the candidates, which would wait for the device.
+    numbers = torch.rand(mask.shape, generator=generator, device=mask.device)
     drawn = _share(mask.sum(), clip_ratio).clamp(min=1)
-    is_drawn = _select_lowest_of_all(lots, is_candidate, drawn, mask.numel() * clip_ratio + 1)
+    is_drawn = _select_lowest_of_all(numbers, is_candidate, drawn, mask.numel() * clip_ratio + 1)
     return advantages.masked_fill(is_drawn, 0.0)
 
 
@@ -434,7 +444,8 @@ def entropy_change(
     """
     STEER's estimate of how much an update on one token only would change the entropy at its position (2510.10150).
 
-    Ω = abs(A / p_old p (1 - p) (ln p + H)). Not a shaping: [`steer_exponential`] and [`steer_linear`] are made of it.
+    Ω = abs(A / p_old p (1 - p) (ln p + H)). It is no method by itself: [`steer_exponential`] and [`steer_linear`] use
+    it.
 
     Source: zz-haooo/STEER at b31df71, read: the formula; no probability is below 1e-8, and an Ω that is not finite
     is 0.
@@ -454,12 +465,12 @@ def gtpo_simplified(
     """
     GTPO (arXiv 2508.04349), simplified: A max(0, 1 + β (H / mean H - 1)), with the mean over the micro-batch.
 
-    Not the paper's method, which shapes rewards over whole groups and treats wrong completions separately: a group may
-    be spread over several micro-batches.
+    The paper's method is another: it shapes rewards over whole groups, and treats wrong completions separately. The
+    hook cannot do that, because a group may be spread over several micro-batches.
 
     Source: teilomillet/textpolicy at e88fc30, `apply_entropy_weighting` in textpolicy/algorithms/grpo.py, read: the
-    formula, β = 0.1 (the paper's α₂, it says), and no change where the mean is below 1e-7. In its module for Tinker,
-    the mean is that of the completion. That is not the code of the paper's authors, which was not found.
+    formula, β = 0.1 (the paper's α₂, it says), and no change where the mean is below 1e-7. Its module for Tinker uses
+    the mean of each completion instead. It is not by the authors of the paper, whose code was not found.
 
     Args:
         beta (`float`, *optional*, defaults to `0.1`): β, not negative. 0 changes nothing.
@@ -477,14 +488,14 @@ def aepo(advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 
     Entropy-aware advantage of AEPO (arXiv 2510.14545): A (1 + α z), with z the standardized entropy of a token.
 
     z = (H - mean H) / std H over the tokens of the micro-batch, with the unbiased standard deviation. It is not
-    clamped: with α = 0.2, an entropy of more than five deviations below the mean flips the sign of the advantage. The
-    other half of AEPO, its rollout and its clipping, is not here.
+    clamped: with α = 0.2, the advantage changes its sign if the entropy is more than five deviations below the mean.
+    The rollout and the clipping of AEPO are not implemented here.
 
     Source: multi-agent-deep-research/ARPO at 870d54c, a copy of the authors' repository,
     `compute_policy_loss_entropy_balanced_clipping` in AEPO/verl_aepo_entropy/verl/trainer/ppo/core_algos.py, read: the
-    formula, α = 0.2, and a deviation of 0 that becomes 1. The snapshots of the authors' own repository that could be
-    had are older than AEPO. In that code, the entropy is computed only if `entropy_coeff` is not 0; otherwise the
-    method is silently off.
+    formula, α = 0.2, and a deviation of 0 that becomes 1. The available snapshots of the authors' own repository are
+    older than AEPO. The copy computes the entropy only if `entropy_coeff` is not 0; otherwise it silently skips the
+    method.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.2`): α, not negative. 0 changes nothing.
@@ -512,22 +523,23 @@ def stare(
     """
     STARE (arXiv 2606.19236): while the entropy is below a target, amplifies surprising tokens of positive completions.
 
-    Of the N tokens with A > 0 in the micro-batch, the ceil(ratio N) of the lowest ln p get A `positive_weight`; of
-    those with A < 0, as large a share gets A `negative_weight`. At or above `target_entropy`, nothing changes.
+    The ceil(ratio N) tokens with the lowest ln p get the advantage A `positive_weight`, out of the N tokens with A > 0
+    in the micro-batch. The same share of the tokens with A < 0 gets A `negative_weight`. Nothing changes while the
+    entropy is at or above `target_entropy`.
 
-    It is close to A3PO's `positive_low`, with a quantile over the micro-batch in place of the completion, the current
-    policy in place of the old one, and a gate in place of the decay.
+    It is close to A3PO's `positive_low`. It ranks over the micro-batch instead of the completion, and by the current
+    policy instead of the old one. A gate replaces the decay.
 
     Source: hp-luo/STARE at bffb9e7, `compute_stare_token_weights` and `STAREController` in
     verl/trainer/ppo/core_algos.py, read: the sets, the weights, and the gate. The defaults are those of its
     configuration, variant O1; variant C2 has `negative_weight=0.9`. Its README recommends 1.05 and 0.95 for models of
-    14B and 32B. Not here: the adaptive weights, which are off by default. One difference: the authors measure the
-    entropy on the rollout, before its updates; here, it is that of the last step, which is what a trainer knows.
+    14B and 32B. The adaptive weights, which are off by default, are not implemented here. One difference: the authors
+    measure the entropy on the rollout, before it is used for updates. A trainer knows the entropy of its last step.
 
     Args:
-        entropy_of_last_step (`float`): Mean entropy of the last step over all processes, in nats: in a trainer,
-            `peers.logged_entropy(self.state.log_history)`. NaN if there is none yet: then the gate is open, as the
-            authors' is at the start.
+        entropy_of_last_step (`float`): Mean entropy of the last step over all processes, in nats. A trainer passes
+            `peers.logged_entropy(self.state.log_history)`. With NaN, before the first log, the gate is open, like that
+            of the authors at the start.
         top_ratio (`float`, *optional*, defaults to `0.1`): Share of the tokens of each sign to select, from 0 to 1.
         positive_weight (`float`, *optional*, defaults to `1.1`): Weight of selected tokens with A > 0, not negative.
         negative_weight (`float`, *optional*, defaults to `1.0`): Weight of selected tokens with A < 0, not negative.
@@ -552,10 +564,10 @@ def stare(
 
 def logged_entropy(log_history: Sequence[Mapping[str, Any]]) -> float:
     """
-    The mean entropy that a trainer has logged last, for [`stare`].
+    The mean entropy of a trainer's last log, for [`stare`].
 
-    TRL logs it over the steps since the log before: `logging_steps=1` makes it that of the last step. It is the same
-    on every process, and a checkpoint keeps it.
+    TRL logs the mean over the steps since the previous log, so set `logging_steps=1` to get the entropy of the last
+    step. The value is the same on every process, and a checkpoint keeps it.
 
     Args:
         log_history (sequence of `dict`): `self.state.log_history` of the trainer.
@@ -584,7 +596,7 @@ def _unmasked(advantages: Tensor, mask: Tensor, *tensors: Tensor) -> tuple[Tenso
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the unmasked tokens of values (B, T) that are 0 where masked; 0 if there is no token."""
+    """Mean over the unmasked tokens of values (B, T) that are 0 where masked. It is 0 if there is no token."""
     return values.sum() / mask.sum().clamp(min=1)
 
 
@@ -597,7 +609,7 @@ def _select_lowest_of_all(values: Tensor, candidates: Tensor, count: Tensor, mos
     """
     (B, T) boolean tensor: the `count` lowest of the values (B, T) that are candidates, or all if there are fewer.
 
-    `most` is a bound of `count` that the host knows.
+    `most` is an upper bound of `count`, as a number of the host.
     """
     values = values.masked_fill(~candidates, math.nan)
     most = min(max(1, math.floor(most)), values.numel())
@@ -605,14 +617,20 @@ def _select_lowest_of_all(values: Tensor, candidates: Tensor, count: Tensor, mos
 
 
 def _refuse_unknown(unused: dict[str, Any]) -> None:
-    for name in unused.keys() - _HOOK_ARGUMENTS:
+    for name in unused.keys() - HOOK_ARGUMENTS:
         raise TypeError(
             f"Unknown argument `{name}`: it is neither a setting of this method nor an argument of "
             "`A3POTrainer.shape_advantages`. Check the spelling."
         )
 
 
-def _check(name: str, value: float, smallest: float, largest: float = math.inf) -> None:
-    if not (is_finite_number(value) and smallest <= value <= largest):
-        allowed = f"from {smallest:g} to {largest:g}" if largest < math.inf else f"of {smallest:g} or more"
-        raise ValueError(f"`{name}` must be a number {allowed}, got {value!r}.")
+def _check(name: str, value: float, smallest: float = -math.inf, largest: float = math.inf) -> None:
+    if is_finite_number(value) and smallest <= value <= largest:
+        return
+    allowed = {
+        (False, False): "a finite number",
+        (True, False): f"a number of {smallest:g} or more",
+        (False, True): f"a number of {largest:g} or less",
+        (True, True): f"a number from {smallest:g} to {largest:g}",
+    }[smallest > -math.inf, largest < math.inf]
+    raise ValueError(f"`{name}` must be {allowed}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""TRL's rewards by math-verify, for problems that accept more than one answer."""
+"""TRL's rewards that use math-verify, for problems with more than one accepted answer."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -17,20 +17,20 @@ def accuracy_reward(
     **kwargs: Any,
 ) -> list[float | None]:
     r"""
-    [`~trl.rewards.accuracy_reward`], the best over the accepted answers of each problem.
+    [`~trl.rewards.accuracy_reward`] for problems with several accepted answers: the best of their rewards.
 
     Args:
         completions (`list[list[dict[str, str]]]`):
-            One conversation per completion, as TRL hands them to reward functions.
+            One conversation per completion, in TRL's format for reward functions.
         solution (`list[str]` or `list[list[str]]`):
-            The answer of each problem, or a list of answers that all count.
+            The answer of each problem, or a list of accepted answers.
         log_extra (`callable`, *optional*):
-            TRL's function to add columns to the table of completions. They show the answer that scored best.
+            TRL's function that adds columns to the table of completions. They show the answer with the best reward.
         **kwargs:
             Not used. TRL passes the other columns of the dataset.
 
     Returns:
-        `list[float | None]`: 1.0 or 0.0 for each completion; `None` if math-verify can parse none of the answers.
+        `list[float | None]`: 1.0 or 0.0 for each completion. `None` if math-verify can parse none of the answers.
 
     Example:
 
@@ -53,7 +53,7 @@ def reasoning_accuracy_reward(
     **kwargs: Any,
 ) -> list[float | None]:
     """
-    [`~trl.rewards.reasoning_accuracy_reward`], the best over the accepted answers of each problem.
+    [`~trl.rewards.reasoning_accuracy_reward`] for problems with several accepted answers: the best of their rewards.
 
     Takes and returns the same as [`accuracy_reward`]. `reasoning_delimiters` (`list[str]`, *optional*) are TRL's: the
     texts that end the reasoning, by default `["</think>"]`.
@@ -74,7 +74,7 @@ def _best(
     log_extra: Callable[[str, list], None] | None,
     **options: Any,
 ) -> list[float | None]:
-    # An empty list is scored like an answer that cannot be parsed.
+    # An empty list gets the reward of an answer that cannot be parsed.
     answers = [[each] if isinstance(each, str) else list(each) or [""] for each in solution]
     columns: dict[str, list] = {}
     scores = reward(

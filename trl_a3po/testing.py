@@ -1,4 +1,4 @@
-"""A check of a shaping of one's own, for one's own tests: that the gradient of each token is the one that is meant."""
+"""A check for the tests of your own shaping: each token gets the gradient that you intend."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,30 +12,36 @@ from .training.trl_contract import loss_gradient, loss_inputs
 
 def assert_gradients_follow(trainer: A3POTrainer, reference: Callable[..., Tensor], *, seed: int = 0) -> None:
     """
-    Fails unless each token's gradient is the one that TRL's loss gives to the advantage that `reference` says.
+    Fails unless each token gets the gradient that TRL's loss gives to the advantage computed by `reference`.
 
-    The trainer's loss, as it is configured, is run on made-up log-probabilities of 6 completions of up to 8 tokens:
-    of positive, negative and zero advantage, the last of groups that are all right and all wrong, one without a
-    reward, one masked whole, three with a token masked among others; as in an update that is aligned with its rollout
-    and as in a later one, with ratios that are clipped; at the beginning, after a quarter, after half and at the end
-    of training. A token's gradient is to be GRPO's of the advantage 1, or -1, times |A_t|: also where the advantage of
-    its completion is 0.
+    It runs the loss of the trainer, as it is configured, on made-up log-probabilities of 6 completions with up to 8
+    tokens:
 
-    Takes a fraction of a second, and touches neither the model nor, unless your method does, the trainer.
+    - The advantages are positive, negative and zero. Those of zero are from groups that are all right or all wrong.
+    - One completion has no reward, one is masked as a whole, and in three of them a single token is masked.
+    - The update is aligned with its rollout, or a later one, in which ratios are clipped.
+    - The training is at its beginning, after a quarter, after half and at its end.
+
+    The expected gradient of a token is GRPO's gradient for the advantage 1 or -1, times |A_t|. This also holds for
+    completions whose advantage is 0.
+
+    The check takes a fraction of a second. It does not change the model, and changes the trainer only if your method
+    does.
 
     Args:
         trainer ([`A3POTrainer`]):
-            Yours, with `shape_advantages` overridden.
+            A trainer of your class, which overrides `shape_advantages`.
         reference (callable):
-            What it is meant to compute, written another way. It is called as `shape_advantages` is, without `self`,
-            and returns the advantages of shape `(B, T)` or `(B,)`; what they are where `mask` is 0 makes no
-            difference.
+            The same computation, written in another way. It gets the arguments of `shape_advantages` without `self`,
+            and returns the advantages, of shape `(B, T)` or `(B,)`. Values where `mask` is 0 have no influence.
         seed (`int`, *optional*, defaults to `0`):
-            Of what is made up.
+            Seed of the made-up log-probabilities and entropies.
 
     Raises:
-        `AssertionError`: naming the token, its advantage by `reference`, its gradient and the one that is expected.
-        `TypeError`, `ValueError`: your method returns what no loss can take, or changes an argument in place.
+        `AssertionError`: a gradient differs. Names the token, its advantage by `reference`, its gradient and the
+            expected one.
+        `TypeError`, `ValueError`: your method returns something else than advantages, or changes an argument in
+            place.
     """
     inputs, logps, entropies = _batch(seed, trainer.accelerator.device)
     noise = torch.tensor([[-0.6, 0.05, 0.7, -0.1]], device=logps.device).repeat(1, 2)
@@ -69,22 +75,24 @@ def _compare(
     shaped = shaped.to(logps.dtype).where(inputs["completion_mask"].bool(), 0.0)
     expected = torch.where(shaped > 0, positive, negative) * shaped.abs()
     for row, token in (~torch.isclose(found, expected, rtol=1e-4, atol=1e-7)).nonzero().tolist():
-        case = "with old log-probabilities" if "old_per_token_logps" in inputs else "while they are the old ones"
+        is_aligned = "old_per_token_logps" not in inputs
+        case = "update aligned with its rollout" if is_aligned else "update after others on the same rollout"
         raise AssertionError(
             f"Token {token} of completion {row} (advantage {inputs['advantages'][row]:g}, reward "
-            f"{inputs['rewards'][row]:g}) has the gradient {found[row, token]:g}. To the advantage that the reference "
-            f"says, {shaped[row, token]:g}, the loss gives {expected[row, token]:g} ({case}; progress {progress:g})."
+            f"{inputs['rewards'][row]:g}) has the gradient {found[row, token]:g}. Expected "
+            f"{expected[row, token]:g}, because its advantage by the reference is {shaped[row, token]:g} ({case}; "
+            f"progress {progress:g})."
         )
 
 
 def _batch(seed: int, device: torch.device) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What a loss is computed from, log-probabilities (6, 8) and entropies (6, 8)."""
+    """A micro-batch, log-probabilities (6, 8) and entropies (6, 8)."""
     generator = torch.Generator().manual_seed(seed)
     logps = (-4 * torch.rand(6, 8, generator=generator)).to(device)
     entropies = (3 * torch.rand(6, 8, generator=generator)).to(device)
     lengths = torch.tensor([8, 6, 8, 5, 0, 3], device=device)
     mask = (torch.arange(8, device=device) < lengths[:, None]).long()
-    mask[[0, 1, 2], [2, 4, 1]] = 0  # as the output of a tool leaves them
+    mask[[0, 1, 2], [2, 4, 1]] = 0  # like the output of a tool
     advantages = torch.tensor([1.2, -0.7, 0.0, 0.0, -0.5, 0.0], device=device)
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, torch.nan], device=device)
     return {**loss_inputs(advantages, mask, logps), "rewards": rewards}, logps, entropies

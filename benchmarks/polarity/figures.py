@@ -12,18 +12,20 @@ from matplotlib import pyplot
 from results import Result, Results, pass_rate
 
 
-# Of which methods, and what they share.
+# The methods of each figure.
 FIGURES = {
     "polarities": ["dapo", "psr", "nsr", "p2n1", "p1n2"],
     "ends": ["dapo", "positive_low", "positive_high", "negative_low", "negative_high"],
     "a3po": ["dapo", "a3po", "a3po_constant", "reversed", "random"],
     "peers": ["grpo", "dapo", "dapo_fork", "w_reinforce", "a3po", "clip_cov", "steer", "ar"],
+    "more_peers": ["dapo", "a3po", "stare", "fipo", "entropy_advantage", "aspo", "gtpo", "position_bonus", "aepo"],
 }
 
 
 def draw(results: Results, directory: Path) -> list[str]:
     """
-    One row of panels a figure: entropy, held-out pass@1 and pass@k. None where fewer than two of its methods were run.
+    Draws one row of panels per figure: entropy, held-out pass@1 and pass@k. Skips figures with fewer than two methods
+    that were run.
 
     Returns:
         The names of the files.

@@ -1,8 +1,8 @@
 """
-The methods, each as what it changes of the base settings, and whose setting that is.
+The methods: the settings that each one changes, and where these values are from.
 
 The base is DAPO as far as TRL has it: its loss and its asymmetric clipping, without dynamic sampling and overlong
-penalty. All methods but GRPO's share it, so that they differ in the shaping only.
+penalty. All methods except GRPO's share it, so they differ only in the shaping.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from closed_loop import EntropyLoop, MismatchLoop
 
-from trl_a3po import A3POTrainer, peers
+from trl_a3po import A3POTrainer
 
 
 # epsilon_high: DAPO (arXiv 2503.14476). No shaping, and all rows and columns: A3POTrainer is then GRPOTrainer, to the
@@ -42,77 +42,13 @@ class RandomTokens(A3POTrainer):
     """A3PO that ranks the tokens of a completion at random: as many are amplified, as much, for as long."""
 
     def shape_advantages(self, advantages, **batch):
-        lots = torch.rand_like(batch["per_token_logps"])
-        return super().shape_advantages(advantages, **{**batch, "old_per_token_logps": lots})
-
-
-class ForkingTokens(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.forking_tokens(advantages, **batch)
-
-
-class WReinforce(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.w_reinforce(advantages, **batch)
-
-
-class ClipCov(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.clip_cov(advantages, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, **batch)
-
-
-class Steer(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.steer_exponential(advantages, **batch)
-
-
-class AdvantageReweighting(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.advantage_reweighting(advantages, **batch)
-
-
-class EntropyAdvantage(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.entropy_advantage(advantages, **batch)
-
-
-class Aspo(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.aspo(advantages, **batch)
-
-
-class PositionBonus(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.position_bonus(advantages, **batch)
-
-
-class Fipo(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.fipo(advantages, **batch)
-
-
-class Gtpo(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.gtpo_simplified(advantages, **batch)
-
-
-class Aepo(A3POTrainer):
-    def shape_advantages(self, advantages, **batch):
-        return peers.aepo(advantages, **batch)
-
-
-class Stare(A3POTrainer):
-    # The authors' target, 0.3 nats, is below the entropy of every method here, and would never open the gate.
-    target_entropy = EntropyLoop.bound
-
-    def shape_advantages(self, advantages, **batch):
-        entropy = peers.logged_entropy(self.state.log_history)  # over the steps between two logs
-        return peers.stare(advantages, entropy_of_last_step=entropy, target_entropy=self.target_entropy, **batch)
+        numbers = torch.rand_like(batch["per_token_logps"])
+        return super().shape_advantages(advantages, **{**batch, "old_per_token_logps": numbers})
 
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of `A3POConfig` besides the base, the trainer that reads them, and how far the sampler lags behind."""
+    """Settings of `A3POConfig` in addition to the base, the trainer, and how far the sampler lags behind."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     trainer: type[A3POTrainer] = A3POTrainer
@@ -124,16 +60,21 @@ def one_end(end: str, scale: float = 2.0) -> Method:
     return Method({f"{end}_ratio": 0.2, f"{end}_scale": scale, "scale_decay": "constant"})
 
 
+def peer(name: str, **settings: float) -> Method:
+    """A function of `trl_a3po.peers`. Settings: the defaults, which are those of the code that it follows."""
+    return Method({"shaping": name, "shaping_args": settings})
+
+
 METHODS = {
     # Baselines
     "grpo": Method({"loss_type": "grpo", "epsilon_high": 0.2}),  # TRL's GRPO with the paper's symmetric clipping
     "dapo": Method(),
     "dapo_fork_trl": Method({"top_entropy_quantile": 0.2}),  # share: arXiv 2506.01939; divides by all tokens: TRL
-    "dapo_fork": Method(trainer=ForkingTokens),  # the same, divided by the tokens that are kept: the authors' code
+    "dapo_fork": peer("forking_tokens"),  # the same, divided by the tokens that are kept: the authors' code
     # Weights of the polarities: arXiv 2512.21625. W-REINFORCE's lambda 0.1: arXiv 2506.01347
     "psr": Method({"negative_weight": 0.0}),
     "nsr": Method({"positive_weight": 0.0}),
-    "w_reinforce": Method(trainer=WReinforce),
+    "w_reinforce": peer("w_reinforce"),
     "p2n1": Method({"positive_weight": 2.0}),
     "p1n2": Method({"negative_weight": 2.0}),
     "p2n2": Method({"positive_weight": 2.0, "negative_weight": 2.0}),
@@ -168,16 +109,18 @@ METHODS = {
     ),
     "random": Method(A3PO, RandomTokens),
     # Peers, each with the values of the code that it follows, on the base clipping
-    "clip_cov": Method(trainer=ClipCov),  # arXiv 2505.22617
-    "steer": Method(trainer=Steer),  # arXiv 2510.10150
-    "ar": Method(trainer=AdvantageReweighting),  # arXiv 2505.12929
-    "entropy_advantage": Method(trainer=EntropyAdvantage),  # arXiv 2506.14758
-    "aspo": Method(trainer=Aspo),  # arXiv 2510.06062
-    "position_bonus": Method(trainer=PositionBonus),  # arXiv 2508.02260, in all of the training
-    "fipo": Method(trainer=Fipo),  # arXiv 2603.19835
-    "gtpo": Method(trainer=Gtpo),  # arXiv 2508.04349, simplified
-    "aepo": Method(trainer=Aepo),  # arXiv 2510.14545, its advantage
-    "stare": Method(trainer=Stare),  # arXiv 2606.19236, with a target of ours
+    "clip_cov": peer("clip_cov"),  # arXiv 2505.22617
+    "steer": peer("steer_exponential"),  # arXiv 2510.10150
+    "ar": peer("advantage_reweighting"),  # arXiv 2505.12929
+    "entropy_advantage": peer("entropy_advantage"),  # arXiv 2506.14758
+    "aspo": peer("aspo"),  # arXiv 2510.06062
+    "position_bonus": peer("position_bonus"),  # arXiv 2508.02260, in all of the training
+    "fipo": peer("fipo"),  # arXiv 2603.19835
+    "gtpo": peer("gtpo_simplified"),  # arXiv 2508.04349, simplified
+    "aepo": peer("aepo"),  # arXiv 2510.14545, its advantage
+    # arXiv 2606.19236. The authors' target, 0.3 nats, is below the entropy of every method here, and would never open
+    # the gate. The entropy is the mean over the steps between two logs.
+    "stare": peer("stare", target_entropy=EntropyLoop.bound),
     # The closed loop, ours
     "a3po_loop_entropy": Method({**A3PO, "scale_decay": "constant"}, EntropyLoop),
     # With a sampler that lags behind by up to 40 optimizer steps, without a correction for that

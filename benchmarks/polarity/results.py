@@ -1,4 +1,4 @@
-"""What `run.py` writes, read again, and the statistics of one run."""
+"""Reads the results that `run.py` writes, and computes the statistics of one run."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ from trl_a3po.evaluation.metrics import pass_at_k
 
 
 Result = dict[str, Any]
-# Of each method, its results by seed.
+# By method and seed.
 Results = dict[str, dict[int, Result]]
 
 
@@ -38,7 +38,7 @@ def pass_rate(result: Result, k: int) -> float:
 
 
 def value(result: Result, statistic: str) -> float:
-    """pass@k at the end; of what is logged in training the mean, of entropy and length over its second half."""
+    """pass@k at the end, or the mean of a metric: of the reward over all logs, of others over the second half."""
     if statistic.startswith("pass@"):
         return pass_rate(result, int(statistic.removeprefix("pass@")))
     logged = result["curves"][statistic]

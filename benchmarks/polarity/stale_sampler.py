@@ -5,13 +5,13 @@ import torch
 
 class StaleSampler:
     """
-    A `rollout_func` that samples from a copy of the policy, renewed only every so many rollouts.
+    A `rollout_func` that samples from a copy of the policy, renewed after a fixed number of rollouts.
 
     Nothing corrects for the lag: TRL's importance ratio starts at the policy that the rollout finds, as it would
     without `vllm_importance_sampling_correction`.
 
     Args:
-        rollouts (`int`): How many rollouts a copy serves.
+        rollouts (`int`): Number of rollouts that a copy serves.
     """
 
     def __init__(self, rollouts: int):

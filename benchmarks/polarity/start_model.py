@@ -1,4 +1,4 @@
-"""The model that every method starts from: made from nothing, by imitation of demonstrations of mixed quality."""
+"""The model that every method starts from: trained from scratch, by imitation of demonstrations of mixed quality."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -108,13 +108,30 @@ def test_resumes_from_the_last_checkpoint(file, tmp_path):
     assert state["log_history"][0] == before["log_history"][0]
 
 
+@pytest.mark.parametrize(
+    ("in_file", "on_line", "settings"),
+    [
+        ({"shaping_args": {"negative_weight": 0.9}}, "", {"negative_weight": 0.9, "top_ratio": 0.1}),
+        ({}, '{"top_ratio": 0.2}', {"negative_weight": 1.0, "top_ratio": 0.2}),
+    ],
+    ids=["yaml", "line"],
+)
+def test_another_method_with_its_settings(in_file, on_line, settings, file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    line = ["--config", file(shaping="stare", **in_file), "--dataset_name", dataset, "--problems"]
+    train.train([*line, "--shaping_args", on_line] if on_line else line)
+    assert_trained(tmp_path / "output", shaping="stare", **settings)
+    assert "trained with STARE" in (tmp_path / "output" / "README.md").read_text()
+
+
 def test_the_command_starts_processes_of_its_own(file, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     command = [sys.executable, "-m", "trl_a3po.cli", "train", "--config", file(accelerate_config="single_gpu")]
     options = ["--dataset_name", dataset, "--problems", "--num_processes", "1", "--cpu"]
+    options += ["--shaping", "clip_cov", "--shaping_args", '{"clip_ratio": 0.1}']
     result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert_trained(tmp_path / "output")
+    assert_trained(tmp_path / "output", shaping="clip_cov", clip_ratio=0.1)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +147,10 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             "train {small} --scale_decay_steps 9 --max_steps 5",
             "`scale_decay_steps=9.0` is longer than the training of 5",
         ),
+        ("train {small} --shaping star", "`shaping` must be one of 'a3po', .*'stare', got 'star'"),
+        ("train {small} --shaping stare --shaping_args 0.1", "`shaping_args` must be a dictionary, .* got 0.1"),
+        ('train {small} --shaping stare --shaping_args {{"quantile":1}}', "has `quantile`, which is no setting of"),
+        ("train {small} --shaping stare --positive_low_scale 3", "`positive_low_scale=3.0` has no effect because"),
         ("train {small} --accelerate_config nowhere", "nowhere is neither a file nor a valid config"),
         ("train --config nowhere.yaml", r"no file 'nowhere.yaml' for `--config`\. The recipes are .*a3po-gsm8k-lora"),
         ("train --config a3po-gsm8k", r"no file 'a3po-gsm8k' for `--config`\. The recipes are .*a3po-gsm8k-lora"),
@@ -211,6 +232,7 @@ def test_help_lists_the_options_of_the_shaping_together(capsys):
     shaping = capsys.readouterr().out.split("\nwhat A3POConfig adds to GRPOConfig:\n")[1]
     shaping = shaping.split("\nmodel:\n")[0]
     assert re.findall(r"\n  --(\w+)", "\n" + shaping) == [
+        *("shaping", "shaping_args"),
         *("positive_low_ratio", "positive_low_scale", "positive_high_ratio", "positive_high_scale"),
         *("negative_low_ratio", "negative_low_scale", "negative_high_ratio", "negative_high_scale"),
         *("token_metric", "scale_decay", "scale_decay_steps"),

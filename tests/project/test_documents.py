@@ -8,7 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import trl
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from support import tiny
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -80,6 +82,30 @@ def test_the_shapings_that_the_documentation_writes_train_and_pass_their_test(tm
         before = tiny.parameters(trainer)
         trainer.train()
         assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+
+
+def test_a_method_by_name_on_the_command_line_and_in_yaml():
+    (line,) = re.findall(r"^trl-a3po train (.*)$", SHAPING, flags=re.MULTILINE)
+    words = shlex.split(f"{line} --use_cpu --bf16 False")
+    _, args, *_ = train.make_parser().parse_args_and_config(words, return_remaining_strings=True)
+    assert (args.shaping, args.shaping_args, args.max_steps) == ("stare", {"top_ratio": 0.2}, 500)
+    (block,) = re.findall(r"```yaml\n(.*?)```", SHAPING, flags=re.DOTALL)
+    assert yaml.safe_load(block) == {"shaping": args.shaping, "shaping_args": args.shaping_args}
+
+
+def test_the_state_of_the_documentation_survives_a_resume(model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer_class = run(SHAPING, tmp_path)["RunningMean"]
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    after = []
+    for name, checkpoint in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        args = tiny.config(tmp_path / name, **options)
+        trainer = trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        after.append((trainer.baseline, tiny.parameters(trainer)))
+    (baseline, parameters), (resumed_baseline, resumed_parameters) = after
+    assert baseline == resumed_baseline != 0.0
+    assert all(torch.equal(value, resumed_parameters[name]) for name, value in parameters.items())
 
 
 def test_a_method_and_its_test_are_under_thirty_lines():

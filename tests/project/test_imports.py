@@ -13,6 +13,7 @@ ORDER = [
     "schedules",
     "rewards",
     "peers",
+    "methods",
     "a3po_config",
     "update",
     "training",

@@ -1,5 +1,6 @@
 r"""
-Train a model with A3PO. The options are those of `trl grpo`, of A3POConfig and of `accelerate launch`.
+Train a model with A3PO, or with another method that shapes advantages (`--shaping`). The options are those of
+`trl grpo`, of A3POConfig and of `accelerate launch`.
 
   trl-a3po train --model_name_or_path Qwen/Qwen2.5-1.5B --dataset_name openai/gsm8k --dataset_config main \
       --problems --output_dir gsm8k-a3po --accelerate_config fsdp2 --num_processes 8

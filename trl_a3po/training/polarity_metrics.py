@@ -1,8 +1,7 @@
 """
-What the shaping does to the two polarities, as sums that stay on the device until they are logged.
+The metrics by polarity, kept as sums on the device until they are logged.
 
-Sums, not means, are kept: those of several micro-batches and processes add up to the sums of the whole, whatever the
-number of tokens in each.
+Sums can be added over micro-batches and processes that have different numbers of tokens. Means cannot.
 """
 
 import math
@@ -28,18 +27,18 @@ def polarity_sums(
     """
     Sums over one batch, by polarity.
 
-    A token counts as selected where its shaped advantage is not the one that its completion gives to every other
-    token.
+    A token counts as selected if its shaped advantage differs from the one that unselected tokens of its completion
+    get.
 
     Args:
-        advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping; their sign is the polarity.
-        unselected (`torch.Tensor` of shape `(B,)`): What a token that is not selected gets.
+        advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping. Their sign is the polarity.
+        unselected (`torch.Tensor` of shape `(B,)`): The advantages of unselected tokens.
         shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): The advantages after shaping.
         logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
         entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that count.
-        sampling_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities that the sampler reported, NaN
-            where it did not.
+        mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the unmasked tokens.
+        sampling_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities that the sampler reported. NaN
+            where it reported none.
 
     Returns:
         `torch.Tensor` of shape `(3, 8)` in float32, for [`polarity_metrics`].
@@ -73,25 +72,25 @@ def polarity_sums(
 
 def polarity_metrics(sums: Tensor) -> dict[str, float]:
     """
-    The metrics that the sums give. Those that have nothing to be a mean over, or are not known, are left out.
+    Computes the metrics from the sums. A metric is missing if there is nothing to average, or if it is not known.
 
     Args:
-        sums (`torch.Tensor` of shape `(3, 8)`): Added up over batches and processes.
+        sums (`torch.Tensor` of shape `(3, 8)`): The sums of all batches and processes, added up.
 
     Returns:
         `dict[str, float]`, for each polarity:
 
         - `{polarity}/fraction`: share of all completions (`positive`, `negative`, `zero`)
-        - `{polarity}/mean_length`: tokens that count, a completion
+        - `{polarity}/mean_length`: unmasked tokens per completion
         - `{polarity}/entropy`: mean over those tokens, in nats
         - `{polarity}/selected_fraction`: share of those tokens that the shaping selects
-        - `{polarity}/selected_prob`, `{polarity}/other_prob`: mean old probability of the tokens selected, and of
+        - `{polarity}/selected_prob`, `{polarity}/other_prob`: mean old probability of the selected tokens, and of
           the others
-        - `{polarity}/selected_mismatch`: mean distance of the log-probability that the sampler reported from the old
-          one, over the tokens selected; 0 for those of which it reported nothing
+        - `{polarity}/selected_mismatch`: mean absolute difference between the log-probability that the sampler
+          reported and the old one, over the selected tokens. A token without a reported value counts as 0.
 
         and `advantage_ratio`: the sum of |shaped advantage| over the tokens of positive completions, divided by that
-        of negative ones. The paper finds that this ratio, not the size of either, rules the dynamics.
+        of negative ones. The paper finds that this ratio rules the dynamics, not the size of the two sums.
     """
     total = _by_name(sums)
     completions = sum(total[polarity]["completions"] for polarity in _POLARITIES)
@@ -115,7 +114,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
 
 
 def mean_entropy(sums: Tensor) -> float:
-    """Mean entropy over the tokens of all polarities whose entropy is known; NaN if there is none."""
+    """Mean entropy over the tokens of the polarities whose entropy is known. NaN if there are none."""
     known = [of for of in _by_name(sums).values() if of["tokens"] and not math.isnan(of["entropy"])]
     tokens = sum(of["tokens"] for of in known)
     return sum(of["entropy"] for of in known) / tokens if tokens else math.nan
@@ -128,5 +127,5 @@ def _by_name(sums: Tensor) -> dict[str, dict[str, float]]:
 
 
 def _row_sum(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B,) sums over T; what is masked may be anything, NaN as well."""
+    """(B,) sums over T. Masked values have no influence, not even NaN."""
     return (values if mask is None else torch.where(mask, values, 0.0)).sum(-1, dtype=torch.float32)

@@ -113,6 +113,8 @@ RELIED_ON = (
         ),
         "GSPO-token: the loss reads it after it has computed the log-probabilities",
     ),
+    ReliedOn("trl.GRPOTrainer", "epsilon_low", ("a3po_trainer",), "the shaping by Clip-Cov: where the loss clips"),
+    ReliedOn("trl.GRPOTrainer", "epsilon_high", ("a3po_trainer",), "the shaping by Clip-Cov: where the loss clips"),
     ReliedOn(
         "trl.GRPOTrainer",
         "compute_liger_loss",
