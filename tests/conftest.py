@@ -10,16 +10,8 @@ os.environ.update(
 # Programs that tests start import what tests share.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
 
-import gc
-
 import pytest
 from support import tiny
-
-
-# accelerate collects garbage whenever training begins. To search all that is imported by now would take half the time of
-# training a model this small.
-gc.collect()
-gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -231,6 +231,7 @@ def test_a_batch_without_any_gradient_changes_nothing(model_dir, tmp_path):
     assert set(trainer.passes) == {(1, 1) if trl_has_fused_head() else (1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of what it traces itself, and fails where that is an error
 def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")  # which transformers sets, and leaves to other tests
