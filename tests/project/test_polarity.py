@@ -140,7 +140,8 @@ def test_a_method_trains(start, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_settings_that_are_allowed(name, tmp_path):
     method = METHODS[name]
-    config = A3POConfig(tmp_path, **{**DAPO, **method.settings}, use_cpu=True, bf16=False, report_to="none")
+    updates = {"steps_per_generation": run.PRESETS["cpu"].updates}
+    config = A3POConfig(tmp_path, **{**DAPO, **updates, **method.settings}, use_cpu=True, bf16=False, report_to="none")
     settings = {name: value for name, value in method.settings.items() if name != "shaping_args"}
     assert all(getattr(config, name) == value for name, value in settings.items())
     assert issubclass(method.trainer, A3POTrainer)

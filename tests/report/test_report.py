@@ -126,7 +126,8 @@ def test_what_cannot_be_seen_is_spelled_out(text, shown):
 # Bounds
 
 
-def test_long_runs_are_thinned_and_the_ends_stay(tmp_path):
+def test_long_runs_are_thinned_and_the_ends_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "MAX_TOKENS_SHOWN", 20_000)
     logged_runs.write_state(tmp_path, [{"step": step, "loss": 1.0} for step in range(1, 5001)], 5000)
     count = 3 * run_module.MAX_TOKENS_SHOWN // 1001
     logged_runs.write_tokens(tmp_path, [logged_runs.completion(step, ["x"] * 1000) for step in range(1, count + 1)])
