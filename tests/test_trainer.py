@@ -1,4 +1,4 @@
-"""What the trainer is to its users: signature, errors, the seam, the contract with TRL, metrics, model card."""
+"""What the trainer is to its users: signature, errors, the hook, the contract with TRL, metrics, model card."""
 
 import functools
 import inspect
@@ -58,7 +58,7 @@ def test_refuses_the_config_of_grpo(tmp_path):
         A3POTrainer(tiny.model(), tiny.parity_reward, tiny.config(tmp_path, GRPOConfig), tiny.prompts())
 
 
-# The seam
+# The hook
 
 
 class OnlyTheFirstToken(A3POTrainer):

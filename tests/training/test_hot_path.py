@@ -13,7 +13,7 @@ from trl_a3po.training.polarity_metrics import polarity_sums
 
 
 def shape_and_measure(device):
-    """Everything that the seam adds to a loss."""
+    """Everything that A3PO adds to a loss."""
     advantages = torch.empty(4, device=device)
     metric, entropies = torch.empty(4, 16, device=device), torch.empty(4, 16, device=device)
     mask = torch.empty(4, 16, device=device, dtype=torch.long)

@@ -139,7 +139,7 @@ def test_trains_on_conversations_scored_by_math_verify(model_dir, tmp_path):
 
 
 class Scored(A3POTrainer):
-    """Keeps, at each loss, the rewards and the progress that the seam is told, and the completions they belong to."""
+    """Keeps, at each loss, the rewards and the progress that the hook is told, and the completions they belong to."""
 
     def _compute_loss(self, model, inputs):
         ids = [row[mask.bool()] for row, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
@@ -156,7 +156,7 @@ class Scored(A3POTrainer):
     [{}, {"num_iterations": 2}, {"per_device_train_batch_size": 4, "steps_per_generation": 4}],
     ids=str,
 )
-def test_the_seam_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_path):
+def test_the_hook_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_path):
     functions = [tiny.sometimes_none_reward, lambda completions, **kwargs: [None] * len(completions)]
     trainer = make(
         tmp_path,
@@ -183,7 +183,7 @@ def test_the_seam_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_pa
     assert {*rewards.nan_to_num(-1).tolist()} == {-1.0, 0.0, 2.0}
 
 
-def test_the_seam_is_told_the_rewards_of_a_subclass(model_dir, tmp_path):
+def test_the_hook_is_told_the_rewards_of_a_subclass(model_dir, tmp_path):
     class OwnRewards(Scored):
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             return torch.tensor(tiny.parity_reward(completion_ids_list))[:, None]
