@@ -69,6 +69,13 @@ def assert_same_parameters(a, b):
     assert not different(tiny.parameters(a), tiny.parameters(b))
 
 
+def assert_same_update(a, b):
+    """Both have moved, and to the same parameters."""
+    assert moved(a)
+    assert moved(b)
+    assert_same_parameters(a, b)
+
+
 def largest_difference(ours, theirs):
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - value).abs().max()) for name, value in theirs.items())

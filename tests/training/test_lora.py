@@ -10,7 +10,7 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from support import tiny
-from support.training import Recorder, assert_same_parameters, different, make, moved, train
+from support.training import Recorder, assert_same_update, different, make, moved, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -51,7 +51,7 @@ def test_the_adapter_trains_and_nothing_else(arguments, model_dir, tmp_path):
 def test_neutral_settings_are_grpo_to_the_last_bit_with_an_adapter_of_ones_own(beta, model_dir, tmp_path):
     ours = train(tmp_path, arguments=own_adapter(model_dir), beta=beta, **tiny.NEUTRAL)
     theirs = train(tmp_path, GRPOTrainer, arguments=own_adapter(model_dir), beta=beta)
-    assert_same_parameters(ours, theirs)
+    assert_same_update(ours, theirs)
 
 
 def test_two_adapters_at_once_are_refused(model_dir, tmp_path):
@@ -135,7 +135,7 @@ def test_an_adapter_trains_on_a_quantised_model(as_argument, model_dir, tmp_path
     assert all(torch.equal(value, value.round(decimals=1)) for name, value in end.items() if "lora_" not in name)
     theirs = train(tmp_path, GRPOTrainer, arguments={**fresh_adapter(model_dir), **arguments}, **fields)
     neutral = train(tmp_path, arguments={**fresh_adapter(model_dir), **arguments}, **tiny.NEUTRAL, **fields)
-    assert_same_parameters(neutral, theirs)
+    assert_same_update(neutral, theirs)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
@@ -198,6 +198,6 @@ def test_a_resumed_run_keeps_its_reference(arguments, model_dir, tmp_path):
     whole = train(tmp_path, arguments=arguments(model_dir), **fields)
     resumed = make(tmp_path, arguments=arguments(model_dir), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_same_parameters(resumed, whole)
+    assert_same_update(resumed, whole)
     kl = [[entry.get("kl") for entry in trainer.state.log_history] for trainer in (whole, resumed)]
     assert kl[0] == kl[1]
