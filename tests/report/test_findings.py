@@ -90,6 +90,14 @@ CASES = {
     "learning rate tiny": ({"learning_rate": 1e-8}, {"learning_rate": 1.1e-8}),
     "solutions that cannot be parsed": (signal(unparsable=0.05), signal(unparsable=0.049)),
     "completions that no reward function scores": (signal(unscored=0.5), signal(unscored=0.49)),
+    "gradient of 0": (
+        {"grad_norm": lambda t: 0.0 if t > 0.5 and t != 1 else 0.5},
+        {"grad_norm": lambda t: 0.0 if t > 0.5 and t < 0.96 else 0.5},
+    ),
+    "entropy exploding": (
+        {"entropy": late(1.61, 0.8), **FLAT},
+        {"entropy": late(1.59, 0.8), **FLAT, "reward_std": None},
+    ),
     "completions run into the limit": (
         {"completions/clipped_ratio": late(0.5, 0.1), "completions/mean_length": lambda t: 100 + 100 * t},
         {"completions/clipped_ratio": late(0.49, 0.1), "completions/mean_length": lambda t: 100 + 100 * t},
@@ -122,10 +130,6 @@ CASES = {
         {"rewards/format/mean": 0.0, "rewards/format/std": 0.0, **FLAT},
         {"rewards/format/mean": lambda t: 0.1 if t == 1 else 0.0, "rewards/format/std": 0.0, "reward_std": None},
     ),
-    "gradient of 0": (
-        {"grad_norm": lambda t: 0.0 if t > 0.5 and t != 1 else 0.5},
-        {"grad_norm": lambda t: 0.0 if t > 0.5 and t < 0.96 else 0.5},
-    ),
     "gradient spikes": (
         {"grad_norm": lambda t: 50.0 if t == 0.5 else 0.5},
         {"grad_norm": lambda t: 49.0 if t == 0.5 else 0.5},
@@ -140,10 +144,6 @@ CASES = {
         {"signal/mismatch/effective_sample_size": 0.51},
     ),
     "clip share high": ({"clip_ratio/region_mean": 0.3}, {"clip_ratio/region_mean": 0.29}),
-    "entropy exploding": (
-        {"entropy": late(1.61, 0.8), **FLAT},
-        {"entropy": late(1.59, 0.8), **FLAT, "reward_std": None},
-    ),
     "completions shrink to nothing": (
         {"completions/mean_length": late(20.0, 100.0), **FLAT},
         {"completions/mean_length": late(20.1, 100.0), **FLAT, "reward_std": None},

@@ -25,6 +25,8 @@ Points = list[tuple[int, float]]
 FEWEST_LOGS, FEWEST_STEPS = 3, 10
 # A difference of two means is real if it is larger than this many standard errors.
 ERRORS = 3.0
+# The share of completions without a learning signal from which on nothing is learned.
+MOST = 0.9
 # The reasons why a completion has no learning signal, as `signal/completions/{reason}`.
 SAME_REWARD = ("all_right", "all_wrong", "all_equal")
 NO_SIGNAL = (
@@ -103,9 +105,24 @@ class Log:
         return _mean(_last(self.known(name)))
 
     def shares(self) -> dict[str, float]:
-        """The end of the share of completions without a signal, by reason; empty if it was not logged."""
+        """The end of the share of completions without a signal, by reason; empty if nothing tells."""
         shares = {reason: self.end(f"signal/completions/{reason}") for reason in NO_SIGNAL}
-        return {reason: share for reason, share in shares.items() if not math.isnan(share)}
+        return {reason: share for reason, share in shares.items() if not math.isnan(share)} or self._shares_by_trl()
+
+    def _shares_by_trl(self) -> dict[str, float]:
+        """What `frac_reward_zero_std` and the means of the reward functions say about it."""
+        share = self.end("frac_reward_zero_std")
+        if math.isnan(share):
+            return {}
+        names = [name for name in self if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
+        means = [self.end(name) for name in names]
+        if all(mean <= 0 for mean in means):
+            return {"all_wrong": share}
+        return {"all_right" if all(mean == 1 for mean in means) else "all_equal": share}
+
+    def lacks_signal(self) -> bool:
+        """Whether hardly a completion has a learning signal at the end."""
+        return sum(self.shares().values()) >= MOST
 
     def last_step(self) -> int:
         return max((points[-1][0] for points in self._by_name.values()), default=0)
@@ -253,7 +270,7 @@ def _no_signal(*reasons: str) -> Callable[[Log, float], Seen | None]:
     """The check for hardly any learning signal, mostly for one of these reasons."""
 
     def check(log: Log, bound: float) -> Seen | None:
-        shares = log.shares() or _shares_by_trl(log)
+        shares = log.shares()
         without = sum(shares.values())
         if not without >= bound or _main_reasons(shares) != reasons or _is_converged(log, shares):
             return None
@@ -264,6 +281,8 @@ def _no_signal(*reasons: str) -> Callable[[Log, float], Seen | None]:
             metric = "frac_reward_zero_std"
             since = _since_above(log, metric, bound)
         rewards = f"; the mean reward is {_n(log.end('reward'))}" if log.known("reward") else ""
+        cut = log.end("completions/clipped_ratio")
+        rewards += f"; {_p(cut)} are cut at the length limit" if cut >= 0.1 else ""
         return Seen(metric, since, f"{_p(without)} of the completions have no learning signal{rewards}")
 
     return check
@@ -274,18 +293,6 @@ def _main_reasons(shares: dict[str, float]) -> tuple[str, ...]:
     groups = ("all_wrong",), ("all_right",), SAME_REWARD, ("at_mean",), ("truncated", "tools"), ("weight_zero",)
     least = 0.8 * sum(shares.values())
     return next((group for group in groups if sum(shares.get(each, 0.0) for each in group) >= least), NO_SIGNAL)
-
-
-def _shares_by_trl(log: Log) -> dict[str, float]:
-    """What `frac_reward_zero_std` and the means of the reward functions say about it."""
-    share = log.end("frac_reward_zero_std")
-    if math.isnan(share):
-        return {}
-    names = [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
-    means = [log.end(name) for name in names]
-    if all(mean <= 0 for mean in means):
-        return {"all_wrong": share}
-    return {"all_right" if all(mean == 1 for mean in means) else "all_equal": share}
 
 
 def _is_converged(log: Log, shares: dict[str, float]) -> bool:
@@ -299,6 +306,11 @@ def _truncated(log: Log, bound: float) -> Seen | None:
     # Truncated completions that learn all the same are rewarded as they are.
     if not share >= bound or log.has_learned():
         return None
+    if log.lacks_signal():
+        # Is that why? Not if completions that end are all wrong as well, or if all of them are right.
+        reasons = _main_reasons(log.shares())
+        if not (reasons == ("truncated", "tools") or (reasons == ("all_wrong",) and share >= 0.95)):
+            return None
     return Seen(name, _since_above(log, name, bound), f"{_p(share)} of the completions were cut at the length limit")
 
 
@@ -342,7 +354,7 @@ def _entropy_collapsed(log: Log, bound: float) -> Seen | None:
     if not (end <= bound * start or end <= 0.001) or log.has_solved() or _rises_still(log):
         return None
     since = _since(log.known("entropy"), lambda value: value <= max(bound * start, 0.001))
-    return Seen("entropy", since, f"the entropy fell from {_n(start)} to {_n(end)} nats a token")
+    return Seen("entropy", since, f"the entropy is {_n(end)} nats a token, and was {_n(start)} at the start")
 
 
 def _entropy_explodes(log: Log, bound: float) -> Seen | None:
@@ -450,7 +462,9 @@ def _clipped(log: Log, bound: float) -> Seen | None:
 def _gradient_zero(log: Log, bound: float) -> Seen | None:
     points = log.known("grad_norm")
     last = _last(points)
-    if not _is_enough(points) or sum(value == 0 for _, value in last) < bound * len(last) or log.has_solved():
+    if log.lacks_signal() or log.has_solved():
+        return None  # then it has to be 0
+    if not _is_enough(points) or sum(value == 0 for _, value in last) < bound * len(last):
         return None
     since = _since(points, lambda value: value == 0, width=1)
     return Seen("grad_norm", since, "the gradient's norm is 0")
@@ -509,6 +523,7 @@ def _tools_fail(log: Log, bound: float) -> Seen | None:
 
 _SYMPTOMS = (
     "gradient of 0",
+    "most completions truncated",
     "reward flat",
     "entropy collapsed",
     "a reward function that gives nothing",
@@ -529,7 +544,7 @@ _OF_NO_SIGNAL = (
 def _without_signal(name: str, *reasons: str, means: str, change: str) -> Rule:
     return Rule(
         f"no signal: {name}",
-        0.9,
+        MOST,
         "share of completions without a learning signal at the end",
         "with fewer than one completion in ten, a step of 64 completions learns from six",
         means,
@@ -592,6 +607,34 @@ RULES: tuple[Rule, ...] = (
         (*_SYMPTOMS, *_OF_NO_SIGNAL),
     ),
     Rule(
+        "gradient of 0",
+        0.9,
+        "share of the last logs whose `grad_norm` is exactly 0",
+        "a step without a signal has a norm of 0 by chance; nine in ten do not",
+        "The loss has no gradient although rewards differ within groups.",
+        "Check that parameters are trainable (`requires_grad`, the modules of `peft_config`), `positive_weight`, "
+        "`negative_weight`, and a `shape_advantages` of your own.",
+        _gradient_zero,
+        _SYMPTOMS,
+    ),
+    Rule(
+        "entropy exploding",
+        2.0,
+        "the entropy at the end, relative to the start, and 0.5 nats above it, if the reward does not rise",
+        "the entropy of runs that learn rises by less than half",
+        "The model drifts to random text.",
+        "Lower `learning_rate`, `negative_high_scale`, `negative_weight` or `temperature`; set `beta` to a small "
+        "value such as 0.001.",
+        _entropy_explodes,
+        (
+            "completions run into the limit",
+            "most completions truncated",
+            "reward fell",
+            "reward flat",
+            "gradient spikes",
+        ),
+    ),
+    Rule(
         "completions run into the limit",
         0.5,
         "share of truncated completions at the end, below half of that at the start, while lengths grew by half",
@@ -600,7 +643,7 @@ RULES: tuple[Rule, ...] = (
         "Raise `max_completion_length`, set `mask_truncated_completions=True`, or add a reward for length such as "
         "`get_soft_overlong_punishment`.",
         _runs_into_limit,
-        ("most completions truncated", "no signal: masked", "no signal: all wrong", *_SYMPTOMS, "reward fell"),
+        ("no signal: masked", "no signal: all wrong", *_SYMPTOMS, "reward fell"),
     ),
     Rule(
         "most completions truncated",
@@ -611,7 +654,7 @@ RULES: tuple[Rule, ...] = (
         "Raise `max_completion_length`, ask for shorter answers in the prompt, and check that the model ends with its "
         "end-of-sequence token (its chat template, `eos_token`).",
         _truncated,
-        (*_OF_NO_SIGNAL, *_SYMPTOMS),
+        ("no signal: all wrong", "no signal: masked", *_SYMPTOMS),
     ),
     Rule(
         "entropy collapsed",
@@ -692,17 +735,6 @@ RULES: tuple[Rule, ...] = (
         ("reward flat",),
     ),
     Rule(
-        "gradient of 0",
-        0.9,
-        "share of the last logs whose `grad_norm` is exactly 0",
-        "a step without a signal has a norm of 0 by chance; nine in ten do not",
-        "The loss has no gradient although rewards differ within groups.",
-        "Check that parameters are trainable (`requires_grad`, the modules of `peft_config`), `positive_weight`, "
-        "`negative_weight`, and a `shape_advantages` of your own.",
-        _gradient_zero,
-        _SYMPTOMS,
-    ),
-    Rule(
         "gradient spikes",
         100.0,
         "the highest `grad_norm`, relative to the median",
@@ -753,17 +785,6 @@ RULES: tuple[Rule, ...] = (
         "Many tokens moved further than the clipping allows, and have no gradient in that direction.",
         "Lower `learning_rate`, `num_iterations` or `steps_per_generation`, or raise `epsilon_high`.",
         _clipped,
-    ),
-    Rule(
-        "entropy exploding",
-        2.0,
-        "the entropy at the end, relative to the start, and 0.5 nats above it, if the reward does not rise",
-        "the entropy of runs that learn rises by less than half",
-        "The model drifts to random text.",
-        "Lower `learning_rate`, `negative_high_scale`, `negative_weight` or `temperature`; set `beta` to a small "
-        "value such as 0.001.",
-        _entropy_explodes,
-        ("reward fell", "reward flat", "gradient spikes"),
     ),
     Rule(
         "completions shrink to nothing",
