@@ -1,11 +1,15 @@
 """What the findings say of logs that are made up: nothing of a healthy one, and each rule at its bound."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
+from support import logged_runs
 
+from trl_a3po.cli.report import main
 from trl_a3po.report.findings import RULES, find
+from trl_a3po.report.run import read_run
 
 
 # A run of 60 steps whose reward rises from 0.2 to 0.6.
@@ -233,3 +237,47 @@ def test_the_document_has_the_table_of_the_code():
     page = (Path(__file__).parents[2] / "docs" / "findings.md").read_text(encoding="utf-8")
     for rule in RULES:
         assert f"| {rule.name} | {rule.when} | {rule.bound:g} | {rule.reason} |" in page
+
+
+# In the report
+
+
+def faulty(directory, **metrics):
+    logged_runs.write_state(directory, history(**{**CASES["learning rate at 0"][0], **metrics}), STEPS)
+    return directory
+
+
+def test_the_command_prints_findings_before_the_report(tmp_path, capsys):
+    healthy = tmp_path / "fine"
+    logged_runs.write_state(healthy, history(), STEPS)
+    assert main([str(faulty(tmp_path / "run")), str(healthy), "--output", str(tmp_path / "out.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["run: 1 finding", "", "  learning rate at 0, since step 31"]
+    assert any("`lr_scheduler_type`" in line for line in lines)
+    assert lines[-2:] == ["fine: no findings", f"Report: {tmp_path / 'out.html'}"]
+
+
+def test_the_name_of_a_reward_function_gives_no_orders(tmp_path, capsys):
+    names = [f"rewards/{text}" for text in logged_runs.HOSTILE]
+    for number, name in enumerate(names):
+        metrics = {f"{name}/mean": 0.0, f"{name}/std": 0.0, **FLAT}
+        run = tmp_path / str(number)
+        logged_runs.write_state(run, history(**metrics), STEPS)
+        assert main([str(run), "--output", str(tmp_path / "out.html")]) == 0
+        shown = capsys.readouterr().out
+        assert "a reward function that gives nothing" in shown
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e\u2066\ud800]", shown)
+        page = (tmp_path / "out.html").read_text(encoding="utf-8")
+        assert page.count("<script") == page.count("</script>") == 2
+
+
+def test_a_run_of_which_only_tokens_are_left_has_no_findings_to_tell(tmp_path, capsys):
+    logged_runs.write_tokens(tmp_path / "run", [logged_runs.completion(3)])
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out.html")]) == 0
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'out.html'}\n"
+
+
+def test_tokens_per_second(tmp_path):
+    logs = [{"step": step, "num_tokens": 100.0 * step, "step_time": 0.5} for step in (2, 4, 8)]
+    logged_runs.write_state(tmp_path, logs, 8)
+    assert read_run(tmp_path).metrics["tokens per second"] == [(4, 200.0), (8, 200.0)]

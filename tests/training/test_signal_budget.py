@@ -141,7 +141,7 @@ def test_the_host_waits_for_nothing():
     reasons = rollout_reasons(reasons, rollout, mask.any(1))
     reasons = trained_reasons(reasons, advantages, logps, mask, True)
     counts = count_reasons(reasons), count_tokens(mask.bool(), {"tools": ~mask.bool()})
-    counts += mismatch_sums(*mismatch(logps, logps, mask, "sequence_truncate", None, 3.0))
+    counts += mismatch_sums(*mismatch(logps, logps, mask, "sequence_truncate", -math.inf, 3.0))
     assert all(each.is_meta for each in counts)
 
 

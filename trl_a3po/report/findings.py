@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median, stdev
+from textwrap import fill
 from typing import Any, NamedTuple
+
+from .text import visible
 
 
 Points = list[tuple[int, float]]
@@ -208,6 +211,18 @@ def find(log_history: Iterable[Any]) -> list[Finding]:
             findings.append(Finding(rule.name, seen.metric, seen.since, seen.text, rule.means, rule.change))
             hidden.update(rule.hides)
     return findings
+
+
+def as_text(name: str, findings: Sequence[Finding]) -> str:
+    """The findings on a run, for a terminal. Names that a user gave to reward functions are made safe."""
+    if not findings:
+        return f"{name}: no findings"
+    lines = [f"{name}: {len(findings)} finding{'s' if len(findings) > 1 else ''}"]
+    for finding in findings:
+        lines.append(f"\n  {finding.name}, since step {finding.since}")
+        for text in (f"Seen: {visible(finding.seen)}.", f"Meaning: {finding.means}", f"Change: {finding.change}"):
+            lines.append(fill(text, 100, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False))
+    return "\n".join([*lines, ""])
 
 
 # Checks. Each takes the log and the bound of its rule.

@@ -173,7 +173,7 @@ def count_tokens(tokens: Tensor, removed: dict[str, Tensor]) -> Tensor:
 
 
 def mismatch(
-    logps: Tensor, sampling_logps: Tensor, mask: Tensor, mode: str, clip_min: float | None, clip_max: float | None
+    logps: Tensor, sampling_logps: Tensor, mask: Tensor, mode: str, clip_min: float, clip_max: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     The ratio between policy and sampler before it is truncated or masked.
@@ -183,7 +183,7 @@ def mismatch(
             reported none.
         mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens that are compared.
         mode (`str`): `vllm_importance_sampling_mode`. With `"sequence_..."` all tokens have their sequence's ratio.
-        clip_min, clip_max (`float`, *optional*): The bounds of the correction.
+        clip_min, clip_max (`float`): The bounds of the correction.
 
     Returns:
         `tuple` of `torch.Tensor` of shape `(B, T)`: the ratio, whether it is outside the bounds, and whether a token
@@ -195,8 +195,7 @@ def mismatch(
     if mode.startswith("sequence"):
         difference = difference.sum(1, keepdim=True).expand(difference.shape)
     ratio = difference.float().clamp(-20, 20).exp()
-    low, high = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
-    return ratio, (ratio < low) | (ratio > high), compared
+    return ratio, (ratio < clip_min) | (ratio > clip_max), compared
 
 
 def mismatch_sums(ratio: Tensor, outside: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -309,11 +308,9 @@ class SignalBudget:
                 (ratio > max(high, 1 + trainer.epsilon_high)) & (shaped < 0)
             )
         if self._corrects:
-            ratio, (low, high) = inputs["importance_sampling_ratio"], self._bounds()
-            removed["sampler_masked"] = ratio == 0
-            removed["sampler_truncated"] = (ratio <= (-math.inf if low is None else low)) | (
-                ratio >= (math.inf if high is None else high)
-            )
+            treated, (low, high) = inputs["importance_sampling_ratio"], _bounds(self._args)
+            removed["sampler_masked"] = treated == 0
+            removed["sampler_truncated"] = (treated <= low) | (treated >= high)
         return removed
 
     def _add_mismatch(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor, amplified: Tensor) -> None:
@@ -322,7 +319,7 @@ class SignalBudget:
             inputs["sampling_per_token_logps"],
             mask,
             self._args.vllm_importance_sampling_mode,
-            *self._bounds(),
+            *_bounds(self._args),
         )
         largest = []
         for name, counted in (("mismatch", compared), ("amplified", compared & amplified)):
@@ -330,13 +327,6 @@ class SignalBudget:
             self._add(name, sums)
             largest.append(most)
         self._largest = self._largest.to(ratio.device).maximum(torch.cat(largest))
-
-    def _bounds(self) -> tuple[float | None, float | None]:
-        """Before TRL 1.2 there is only an upper bound, `vllm_importance_sampling_cap`."""
-        args = self._args
-        cap = getattr(args, "vllm_importance_sampling_cap", None)
-        high = getattr(args, "vllm_importance_sampling_clip_max", cap)
-        return getattr(args, "vllm_importance_sampling_clip_min", None), high
 
     # What it logs
 
@@ -360,7 +350,7 @@ class SignalBudget:
             - `signal/mismatch/amplified/...`: the same over tokens whose advantage is raised
         """
         by_part = dict(zip(_PARTS, counts.split(list(_PARTS.values())), strict=True))
-        metrics = {}
+        metrics: dict[str, float] = {}
         for part in ("completions", "sampled") if self._args.dynamic_sampling else ("completions",):
             metrics |= _shares(f"signal/{part}", REASONS, by_part[part], self._possible())
         metrics |= _shares("signal/tokens", TOKEN_REASONS, by_part["tokens"], self._possible_of_tokens())
@@ -456,6 +446,14 @@ def _mismatch_metrics(prefix: str, sums: Tensor, largest: Tensor) -> dict[str, f
         # Kish: as many tokens of equal weight would give an estimate of the same variance.
         f"{prefix}/effective_sample_size": total**2 / squares / tokens if squares else 0.0,
     }
+
+
+def _bounds(args: A3POConfig) -> tuple[float, float]:
+    """Of the vLLM correction. Older releases of TRL have only an upper bound, `vllm_importance_sampling_cap`."""
+    cap = getattr(args, "vllm_importance_sampling_cap", None)
+    low = getattr(args, "vllm_importance_sampling_clip_min", None)
+    high = getattr(args, "vllm_importance_sampling_clip_max", cap)
+    return -math.inf if low is None else low, math.inf if high is None else high
 
 
 def _by_token(advantages: Tensor) -> Tensor:
