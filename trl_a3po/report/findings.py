@@ -232,7 +232,7 @@ def _not_finite(log: Log, bound: float) -> Seen | None:
     for name in ("loss", "grad_norm"):
         steps = [step for step, value in log.all(name) if not math.isfinite(value)]
         if len(steps) >= bound:
-            return Seen(name, steps[0], f"`{name}` is not finite in {len(steps)} logs")
+            return Seen(name, steps[0], f"`{name}` is not finite in {_logs(len(steps))}")
     return None
 
 
@@ -494,7 +494,7 @@ def _gradient_spikes(log: Log, bound: float) -> Seen | None:
     if not spikes:
         return None
     highest = max(value for _, value in spikes)
-    text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}, in {len(spikes)} logs"
+    text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}; so high in {_logs(len(spikes))}"
     return Seen("grad_norm", spikes[0][0], text)
 
 
@@ -915,6 +915,10 @@ def _since_above(log: Log, name: str, bound: float) -> int:
 
 def _n(value: float) -> str:
     return f"{value:.3g}"
+
+
+def _logs(count: int) -> str:
+    return "1 log" if count == 1 else f"{count} logs"
 
 
 def _p(share: float) -> str:
