@@ -154,7 +154,7 @@ CASES = {
     ),
     "reward fell": (
         {"reward": lambda t: 0.5 if t <= 0.5 else 0.29},
-        {"reward": lambda t: 0.5 if t <= 0.5 else 0.31, "steps": 40},
+        {"reward": lambda t: 0.5 if t <= 0.5 else 0.31, "steps": 29},
     ),
     "scales decayed too early": (
         {"a3po/scale/positive_low": lambda t: max(1.0, 2 - 10 * t)},
@@ -170,7 +170,7 @@ CASES = {
     ),
     "never evaluated": ({"steps": 1000}, {"steps": 999}),
     "tool calls fail": ({"tools/failure_frequency": 0.5}, {"tools/failure_frequency": 0.49}),
-    "reward flat": (FLAT, {"steps": 49, **FLAT}),
+    "reward flat": (FLAT, {"steps": 29, **FLAT}),
 }
 
 
@@ -207,6 +207,10 @@ def test_symptoms_of_another_finding_are_left_out():
     assert names(history(**all_wrong)) == ["no signal: all wrong"]
     # All are wrong because all are cut.
     assert names(history(**all_wrong, **{"completions/clipped_ratio": 1.0})) == ["most completions truncated"]
+
+
+def test_gradients_that_vanish_are_not_preceded_by_spikes():
+    assert names(history(grad_norm=lambda t: 0.5 if t <= 0.1 else 1e-6)) == []
 
 
 def test_rewards_that_are_none_in_the_log_of_trl():

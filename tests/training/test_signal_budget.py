@@ -1,6 +1,7 @@
 """The shares of what has a learning signal: against their definition, over micro-batches, losses and rounds."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,3 +243,9 @@ def test_evaluations_count_nothing(tmp_path):
     assert not any(name.startswith("eval_signal") for entry in history for name in entry)
     (entry,) = [entry for entry in history if "signal/completions/signal" in entry]
     assert sum(shares(entry, "completions").values()) == pytest.approx(1)
+
+
+def test_the_document_names_every_metric():
+    page = (Path(__file__).parents[2] / "docs" / "findings.md").read_text(encoding="utf-8")
+    names = [f"completions/{reason}" for reason in REASONS] + [f"tokens/{reason}" for reason in TOKEN_REASONS]
+    assert all(f"`signal/{name}`" in page for name in names)

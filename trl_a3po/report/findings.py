@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median, stdev
+from statistics import correlation, fmean, median, stdev
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -401,14 +401,22 @@ def _reward_fell(log: Log, bound: float) -> Seen | None:
 
 def _flat(log: Log, bound: float) -> Seen | None:
     points = log.known("reward")
-    rise, error = log.rise("reward")
-    spread = log.start("reward_std")
-    if len(points) < bound or not spread > 0 or not log.end("reward_std") > 0.5 * spread:
+    if len(points) < bound or not log.end("reward_std") > 0.5 * log.spread() > 0 or log.has_learned():
         return None
-    if rise > 0.1 * spread or rise > ERRORS * error or not -rise < ERRORS * error + 0.5 * spread:
+    if _trend(points) > ERRORS:
         return None
     start, end = _n(log.start("reward")), _n(log.end("reward"))
     return Seen("reward", points[0][0], f"the reward was {start} at the start and is {end} at the end")
+
+
+def _trend(points: Points) -> float:
+    """The slope of a straight line through the values, in its standard errors."""
+    order = range(len(points))
+    values = [value for _, value in points]
+    if len(points) < FEWEST_LOGS or min(values) == max(values):
+        return 0.0
+    r = correlation(order, values)
+    return r * math.sqrt((len(points) - 2) / max(1 - r * r, 1e-12))
 
 
 def _scales_early(log: Log, bound: float) -> Seen | None:
@@ -491,8 +499,8 @@ def _gradient_spikes(log: Log, bound: float) -> Seen | None:
         return None
     middle = median(value for _, value in points)
     spikes = [(step, value) for step, value in points if value >= bound * middle]
-    if not spikes:
-        return None
+    if not spikes or len(spikes) > max(1, len(points) // 20):
+        return None  # what is so frequent is no spike: the others are small
     highest = max(value for _, value in spikes)
     text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}; so high in {_logs(len(spikes))}"
     return Seen("grad_norm", spikes[0][0], text)
@@ -752,7 +760,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "gradient spikes",
         100.0,
-        "the highest `grad_norm`, relative to the median",
+        "a `grad_norm` relative to the median, in at most one log of twenty",
         "norms of healthy runs scatter by a factor of ten",
         "A few steps push much harder than all others. With `max_grad_norm` they are shortened, but their direction "
         "stays.",
@@ -869,9 +877,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "reward flat",
-        50,
-        "logs without a rise of the reward by a tenth of its standard deviation",
-        "the runs of our benchmarks rose within half of that",
+        30,
+        "logs whose reward has neither a trend nor a rise beyond three standard errors",
+        "280 of 295 runs of our benchmarks had one within 25 logs",
         "Rewards differ within groups, and the reward does not rise all the same.",
         "Raise `learning_rate`; lower `beta`; raise `max_grad_norm`; check that rewards depend on something that the "
         "model can learn, and read some completions (`log_completions=True`).",
