@@ -38,6 +38,7 @@ def named(numbers):
         ([[0.0, 0.0], [0.0, 0.0]], "all_wrong"),
         ([[-1.0, NAN], [-1.0, NAN]], "all_wrong"),
         ([[0.5, 0.5], [0.5, 0.5]], "all_equal"),
+        ([[-0.5, 0.0], [-0.5, 0.0]], "all_equal"),
         ([[1.0, 0.0], [0.0, 1.0]], "all_equal"),  # the sums are equal
         ([[1.0, 0.0], [0.0, 0.0]], "signal"),
     ],

@@ -119,7 +119,7 @@ class Log:
             return {}
         names = [name for name in self if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
         means = [self.end(name) for name in names]
-        if all(mean <= 0 for mean in means):
+        if all(mean in (0, -1) for mean in means):
             return {"all_wrong": share}
         return {"all_right" if all(mean == 1 for mean in means) else "all_equal": share}
 

@@ -67,7 +67,7 @@ def reward_reasons(
     """
     The reasons that the rewards give. Completions of groups with different rewards count as having a signal.
 
-    A group is all right if every reward function that scored a completion gave 1, and all wrong if it gave 0 or less.
+    A group is all right if every reward function that scored a completion gave 1, and all wrong if it gave 0 or -1.
 
     Args:
         rewards_per_func (`torch.Tensor` of shape `(B, F)`): NaN where a function did not score a completion.
@@ -95,7 +95,9 @@ def reward_reasons(
         return (holds | unscored).view(-1, num_generations).all(1)
 
     reasons = torch.full_like(differ, _NUMBER["all_equal"], dtype=torch.long)
-    reasons.masked_fill_(whole_group((missing | (rewards_per_func <= 0)).all(1)), _NUMBER["all_wrong"])
+    reasons.masked_fill_(
+        whole_group((missing | (rewards_per_func == 0) | (rewards_per_func == -1)).all(1)), _NUMBER["all_wrong"]
+    )
     reasons.masked_fill_(whole_group((missing | (rewards_per_func == 1)).all(1)), _NUMBER["all_right"])
     reasons.masked_fill_(differ, _NUMBER["signal"])
     reasons = reasons.repeat_interleave(num_generations)
