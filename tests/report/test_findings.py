@@ -79,6 +79,11 @@ def test_a_penalty_that_is_learned_is_no_fault():
     assert names(history(**learned)) == []
 
 
+def test_empty_answers_are_a_fault_whatever_their_reward():
+    assert names(history(**{"completions/mean_length": late(1.5, 3.0)})) == ["completions shrink to nothing"]
+    assert names(history(**{"completions/mean_length": late(1.6, 3.2)})) == []
+
+
 def signal(**shares):
     known = ("all_right", "all_wrong", "all_equal", "at_mean", "unscored", "unparsable", "truncated", "tools")
     values = {**dict.fromkeys((*known, "weight_zero"), 0.0), **shares}

@@ -345,10 +345,12 @@ def _runs_into_limit(log: Log, bound: float) -> Seen | None:
 def _lengths_to_nothing(log: Log, bound: float) -> Seen | None:
     name = "completions/mean_length"
     start, end = log.start(name), log.end(name)
-    if not end <= bound * start or log.has_learned():
+    # One token is the end of the sequence: such an answer is empty, whatever its reward.
+    is_empty = end <= 1.5 <= start / 2
+    if not is_empty and (not end <= bound * start or log.has_learned()):
         return None
-    since = _since(log.known(name), lambda value: value <= bound * start)
-    return Seen(name, since, f"completions shrank from {_n(start)} to {_n(end)} tokens, and the reward did not rise")
+    since = _since(log.known(name), lambda value: value <= max(bound * start, 1.5))
+    return Seen(name, since, f"completions shrank from {_n(start)} to {_n(end)} tokens")
 
 
 def _constant_reward(log: Log, bound: float) -> Seen | None:
@@ -812,8 +814,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "completions shrink to nothing",
         0.2,
-        "the mean length at the end, relative to the start, if the reward did not rise",
-        "answers of a fifth of the length are other answers",
+        "the mean length at the end, relative to the start, if the reward did not rise (or a length of 1.5 tokens)",
+        "answers of a fifth of the length are other answers; one token is only the end of the sequence",
         "The model learned to stop early.",
         "Lower `learning_rate`, and check `reward_funcs` for an advantage of short or empty completions.",
         _lengths_to_nothing,

@@ -225,11 +225,12 @@ class SignalBudget:
         self._args = cast(A3POConfig, trainer.args)
         args = self._args
         self._corrects = bool(args.use_vllm and args.vllm_importance_sampling_correction)
-        self._counts = self._largest = torch.zeros(0)
+        device = trainer.accelerator.device
+        self._counts = torch.zeros(sum(_PARTS.values()), device=device)
+        self._largest = torch.full((4,), -math.inf, device=device)
         self._has_warned = False
         # With `top_entropy_quantile`, TRL's loss makes the mask after the advantages are shaped.
         self._count_rest: Callable[[Tensor], None] | None = None
-        self._clear()
 
     # Where it counts
 
@@ -328,7 +329,7 @@ class SignalBudget:
             sums, most = mismatch_sums(ratio, outside, counted)
             self._add(name, sums)
             largest.append(most)
-        self._largest = self._largest.to(ratio.device).maximum(torch.cat(largest))
+        self._largest = self._largest.maximum(torch.cat(largest))
 
     # What it logs
 
@@ -358,7 +359,7 @@ class SignalBudget:
         metrics |= _shares("signal/tokens", TOKEN_REASONS, by_part["tokens"], self._possible_of_tokens())
         if self._corrects:
             accelerator = self._trainer.accelerator
-            largest = accelerator.gather(self._largest.to(accelerator.device)[None]).amax(0)
+            largest = accelerator.gather(self._largest[None]).amax(0)
             self._largest = torch.full_like(self._largest, -math.inf)
             metrics |= _mismatch_metrics("signal/mismatch", by_part["mismatch"], largest[:2])
             metrics |= _mismatch_metrics("signal/mismatch/amplified", by_part["amplified"], largest[2:])
@@ -405,14 +406,8 @@ class SignalBudget:
             possible.add(f"sampler_{'masked' if 'mask' in self._args.vllm_importance_sampling_mode else 'truncated'}")
         return possible
 
-    def _clear(self) -> None:
-        device = self._trainer.accelerator.device
-        self._counts = torch.zeros(sum(_PARTS.values()), device=device)
-        self._largest = torch.full((4,), -math.inf, device=device)
-
     def _add(self, part: str, counts: Tensor) -> None:
-        start = sum(size for name, size in _PARTS.items() if list(_PARTS).index(name) < list(_PARTS).index(part))
-        self._counts[start : start + len(counts)] += counts
+        self._counts.split(list(_PARTS.values()))[list(_PARTS).index(part)].add_(counts)
 
 
 # The parts of the tensor of counts, and their sizes.
