@@ -65,16 +65,17 @@ def test_a_healthy_run_that_solves_its_task_has_none():
     assert names(history(**solved)) == []
 
 
-def test_a_penalty_that_is_learned_is_no_fault():
+@pytest.mark.parametrize("smallest", [0.0, -0.1])
+def test_a_penalty_that_is_learned_is_no_fault(smallest):
     # Every completion gets the smallest penalty in the end.
     def penalty(t):
-        return min(-0.1, -0.5 + t)
+        return min(smallest, -0.5 + t)
 
     learned = {
         "reward": penalty,
         "rewards/accuracy_reward/mean": penalty,
-        "reward_std": lambda t: 0.2 if penalty(t) < -0.1 else 0.0,
-        "frac_reward_zero_std": lambda t: 0.0 if penalty(t) < -0.1 else 1.0,
+        "reward_std": lambda t: 0.2 if penalty(t) < smallest else 0.0,
+        "frac_reward_zero_std": lambda t: 0.0 if penalty(t) < smallest else 1.0,
     }
     assert names(history(**learned)) == []
 

@@ -287,7 +287,7 @@ def _no_signal(*reasons: str) -> Callable[[Log, float], Seen | None]:
     def check(log: Log, bound: float) -> Seen | None:
         shares = log.shares()
         without = sum(shares.values())
-        if not without >= bound or _main_reasons(shares) != reasons or _is_converged(log, shares):
+        if not without >= bound or _main_reasons(shares) != reasons or log.has_solved():
             return None
         if "signal/completions/signal" in log:
             metric, points = "signal/completions/signal", log.known("signal/completions/signal")
@@ -308,11 +308,6 @@ def _main_reasons(shares: dict[str, float]) -> tuple[str, ...]:
     groups = ("all_wrong",), ("all_right",), SAME_REWARD, ("at_mean",), ("truncated", "tools"), ("weight_zero",)
     least = 0.8 * sum(shares.values())
     return next((group for group in groups if sum(shares.get(each, 0.0) for each in group) >= least), NO_SIGNAL)
-
-
-def _is_converged(log: Log, shares: dict[str, float]) -> bool:
-    """Whether the signal is gone because the task is solved."""
-    return log.has_solved() and shares.get("all_wrong", 0.0) <= 0.2 * sum(shares.values())
 
 
 def _truncated(log: Log, bound: float) -> Seen | None:
