@@ -72,7 +72,7 @@ class Preset:
     max_completion_length: int = 48
     learning_rate: float = 1e-5
     samples: int = 32  # of each held-out problem
-    save_steps: int = 4
+    save_steps: int = 4  # whole rollouts
 
 
 PRESETS = {
@@ -81,13 +81,13 @@ PRESETS = {
     "dry": replace(
         Preset(),
         held_out=4,
-        steps=2,
+        steps=4,
         completions=8,
         num_generations=4,
         micro_batch=8,
         max_completion_length=4,
         samples=2,
-        save_steps=1,
+        save_steps=2,
     ),
 }
 
@@ -167,7 +167,8 @@ def evaluate(preset: Preset, model: str, work: Path, name: str) -> dict:
 
 def write_result(path: Path, preset: Preset, model: str, method_name: str, seed: int, work: Path) -> None:
     state = json.loads((work / "model" / STATE_FILE).read_text())
-    logs = [log for log in state["log_history"] if "reward" in log]
+    logs = [log for log in state["log_history"] if "step_time" in log]
+    # Rewards and lengths are known once a rollout, the others at every step.
     curves = {name: [round(log[key], 4) for log in logs if key in log] for key, name in CURVES.items()}
     trained = str(work / "model")
     result = {

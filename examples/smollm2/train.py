@@ -57,8 +57,7 @@ def options(**values):
 def evaluate(preset, model, output, has_vllm):
     files = {"dataset_name": output.parent / "problems" / "test.jsonl"} if preset == "cpu" else {}
     examples = worked_examples(preset, output.parent)
-    engine = {"use_vllm": has_vllm, **({} if torch.cuda.is_available() else {"dtype": "float32"})}
-    words = options(model_name_or_path=model, output_dir=output, worked_examples=examples, **files, **engine)
+    words = options(model_name_or_path=model, output_dir=output, worked_examples=examples, use_vllm=has_vllm, **files)
     run(*TRL_A3PO, "eval", "--config", HERE / f"{preset}-eval.yaml", *words)
 
 

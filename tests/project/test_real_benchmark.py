@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from trl_a3po.training.checkpoint_files import is_whole
+
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "real"
 CLAIMS = runpy.run_path(str(FOLDER / "real_claims.py"))
@@ -32,8 +34,8 @@ def run(model_dir, tmp_path):
 def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys):
     options = ["--methods", "stare", "--seeds", "0"]
     process = run(*options, start_new_session=True)
-    checkpoint, deadline = tmp_path / "work/dry/stare-0/model/checkpoint-1/trainer_state.json", time.monotonic() + 300
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    checkpoint, deadline = tmp_path / "work/dry/stare-0/model/checkpoint-2", time.monotonic() + 300
+    while not (checkpoint.exists() and is_whole(checkpoint)) and time.monotonic() < deadline:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -42,8 +44,9 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     (path,) = (tmp_path / "out").glob("*.json")
     assert path.name == "stare-0.json"
     result = json.loads(path.read_text())
-    assert result["curves"]["step"] == [1, 2]
-    assert {"reward", "entropy", "length"} <= result["curves"].keys()
+    assert result["curves"]["step"] == [1, 2, 3, 4]
+    assert len(result["curves"]["entropy"]) == 4
+    assert len(result["curves"]["reward"]) == len(result["curves"]["length"]) == 2  # rollouts
     for each in (result["held_out"], result["other"], *result["start"].values()):
         assert each["samples"] == 2
         assert len(each["right"]) == 4

@@ -150,7 +150,7 @@ def test_the_commands_on_real_text(adapter, checkpoint, tokenizer, files, tmp_pa
         assert saved.config.tie_word_embeddings
     assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
 
-    scores = ["--max_problems", 2, "--num_samples", 2, "--max_completion_length", 32, "--output_dir", output / "eval"]
+    scores = ["--max_problems", 2, "--num_samples", 2, "--max_completion_length", 40, "--output_dir", output / "eval"]
     trl_a3po("eval", "--model_name_or_path", output, *problems, *scores)
     assert "2 worked examples before each problem" in capsys.readouterr().out
     results = json.loads((output / "eval" / "results.json").read_text())

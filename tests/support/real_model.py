@@ -11,8 +11,11 @@ REPOSITORY = Path(__file__).parents[2]
 CHECKPOINT = REPOSITORY / "build" / "smollm2"
 
 EXAMPLES = [
-    {"question": "What is 7 + 5?", "answer": "7 + 5 = 12. The answer is \\boxed{12}."},
-    {"question": "What is 19 - 6?", "answer": "19 - 6 = 13. The answer is \\boxed{13}."},
+    {
+        "question": f"Tom's shop sells {a} cakes on Monday & {b} on Tuesday. How many cakes is that in all?",
+        "answer": f"{a} + {b} = {a + b}. The answer is \\boxed{{{a + b}}}.",
+    }
+    for a, b in [(10, 4), (23, 7)]
 ]
 # With columns, words and marks as in GSM8K.
 PROBLEMS = [
