@@ -33,8 +33,10 @@ test: $(VENV)/ready  ## the tests
 test-slow: $(VENV)/ready  ## the tests that take minutes each
 	$(VENV)/bin/python $(PYTEST) -m slow
 
-test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest supported TRL and transformers
-	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm and not real"
+# Reports, benchmarks and documents do not depend on the releases of TRL and transformers.
+test-lowest: $(VENV_LOWEST)/ready  ## the tests of the package, with the oldest supported TRL and transformers
+	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm and not real" \
+		--ignore tests/project --ignore tests/report
 
 test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests
