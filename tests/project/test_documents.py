@@ -28,7 +28,7 @@ TRLS_OWN = {"tests/test_grpo_trainer.py"}
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
-    REPOSITORY / "benchmarks" / "polarity" / "README.md",
+    *(REPOSITORY / name / "README.md" for name in ("benchmarks/polarity", "benchmarks/real", "examples/smollm2")),
 ]
 
 

@@ -139,7 +139,7 @@ def compare(first: Result, second: Result) -> Pair:
     if not shared:
         raise ValueError(
             f"'{first.name}' and '{second.name}' share no problem with the same solution. A problem is the same if "
-            "its whole prompt is, with the instruction."
+            "its whole prompt is, with the worked examples and the instruction."
         )
     sides = [[result.problems[problem] for problem in shared] for result in (first, second)]
     numbers = [min(len(problem.correct) for problem in side) for side in sides]
