@@ -13,9 +13,10 @@ pytest.importorskip("vllm")
 
 import torch
 from support import processes, reference, tiny, vllm_on_cpu
-from trl import GRPOConfig, GRPOTrainer
+from support.training import ShapingRecorder, make
+from trl import GRPOTrainer
 
-from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po import A3POTrainer
 
 
 pytestmark = [
@@ -35,34 +36,20 @@ DIFFERENCE = "sampling/sampling_logp_difference/max"
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
-class Recorder(A3POTrainer):
-    """Keeps what the shaping was given and gave, and what the loss was given."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.calls = []
-
-    def shape_advantages(self, advantages, **tensors):
-        shaped = super().shape_advantages(advantages, **tensors)
-        self.calls.append({"inputs": self._loss_scope.inputs, "advantages": advantages, "shaped": shaped, **tensors})
-        return shaped
-
-
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("model"), **vllm_on_cpu.MODEL)
 
 
 @pytest.fixture
-def make(model_dir, tmp_path):
+def make_with_engine(model_dir, tmp_path):
     """Makes trainers that have an engine in their process."""
 
-    def make(trainer_class=A3POTrainer, config_class=A3POConfig, arguments=None, **fields):
-        args = tiny.config(tmp_path, config_class, **{**vllm_on_cpu.CONFIG, "max_steps": 4, **fields})
-        return trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts(), **(arguments or {}))
+    def make_with_engine(trainer_class=A3POTrainer, **kwargs):
+        return make(tmp_path, trainer_class, **{"model": model_dir, **vllm_on_cpu.CONFIG, "max_steps": 4, **kwargs})
 
     with vllm_on_cpu.engines():
-        yield make
+        yield make_with_engine
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +60,13 @@ def server(model_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def train(make):
-    def train(*args, **kwargs):
-        trainer = make(*args, **kwargs)
+def train_with_engine(make_with_engine):
+    def train_with_engine(*args, **kwargs):
+        trainer = make_with_engine(*args, **kwargs)
         trainer.train()
         return trainer
 
-    return train
-
-
-def change_sampler(trainer, change):
-    """Has `change` applied to the log-probability of every token that the engine samples."""
-    generate = trainer.vllm_generation.llm.generate
-
-    def changed(*args, **kwargs):
-        requests = generate(*args, **kwargs)
-        for position in (p for request in requests for output in request.outputs for p in output.logprobs):
-            for token, sampled in position.items():
-                sampled.logprob = change(token, sampled.logprob)
-        return requests
-
-    trainer.vllm_generation.llm.generate = changed
+    return train_with_engine
 
 
 def logged(trainer, name):
@@ -109,16 +82,16 @@ def assert_trained(trainer):
 
 
 @pytest.mark.parametrize("arguments", [dict, tiny.lora], ids=["full", "lora"])
-def test_every_rollout_is_sampled_with_the_weights_as_trained(arguments, train):
-    trainer = train(arguments=arguments())
+def test_every_rollout_is_sampled_with_the_weights_as_trained(arguments, train_with_engine):
+    trainer = train_with_engine(arguments=arguments())
     assert_trained(trainer)
     assert len(logged(trainer, DIFFERENCE)) == 4
     assert max(logged(trainer, DIFFERENCE)) < 1e-4
 
 
-def test_weights_that_are_not_synchronised_are_noticed(make):
+def test_weights_that_are_not_synchronised_are_noticed(make_with_engine):
     """The control of the test above."""
-    trainer = make()
+    trainer = make_with_engine()
     trainer.vllm_generation.sync_weights = lambda: None
     trainer.train()
     assert logged(trainer, DIFFERENCE)[0] < 1e-4
@@ -128,9 +101,9 @@ def test_weights_that_are_not_synchronised_are_noticed(make):
 @pytest.mark.parametrize(
     "fields", [{}, {"loss_type": "grpo", "beta": 0.1}, {"num_iterations": 2}], ids=["dapo", "kl", "reused"]
 )
-def test_neutral_settings_are_grpo_to_the_last_bit(fields, train):
-    neutral = train(**tiny.NEUTRAL, **fields)
-    grpo = train(GRPOTrainer, GRPOConfig, **fields)
+def test_neutral_settings_are_grpo_to_the_last_bit(fields, train_with_engine):
+    neutral = train_with_engine(**tiny.NEUTRAL, **fields)
+    grpo = train_with_engine(GRPOTrainer, **fields)
     assert_trained(grpo)
     for name, parameter in tiny.parameters(neutral).items():
         assert torch.equal(parameter, tiny.parameters(grpo)[name]), name
@@ -144,18 +117,18 @@ def shaped_by_reference(call, logps, args):
 
 
 @pytest.mark.parametrize("correction", [True, False])
-def test_tokens_are_selected_by_the_policy_being_trained(correction, make):
+def test_tokens_are_selected_by_the_policy_being_trained(correction, make_with_engine):
     """Also where the sampler ranks them the other way round."""
-    trainer = make(
-        Recorder,
+    trainer = make_with_engine(
+        ShapingRecorder,
         vllm_importance_sampling_correction=correction,
         vllm_importance_sampling_mode="token_truncate",
         max_steps=1,
     )
-    change_sampler(trainer, lambda token, logprob: -3 - logprob)
+    vllm_on_cpu.change_sampler(trainer, lambda token, logprob: -3 - logprob)
     trainer.train()
-    [call] = trainer.calls
-    sampled = call["inputs"]["sampling_per_token_logps"]
+    [batch], [call] = trainer.batches, trainer.calls
+    sampled = batch["sampling_per_token_logps"]
     mask = call["mask"].bool()
     torch.testing.assert_close(sampled[mask], -3 - call["old_per_token_logps"][mask], rtol=0, atol=1e-4)
     # One step, so that the old policy is the current one.
@@ -166,21 +139,21 @@ def test_tokens_are_selected_by_the_policy_being_trained(correction, make):
 
 @pytest.mark.parametrize("savings", [False, True], ids=["", "savings"])
 @pytest.mark.parametrize("mode", MODES)
-def test_corrects_for_a_sampler_that_is_off(mode, savings, make):
+def test_corrects_for_a_sampler_that_is_off(mode, savings, make_with_engine):
     """The correction is a factor of the loss: the sampler moves the ratio, not what is selected."""
-    trainer = make(
-        Recorder,
+    trainer = make_with_engine(
+        ShapingRecorder,
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_max=1.2,
         trim_padding=savings,
         skip_zero_advantage=savings,
     )
-    change_sampler(trainer, lambda token, logprob: logprob + (0.5 if token % 2 else -0.5))
+    vllm_on_cpu.change_sampler(trainer, lambda token, logprob: logprob + (0.5 if token % 2 else -0.5))
     trainer.train()
     assert_trained(trainer)
     assert min(logged(trainer, DIFFERENCE)) == pytest.approx(0.5, abs=1e-4)
-    for call in trainer.calls:
-        ratio = call["inputs"]["importance_sampling_ratio"]
+    for batch, call in zip(trainer.batches, trainer.calls, strict=True):
+        ratio = batch["importance_sampling_ratio"]
         assert ratio.shape[1] == (1 if mode.startswith("sequence") else call["mask"].shape[1])
         assert ratio.max() <= 1.2
         assert ratio.std() > 0
@@ -189,11 +162,11 @@ def test_corrects_for_a_sampler_that_is_off(mode, savings, make):
 @pytest.mark.parametrize(
     "fields", [*({"vllm_importance_sampling_mode": mode} for mode in MODES), {"off_policy_mask_threshold": 0.1}]
 )
-def test_log_probabilities_that_the_sampler_does_not_know_poison_nothing(fields, make):
-    trainer = make(Recorder, **fields)
-    change_sampler(trainer, lambda token, logprob: math.nan if token % 3 else logprob)
+def test_log_probabilities_that_the_sampler_does_not_know_poison_nothing(fields, make_with_engine):
+    trainer = make_with_engine(ShapingRecorder, **fields)
+    vllm_on_cpu.change_sampler(trainer, lambda token, logprob: math.nan if token % 3 else logprob)
     trainer.train()
-    assert any(call["inputs"]["sampling_per_token_logps"].isnan().any() for call in trainer.calls)
+    assert any(batch["sampling_per_token_logps"].isnan().any() for batch in trainer.batches)
     assert_trained(trainer)
     assert all(call["shaped"].isfinite().all() for call in trainer.calls)
     values = [value for entry in trainer.state.log_history for value in entry.values()]
@@ -201,9 +174,9 @@ def test_log_probabilities_that_the_sampler_does_not_know_poison_nothing(fields,
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
-def test_groups_sampled_anew_bring_the_log_probabilities_that_they_were_sampled_with(mode, make):
-    trainer = make(
-        Recorder,
+def test_groups_sampled_anew_bring_the_log_probabilities_that_they_were_sampled_with(mode, make_with_engine):
+    trainer = make_with_engine(
+        ShapingRecorder,
         dynamic_sampling=2,
         num_generations=2,
         num_iterations=2,
@@ -212,18 +185,20 @@ def test_groups_sampled_anew_bring_the_log_probabilities_that_they_were_sampled_
     trainer.train()
     assert_trained(trainer)
     assert max(logged(trainer, "a3po/dynamic_sampling/discarded")) > 0
-    for call in trainer.calls:
-        inputs, counts = call["inputs"], call["mask"].bool()
-        sampled, ours = inputs["sampling_per_token_logps"][counts], call["old_per_token_logps"][counts]
+    for batch, call in zip(trainer.batches, trainer.calls, strict=True):
+        counts = call["mask"].bool()
+        sampled, ours = batch["sampling_per_token_logps"][counts], call["old_per_token_logps"][counts]
         torch.testing.assert_close(sampled, ours, rtol=0, atol=1e-4)
-        ratio = inputs["importance_sampling_ratio"].expand(*counts.shape)[counts]
+        ratio = batch["importance_sampling_ratio"].expand(*counts.shape)[counts]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("arguments", [dict, tiny.lora], ids=["full", "lora"])
-def test_a_server_samples_with_the_weights_as_trained_and_groups_anew(arguments, server, make, model_dir, tmp_path):
+def test_a_server_samples_with_the_weights_as_trained_and_groups_anew(
+    arguments, server, make_with_engine, model_dir, tmp_path
+):
     with vllm_on_cpu.weights_by_file(model_dir, tmp_path / "weights"):
-        trainer = make(**server, dynamic_sampling=2, num_generations=2, arguments=arguments())
+        trainer = make_with_engine(**server, dynamic_sampling=2, num_generations=2, arguments=arguments())
         trainer.train()
     assert_trained(trainer)
     assert len(logged(trainer, DIFFERENCE)) == 4
@@ -231,10 +206,10 @@ def test_a_server_samples_with_the_weights_as_trained_and_groups_anew(arguments,
     assert max(logged(trainer, "a3po/dynamic_sampling/discarded")) > 0
 
 
-def test_weights_that_a_server_does_not_get_are_noticed(server, make, model_dir, tmp_path):
+def test_weights_that_a_server_does_not_get_are_noticed(server, make_with_engine, model_dir, tmp_path):
     """The control of the test above."""
     with vllm_on_cpu.weights_by_file(model_dir, tmp_path / "weights"):
-        trainer = make(**server)
+        trainer = make_with_engine(**server)
         trainer.vllm_generation.sync_weights()
         trainer.vllm_generation.sync_weights = lambda: None
         trainer.train()

@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("vllm")
 
 from support import tiny, vllm_on_cpu
-from test_vllm import change_sampler
 
 from trl_a3po import A3POTrainer
 
@@ -29,7 +28,7 @@ def test_a_sampler_that_is_off_by_a_known_ratio(mode, tmp_path):
     args = tiny.config(tmp_path, **{**vllm_on_cpu.CONFIG, **fields})
     with vllm_on_cpu.engines():
         trainer = A3POTrainer(model_dir, tiny.parity_reward, args, tiny.prompts())
-        change_sampler(trainer, lambda token, logprob: logprob + math.log(2) * (1 if token % 2 else -1))
+        vllm_on_cpu.change_sampler(trainer, lambda token, logprob: logprob + math.log(2) * (1 if token % 2 else -1))
         trainer.train()
     for entry in trainer.state.log_history[:-1]:
         found = {name.removeprefix("signal/mismatch/"): value for name, value in entry.items() if "mismatch" in name}

@@ -53,6 +53,25 @@ def test_imports_between_rooms_run_one_way():
     assert ("cli", "evaluation") in found
 
 
+def test_what_tests_share_is_in_one_place():
+    """No test module imports another, and the trainers that tests make are those of `support.training`."""
+    tests = sorted(Path(__file__).parents[1].rglob("test_*.py"))
+    assert Path(__file__) in tests
+    for path in tests:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            )
+        }
+        assert not modules & {each.stem for each in tests}, path
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assert not defined & {"make", "train", "Recorder"}, path
+
+
 def test_the_top_of_the_package_is_short_and_each_room_says_what_belongs_in_it():
     files = {path.stem for path in PACKAGE.glob("*.py")}
     assert len(files) <= MOST_PUBLIC_FILES

@@ -2,7 +2,7 @@
 
 import pytest
 from support import browser, logged_runs
-from test_findings import CASES, FLAT, STEPS, history
+from support.findings import CASES, FLAT, STEPS, history
 
 from trl_a3po.report import write_report
 

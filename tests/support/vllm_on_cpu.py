@@ -108,3 +108,17 @@ def weights_by_file(model_dir, directory):
         update_named_params=update_named_params,
     ):
         yield
+
+
+def change_sampler(trainer, change):
+    """Has `change` applied to the log-probability of every token that the engine samples."""
+    generate = trainer.vllm_generation.llm.generate
+
+    def changed(*args, **kwargs):
+        requests = generate(*args, **kwargs)
+        for position in (p for request in requests for output in request.outputs for p in output.logprobs):
+            for token, sampled in position.items():
+                sampled.logprob = change(token, sampled.logprob)
+        return requests
+
+    trainer.vllm_generation.llm.generate = changed
