@@ -289,7 +289,7 @@ OF_TWO_STEPS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gr
 )
 def test_settings_of_ones_own_and_skipping(trainer_class, fields, tmp_path):
     """The rows that are skipped follow it too."""
-    fields = {**SGD, **fields, "max_steps": 4, "reward": sometimes_equal_reward}
+    fields = {**SGD, **fields, "max_steps": 4, "reward_funcs": sometimes_equal_reward}
     whole = train(tmp_path, trainer_class, skip_zero_advantage=False, **fields)
     assert update_difference(train(tmp_path, trainer_class, **fields), whole) < 1e-4
     configured = train(tmp_path, A3POTrainer, skip_zero_advantage=False, **fields)
