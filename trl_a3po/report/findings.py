@@ -341,7 +341,7 @@ def _lengths_to_nothing(log: Log, bound: float) -> Seen | None:
     name = "completions/mean_length"
     start, end = log.start(name), log.end(name)
     # One token is the end of the sequence: such an answer is empty, whatever its reward.
-    is_empty = end <= 1.5 <= start / 2
+    is_empty = end <= 1.5 and max(value for _, value in log.known(name)) >= 3
     if not is_empty and (not end <= bound * start or log.has_learned()):
         return None
     since = _since(log.known(name), lambda value: value <= max(bound * start, 1.5))
