@@ -260,7 +260,10 @@ def _unscored(log: Log, bound: float) -> Seen | None:
     if share >= bound:
         name = "signal/completions/unscored"
         return Seen(name, _since_above(log, name, bound), f"no reward function scored {_p(share)} of the completions")
-    points = log.all("reward")
+    # Older releases of TRL log a reward of 0, and only the means of the functions are missing.
+    names = [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
+    scored = {step for name in names for step, _ in log.known(name)}
+    points = [(step, value if step in scored else math.nan) for step, value in log.all("reward")]
     last = _last(points)
     if "signal/completions/unscored" in log or not _is_enough(points):
         return None
