@@ -86,7 +86,6 @@ PRESETS = {
         num_generations=4,
         micro_batch=8,
         max_completion_length=4,
-        samples=2,
         save_steps=2,
     ),
 }

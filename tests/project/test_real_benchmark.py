@@ -48,7 +48,7 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     assert len(result["curves"]["entropy"]) == 4
     assert len(result["curves"]["reward"]) == len(result["curves"]["length"]) == 2  # rollouts
     for each in (result["held_out"], result["other"], *result["start"].values()):
-        assert each["samples"] == 2
+        assert each["samples"] == 32
         assert len(each["right"]) == 4
     assert not list((tmp_path / "work/dry").glob("stare-0"))
     before = path.stat().st_mtime_ns

@@ -7,10 +7,13 @@ import pytest
 from support import tiny
 from support.training import train
 from trl import GRPOTrainer
+from trl.rewards import accuracy_reward
 
 from trl_a3po import A3POTrainer
 from trl_a3po.report.findings import find
 
+
+pytest.importorskip("math_verify")
 
 STEPS = 4  # each is logged
 # The tiny model rarely ends a completion. Where that is not the fault, its end is made likely.
@@ -60,6 +63,12 @@ def frozen():
     return model
 
 
+def unparsable():
+    """Conversations, as math-verify's reward takes them, with solutions that it cannot read."""
+    rows = tiny.prompts(conversational=True)
+    return rows.remove_columns("solution").add_column("solution", ["the other one"] * len(rows))
+
+
 # The finding, the options of the run, and whether the metrics of TRL show it.
 FAULTS = {
     "all wrong": ("no signal: all wrong", {"reward_funcs": nothing}, True),
@@ -67,6 +76,11 @@ FAULTS = {
     "by prompt": ("no signal: same reward within groups", {"reward_funcs": of_the_prompt}, True),
     "constant, not 1": ("no signal: same reward within groups", {"reward_funcs": always_the_same}, True),
     "None": ("completions that no reward function scores", {"reward_funcs": none}, True),
+    "unparsable": (
+        "solutions that cannot be parsed",
+        {"reward_funcs": accuracy_reward, "arguments": {"train_dataset": unparsable()}},
+        False,
+    ),
     "schedule": ("learning rate at 0", {"learning_rate": 0.0, "reward_funcs": every_other}, True),
     "tiny rate": ("learning rate tiny", {"learning_rate": 1e-12, "reward_funcs": every_other}, True),
     "frozen": ("gradient of 0", {"model": frozen, "reward_funcs": every_other}, True),

@@ -260,7 +260,10 @@ def _unscored(log: Log, bound: float) -> Seen | None:
     if share >= bound:
         name = "signal/completions/unscored"
         return Seen(name, _since_above(log, name, bound), f"no reward function scored {_p(share)} of the completions")
-    points = log.all("reward")
+    # Older releases of TRL log a reward of 0, and only the means of the functions are missing.
+    names = [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
+    scored = {step for name in names for step, _ in log.known(name)}
+    points = [(step, value if step in scored else math.nan) for step, value in log.all("reward")]
     last = _last(points)
     if "signal/completions/unscored" in log or not _is_enough(points):
         return None
@@ -341,7 +344,7 @@ def _lengths_to_nothing(log: Log, bound: float) -> Seen | None:
     name = "completions/mean_length"
     start, end = log.start(name), log.end(name)
     # One token is the end of the sequence: such an answer is empty, whatever its reward.
-    is_empty = end <= 1.5 <= start / 2
+    is_empty = end <= 1.5 and max(value for _, value in log.known(name)) >= 3
     if not is_empty and (not end <= bound * start or log.has_learned()):
         return None
     since = _since(log.known(name), lambda value: value <= max(bound * start, 1.5))
@@ -599,7 +602,7 @@ RULES: tuple[Rule, ...] = (
         "learning rate tiny",
         1e-8,
         "the highest learning rate",
-        "runs of GRPO use 1e-7 to 1e-3; in 8 bits of mantissa a smaller step is lost",
+        "a thousand steps of Adam at this rate move a parameter by 0.00001 at most",
         "The model hardly changes.",
         "Raise `learning_rate`: 1e-6 is usual for all parameters, 1e-5 to 1e-4 for an adapter.",
         _learning_rate_tiny,
@@ -609,7 +612,7 @@ RULES: tuple[Rule, ...] = (
         "solutions that cannot be parsed",
         0.05,
         "share of completions of such problems in the whole run",
-        "published datasets have one such problem in a hundred",
+        "a few broken rows do no harm; one in twenty is worth a look",
         "math-verify cannot read the gold answer, so that no completion of the problem has a reward.",
         "Correct the column `solution` of `train_dataset`, for example `$42$` with dollar signs, or remove the rows.",
         _unparsable,
@@ -619,7 +622,7 @@ RULES: tuple[Rule, ...] = (
         "completions that no reward function scores",
         0.5,
         "share of completions without a reward at the end",
-        "half of the sampled completions are then wasted; several functions that share a dataset leave none",
+        "half of the sampled completions are wasted",
         "A reward function that returns None scores nothing. Completions without any reward are not trained on.",
         "Let one of the `reward_funcs` return a number. `accuracy_reward` returns None where it cannot parse the "
         "column `solution`.",
@@ -630,7 +633,7 @@ RULES: tuple[Rule, ...] = (
         "gradient of 0",
         0.9,
         "share of the last logs whose `grad_norm` is exactly 0",
-        "a step without a signal has a norm of 0 by chance; nine in ten do not",
+        "single steps without a signal have a norm of 0 by chance",
         "The loss has no gradient although rewards differ within groups.",
         "Check that parameters are trainable (`requires_grad`, the modules of `peft_config`), `positive_weight`, "
         "`negative_weight`, and a `shape_advantages` of your own.",
@@ -641,7 +644,7 @@ RULES: tuple[Rule, ...] = (
         "entropy exploding",
         2.0,
         "the entropy at the end, relative to the start, and 0.5 nats above it, if the reward does not rise",
-        "the entropy of runs that learn rises by less than half",
+        "in 295 runs of our benchmarks it never rose by more than 6 %",
         "The model drifts to random text.",
         "Lower `learning_rate`, `negative_high_scale`, `negative_weight` or `temperature`; set `beta` to a small "
         "value such as 0.001.",
@@ -680,7 +683,7 @@ RULES: tuple[Rule, ...] = (
         "entropy collapsed",
         0.1,
         "the entropy at the end, relative to the start (or at 0.001 nats), if the reward neither rises nor is solved",
-        "runs that go on learning keep more than a tenth",
+        "295 runs of our benchmarks kept more than half of it",
         "The model answers the same each time. Nothing new is tried.",
         "Raise `temperature`, `epsilon_high`, `positive_low_scale` or `scale_decay_steps`; lower `learning_rate` or "
         "`positive_weight`.",
@@ -758,7 +761,7 @@ RULES: tuple[Rule, ...] = (
         "gradient spikes",
         100.0,
         "a `grad_norm` relative to the median, in at most one log of twenty",
-        "norms of healthy runs scatter by a factor of ten",
+        "our choice: in the demo the highest is twice the median",
         "A few steps push much harder than all others. With `max_grad_norm` they are shortened, but their direction "
         "stays.",
         "Lower `learning_rate` or `max_grad_norm`, raise `gradient_accumulation_steps`, and look at the completions "
@@ -780,7 +783,7 @@ RULES: tuple[Rule, ...] = (
         "mismatch grows",
         3.0,
         "the mean distance of log-probabilities to vLLM at the end, relative to the start, from 0.05 nats",
-        "differences of arithmetic stay near their start, at 0.01 to 0.02 nats in 16 bits",
+        "our choice: differences of arithmetic do not grow threefold; smaller ones than 0.05 nats hardly matter",
         "Trainer and vLLM drift apart.",
         "Lower `steps_per_generation` or `num_iterations`, load the same precision in vLLM, and lower "
         "`learning_rate`.",
@@ -801,7 +804,7 @@ RULES: tuple[Rule, ...] = (
         "clip share high",
         0.3,
         "share of clipped tokens at the end",
-        "runs clip one token in a hundred; sequence-level ratios up to one in seven",
+        "295 runs of our benchmarks clipped at most 4 % in any log",
         "Many tokens moved further than the clipping allows, and have no gradient in that direction.",
         "Lower `learning_rate`, `num_iterations` or `steps_per_generation`, or raise `epsilon_high`.",
         _clipped,
@@ -810,7 +813,7 @@ RULES: tuple[Rule, ...] = (
         "completions shrink to nothing",
         0.2,
         "the mean length at the end, relative to the start, if the reward did not rise (or a length of 1.5 tokens)",
-        "answers of a fifth of the length are other answers; one token is only the end of the sequence",
+        "our choice; one token is only the end of the sequence",
         "The model learned to stop early.",
         "Lower `learning_rate`, and check `reward_funcs` for an advantage of short or empty completions.",
         _lengths_to_nothing,
@@ -840,15 +843,15 @@ RULES: tuple[Rule, ...] = (
         3,
         "logs with the same scale, which is not 1",
         "a scale that decays changes from log to log",
-        "The paper's scales decay to GRPO. Shaping that stays biases the end of the training.",
-        "Set `scale_decay='linear'`.",
+        "The scales of A3PO are meant to decay to 1. Here they stay as they were.",
+        "Set `scale_decay='linear'`, unless `scale_decay='constant'` is what you want to try.",
         _scales_constant,
     ),
     Rule(
         "held-out reward falls",
         0.1,
         "fall of `eval_reward` from its best, in standard deviations of rewards, while the training reward rose",
-        "evaluations of a few hundred completions scatter by less than half of it",
+        "two standard errors of an evaluation of 400 completions",
         "The model learns the training problems by heart, or learns to please the reward.",
         "Stop at the best checkpoint (`load_best_model_at_end=True`, `metric_for_best_model='eval_reward'`), use more "
         "problems, or lower `num_train_epochs`.",
