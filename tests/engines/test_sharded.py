@@ -48,7 +48,8 @@ def log_without_times(output):
 def test_neutral_settings_are_grpo_to_the_last_bit(output):
     assert_same_end(output / "neutral", output / "grpo")
     for entry, expected in zip(*map(log_without_times, (output / "neutral", output / "grpo")), strict=True):
-        assert {key: value for key, value in entry.items() if not key.startswith(("a3po/", "signal/"))} == expected
+        added = {key for key in entry if "a3po/" in key or "signal/" in key}  # of evaluations too
+        assert {key: entry[key] for key in entry.keys() - added} == expected
 
 
 def test_a_resumed_run_ends_as_one_in_one_go(output):
