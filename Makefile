@@ -19,28 +19,36 @@ TRANSFORMERS_VERSIONS ?= 4.56.2 4.57.6 5.12.1 5.24.0
 PYTEST = -m pytest --numprocesses auto --dist loadfile
 INSTALL = -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow test-lowest test-vllm test-versions test-transformers test-trl dist docs pictures style format
+.PHONY: demo real test test-slow test-lowest test-vllm test-real test-versions test-transformers test-trl dist docs pictures style format
 
 demo: $(VENV)/ready  ## train a tiny model on arithmetic, on the CPU, and show what it learned
 	$(VENV)/bin/trl-a3po demo
 
+real: $(VENV)/ready  ## train SmolLM2-135M on sums, on the CPU, and evaluate it before and after: REAL=--lora
+	$(VENV)/bin/python examples/smollm2/train.py $(REAL)
+
 test: $(VENV)/ready  ## the tests
-	$(VENV)/bin/python $(PYTEST) -m "not slow and not vllm"
+	$(VENV)/bin/python $(PYTEST) -m "not slow and not vllm and not real"
 
 test-slow: $(VENV)/ready  ## the tests that take minutes each
 	$(VENV)/bin/python $(PYTEST) -m slow
 
-test-lowest: $(VENV_LOWEST)/ready  ## the tests, with the oldest supported TRL and transformers
-	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm"
+# Reports, benchmarks and documents do not depend on the releases of TRL and transformers.
+test-lowest: $(VENV_LOWEST)/ready  ## the tests of the package, with the oldest supported TRL and transformers
+	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm and not real" \
+		--ignore tests/project --ignore tests/report
 
 test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests
+
+test-real: $(VENV)/ready  ## the tests with a pretrained model of 135 million parameters, which is downloaded
+	$(VENV)/bin/python -m pytest -rs -m "real and not vllm" tests/real
 
 test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on TRL, with each of TRL_VERSIONS
 	@failed=; for version in $(TRL_VERSIONS); do \
 		echo "TRL $$version"; \
 		$(VENV_VERSIONS)/bin/python $(INSTALL) --no-deps trl==$$version && $(VENV_VERSIONS)/bin/python $(PYTEST) -q \
-			-m "not slow and not vllm" tests/test_loss.py tests/test_testing.py tests/test_trainer.py tests/training tests/update \
+			-m "not slow and not vllm and not real" tests/test_loss.py tests/test_testing.py tests/test_trainer.py tests/training tests/update \
 			|| failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from support import reference, tiny
-from trl import GRPOConfig, GRPOTrainer
+from support.training import make
+from trl import GRPOTrainer
 
 from trl_a3po import A3POTrainer
 
@@ -24,16 +25,10 @@ ALL_ENDS = {
 }
 
 
-def make(trainer_class, tmp_path, **fields):
-    config_class = GRPOConfig if trainer_class is GRPOTrainer else tiny.A3POConfig
-    trainer = trainer_class(
-        tiny.model(),
-        reward_funcs=tiny.parity_reward,
-        args=tiny.config(tmp_path, config_class, **fields),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-    )
-    trainer.model.eval()  # no accumulation, the batch is the whole
+def evaluating(*args, **kwargs):
+    """A trainer whose loss is that of an evaluation: no accumulation, the batch is the whole."""
+    trainer = make(*args, **kwargs)
+    trainer.model.eval()
     return trainer
 
 
@@ -86,9 +81,9 @@ def expected_weights(inputs, metric, settings=ALL_ENDS):
 @pytest.mark.parametrize("loss_type", tiny.LOSS_TYPES)
 def test_token_level(loss_type, aligned, tools, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned, tools=tools)
-    plain = gradient(make(GRPOTrainer, tmp_path, loss_type=loss_type), inputs, logps, entropies, monkeypatch)
+    plain = gradient(evaluating(tmp_path, GRPOTrainer, loss_type=loss_type), inputs, logps, entropies, monkeypatch)
     ours = gradient(
-        make(A3POTrainer, tmp_path, loss_type=loss_type, **ALL_ENDS), inputs, logps, entropies, monkeypatch
+        evaluating(tmp_path, A3POTrainer, loss_type=loss_type, **ALL_ENDS), inputs, logps, entropies, monkeypatch
     )
     weights = expected_weights(inputs, inputs.get("old_per_token_logps", logps))
     assert plain.count_nonzero() > 8
@@ -98,8 +93,8 @@ def test_token_level(loss_type, aligned, tools, tmp_path, monkeypatch):
 @pytest.mark.parametrize("loss_type", tiny.LOSS_TYPES)
 def test_entropy_ranks_where_it_is_the_metric(loss_type, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
-    plain = gradient(make(GRPOTrainer, tmp_path, loss_type=loss_type), inputs, logps, entropies, monkeypatch)
-    trainer = make(A3POTrainer, tmp_path, loss_type=loss_type, token_metric="entropy", **ALL_ENDS)
+    plain = gradient(evaluating(tmp_path, GRPOTrainer, loss_type=loss_type), inputs, logps, entropies, monkeypatch)
+    trainer = evaluating(tmp_path, A3POTrainer, loss_type=loss_type, token_metric="entropy", **ALL_ENDS)
     ours = gradient(trainer, inputs, logps, entropies, monkeypatch)
     torch.testing.assert_close(ours, plain * expected_weights(inputs, entropies))
 
@@ -118,8 +113,8 @@ def test_entropy_ranks_where_it_is_the_metric(loss_type, tmp_path, monkeypatch):
 def test_options_that_change_the_policy_term(loss_type, fields, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
     fields = {"loss_type": loss_type, **fields}
-    plain = gradient(make(GRPOTrainer, tmp_path, **fields), inputs, logps, entropies, monkeypatch)
-    ours = gradient(make(A3POTrainer, tmp_path, **fields, **ALL_ENDS), inputs, logps, entropies, monkeypatch)
+    plain = gradient(evaluating(tmp_path, GRPOTrainer, **fields), inputs, logps, entropies, monkeypatch)
+    ours = gradient(evaluating(tmp_path, A3POTrainer, **fields, **ALL_ENDS), inputs, logps, entropies, monkeypatch)
     torch.testing.assert_close(ours, plain * expected_weights(inputs, inputs["old_per_token_logps"]))
 
 
@@ -131,7 +126,7 @@ def test_the_kl_term_is_left_alone(loss_type, use_bias_correction_kl, tmp_path, 
     gradients = {}
     for trainer_class, shaping in ((GRPOTrainer, {}), (A3POTrainer, ALL_ENDS)):
         for beta in (0.0, 0.1):
-            trainer = make(trainer_class, tmp_path, **fields, **shaping)
+            trainer = evaluating(tmp_path, trainer_class, **fields, **shaping)
             trainer.beta = beta  # the log-probabilities of the reference are given
             gradients[trainer_class, beta] = gradient(trainer, inputs, logps, entropies, monkeypatch)
     kl, our_kl = (gradients[trainer, 0.1] - gradients[trainer, 0.0] for trainer in (GRPOTrainer, A3POTrainer))
@@ -180,13 +175,13 @@ def gspo_token_gradient(trainer, inputs, logps, advantages, loss_type):
 def test_sequence_level_is_gspo_token(loss_type, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
     fields = {"loss_type": loss_type, "importance_sampling_level": "sequence"}
-    trainer = make(A3POTrainer, tmp_path, **fields, **ALL_ENDS)
+    trainer = evaluating(tmp_path, A3POTrainer, **fields, **ALL_ENDS)
     ours = gradient(trainer, inputs, logps, entropies, monkeypatch)
     advantages = inputs["advantages"][:, None] * expected_weights(inputs, inputs["old_per_token_logps"])
     torch.testing.assert_close(ours, gspo_token_gradient(trainer, inputs, logps, advantages, loss_type))
     assert trainer.importance_sampling_level == "sequence"
     # And with one advantage per completion GSPO-token is GSPO, as TRL computes it.
-    plain = gradient(make(GRPOTrainer, tmp_path, **fields), inputs, logps, entropies, monkeypatch)
+    plain = gradient(evaluating(tmp_path, GRPOTrainer, **fields), inputs, logps, entropies, monkeypatch)
     advantages = inputs["advantages"][:, None].expand(logps.shape)
     torch.testing.assert_close(plain, gspo_token_gradient(trainer, inputs, logps, advantages, loss_type))
 
@@ -195,15 +190,15 @@ def test_sequence_level_is_gspo_token(loss_type, tmp_path, monkeypatch):
 def test_sequence_level_where_the_ratio_has_no_gradient(loss_type, tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
     fields = {"loss_type": loss_type, "importance_sampling_level": "sequence"}
-    plain = gradient(make(GRPOTrainer, tmp_path, **fields), inputs, logps, entropies, monkeypatch)
-    ours = gradient(make(A3POTrainer, tmp_path, **fields, **ALL_ENDS), inputs, logps, entropies, monkeypatch)
+    plain = gradient(evaluating(tmp_path, GRPOTrainer, **fields), inputs, logps, entropies, monkeypatch)
+    ours = gradient(evaluating(tmp_path, A3POTrainer, **fields, **ALL_ENDS), inputs, logps, entropies, monkeypatch)
     torch.testing.assert_close(ours, plain * expected_weights(inputs, inputs["old_per_token_logps"]))
 
 
 def test_sequence_level_refuses_to_change_the_kl_term(tmp_path):
     fields = {"importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True}
     with pytest.raises(ValueError, match=r"`importance_sampling_level='sequence'` with `beta=0.1`.*Set `use_bias"):
-        make(A3POTrainer, tmp_path, **fields)
+        evaluating(tmp_path, A3POTrainer, **fields)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -212,8 +207,8 @@ def test_polarity_weights_alone_need_no_tokens(loss_type, level, tmp_path, monke
     inputs, logps, entropies = batch(aligned=False)
     fields = {"loss_type": loss_type, "importance_sampling_level": level}
     settings = {"positive_low_scale": 1.0, "positive_weight": 2.0, "negative_weight": 0.0}
-    plain = gradient(make(GRPOTrainer, tmp_path, **fields), inputs, logps, entropies, monkeypatch)
-    ours = gradient(make(A3POTrainer, tmp_path, **fields, **settings), inputs, logps, entropies, monkeypatch)
+    plain = gradient(evaluating(tmp_path, GRPOTrainer, **fields), inputs, logps, entropies, monkeypatch)
+    ours = gradient(evaluating(tmp_path, A3POTrainer, **fields, **settings), inputs, logps, entropies, monkeypatch)
     weights = torch.where(inputs["advantages"] > 0, 2.0, 0.0)[:, None]
     torch.testing.assert_close(ours, plain * weights)
 
@@ -221,7 +216,7 @@ def test_polarity_weights_alone_need_no_tokens(loss_type, level, tmp_path, monke
 def test_the_rollout_is_not_shaped(tmp_path, monkeypatch):
     inputs, logps, entropies = batch(aligned=False)
     before = {name: value.clone() for name, value in inputs.items()}
-    trainer = make(A3POTrainer, tmp_path, importance_sampling_level="sequence", **ALL_ENDS)
+    trainer = evaluating(tmp_path, A3POTrainer, importance_sampling_level="sequence", **ALL_ENDS)
     first = gradient(trainer, inputs, logps, entropies, monkeypatch)
     second = gradient(trainer, inputs, logps, entropies, monkeypatch)
     assert inputs.keys() == before.keys()

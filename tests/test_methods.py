@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import yaml
-from support import tiny
+from support.training import make, moved, train
 from trl import TrlParser
 
 from trl_a3po import A3POConfig, A3POTrainer, peers
@@ -21,11 +21,6 @@ PEERS = [name for name in METHODS if name != "a3po"]
 REUSE = {"num_iterations": 2}
 
 all_peers = pytest.mark.parametrize("name", PEERS)
-
-
-def make(tmp_path, trainer_class=A3POTrainer, reward=tiny.parity_reward, **fields):
-    args = tiny.config(tmp_path, **fields)
-    return trainer_class(tiny.model(), reward, args, tiny.prompts(), processing_class=tiny.tokenizer())
 
 
 def batch():
@@ -241,10 +236,8 @@ def test_every_row_is_trained_on(tmp_path):
     def wrong(completions, **kwargs):
         return [0.0] * len(completions)
 
-    trainer = make(tmp_path, reward=wrong, max_steps=1, shaping="w_reinforce")
-    before = tiny.parameters(trainer)
-    trainer.train()
-    assert any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
+    trainer = train(tmp_path, reward_funcs=wrong, max_steps=1, shaping="w_reinforce")
+    assert moved(trainer)
     assert not [name for log in trainer.state.log_history for name in log if name.startswith("a3po/scale")]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import processes, reference, tiny
+from support.training import assert_trained, make, moved, train
 
 from trl_a3po import A3POTrainer, peers, weight_polarities
 from trl_a3po.testing import assert_gradients_follow
@@ -74,11 +75,6 @@ def trainer_of(name, **settings):
             return shape(name, advantages, settings or None, **batch)
 
     return Trainer
-
-
-def make(trainer_class, tmp_path, reward=tiny.parity_reward, model="", **fields):
-    args = tiny.config(tmp_path, **fields)
-    return trainer_class(model or tiny.model(), reward, args, tiny.prompts(), processing_class=tiny.tokenizer())
 
 
 def batch(seed, rows=6, tokens=11, per_token=False, dtype=torch.float32):
@@ -415,7 +411,7 @@ def test_gradients(name, tmp_path):
             changed.append(not unchanged_tokens(shaped, advantages, mask))  # noqa: B023
             return shaped
 
-        assert_gradients_follow(make(trainer_of(name), tmp_path, loss_type=loss_type), meant)
+        assert_gradients_follow(make(tmp_path, trainer_of(name), loss_type=loss_type), meant)
         # At four moments of training, aligned with the rollout and later.
         assert changed == 4 * [name not in NEED_REUSE, True]
 
@@ -425,7 +421,7 @@ def test_aspo_inverts_the_weight_of_positive_tokens(tmp_path):
     mask, old_logps = torch.ones(2, 4, dtype=torch.long), torch.full((2, 4), -2.0)
     ratios = torch.tensor([[0.1, 0.5, 0.9, 1.1], [0.9, 1.1, 2.0, 6.0]])
     logps, advantages = old_logps + ratios.log(), torch.tensor([1.0, -1.0])
-    trainer = make(trainer_of("aspo", max_weight=3.0), tmp_path, loss_type="bnpo")
+    trainer = make(tmp_path, trainer_of("aspo", max_weight=3.0), loss_type="bnpo")
     inputs = {**loss_inputs(advantages, mask, logps), "old_per_token_logps": old_logps}
     found = loss_gradient(trainer, inputs, logps, torch.ones(2, 4))
     weights = torch.tensor([[3.0, 2.0, 1 / 0.9, 1 / 1.1], [0.9, 1.1, 2.0, 3.0]])
@@ -438,13 +434,13 @@ def test_forking_tokens_is_five_times_trls_entropy_quantile(loss_type, tmp_path)
     inputs = loss_inputs(torch.tensor([1.0, -1.0]), mask, logps)
     entropies = lots((2, 10), seed=1)
     theirs = loss_gradient(
-        make(A3POTrainer, tmp_path, loss_type=loss_type, top_entropy_quantile=0.2),
+        make(tmp_path, A3POTrainer, loss_type=loss_type, top_entropy_quantile=0.2),
         inputs,
         logps,
         entropies,
         lambda advantages, **_: advantages,
     )
-    ours = loss_gradient(make(trainer_of("forking_tokens"), tmp_path, loss_type=loss_type), inputs, logps, entropies)
+    ours = loss_gradient(make(tmp_path, trainer_of("forking_tokens"), loss_type=loss_type), inputs, logps, entropies)
     assert theirs.count_nonzero() == 4
     torch.testing.assert_close(ours, 5 * theirs)
     torch.testing.assert_close(ours.abs().sum(), torch.tensor(1.0))  # the mean over the tokens that are kept
@@ -464,7 +460,7 @@ def test_a_chain_of_completions_then_tokens(tmp_path):
         rows = expected("forking_tokens", rows, {"top_ratio": 0.5}, **batch)
         return expected("advantage_reweighting", rows, **batch)
 
-    assert_gradients_follow(make(Chain, tmp_path), slow)
+    assert_gradients_follow(make(tmp_path, Chain), slow)
 
 
 class Reinforced(A3POTrainer):
@@ -475,7 +471,7 @@ class Reinforced(A3POTrainer):
 
 
 def test_a3po_composes_by_super(tmp_path):
-    trainer = make(Reinforced, tmp_path, positive_weight=3.0)
+    trainer = make(tmp_path, Reinforced, positive_weight=3.0)
 
     def slow(advantages, old_per_token_logps, mask, progress, **batch):
         by_reward = expected("w_reinforce", advantages, mask=mask, **batch)[:, 0]
@@ -490,25 +486,15 @@ def test_a3po_composes_by_super(tmp_path):
 
 @all_methods
 def test_trains(name, tmp_path):
-    trainer = make(trainer_of(name), tmp_path, max_steps=2)
-    before = tiny.parameters(trainer)
-    trainer.train()
-    after = tiny.parameters(trainer)
-    assert all(torch.isfinite(value).all() for value in after.values())
-    assert any(not before[key].equal(value) for key, value in after.items())
+    assert_trained(train(tmp_path, trainer_of(name), max_steps=2))
 
 
 def test_only_w_reinforce_learns_from_groups_that_are_all_wrong(tmp_path):
     def wrong(completions, **kwargs):
         return [0.0] * len(completions)
 
-    moved = {}
-    for trainer_class in (trainer_of("w_reinforce"), A3POTrainer):
-        trainer = make(trainer_class, tmp_path, reward=wrong, max_steps=1)
-        before = tiny.parameters(trainer)
-        trainer.train()
-        moved[trainer_class] = any(not before[name].equal(value) for name, value in tiny.parameters(trainer).items())
-    assert list(moved.values()) == [True, False]
+    assert moved(train(tmp_path, trainer_of("w_reinforce"), reward_funcs=wrong, max_steps=1))
+    assert not moved(train(tmp_path, A3POTrainer, reward_funcs=wrong, max_steps=1))
 
 
 # STARE's state
@@ -530,7 +516,7 @@ class Stare(A3POTrainer):
 
 def test_the_gate_of_stare_follows_the_log_and_survives_a_resume(model_dir, tmp_path):
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 5e-2, "model": model_dir}
-    probe = make(Stare, tmp_path / "probe", **fields)
+    probe = make(tmp_path / "probe", Stare, **fields)
     probe.train()
     logged = [log["entropy"] for log in probe.state.log_history if "entropy" in log]
     assert len(set(logged)) == 4
@@ -541,9 +527,9 @@ def test_the_gate_of_stare_follows_the_log_and_survives_a_resume(model_dir, tmp_
         # Open for the third step and not for the fourth, or the other way round.
         target_entropy = (logged[1] + logged[2]) / 2
 
-    whole = make(Gated, tmp_path / "whole", **fields)
+    whole = make(tmp_path / "whole", Gated, **fields)
     whole.train()
-    resumed = make(Gated, tmp_path / "resumed", **fields)
+    resumed = make(tmp_path / "resumed", Gated, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.told == whole.told[2:]
     assert len({entropy < Gated.target_entropy for entropy in resumed.told}) == 2

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from support import reference, tiny
-from support.training import update_difference
+from support.training import assert_same_update, make, moved, train, update_difference
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from trl_a3po import A3POTrainer
 from trl_a3po.testing import assert_gradients_follow
@@ -24,30 +24,6 @@ from trl_a3po.testing import assert_gradients_follow
 GUIDE = Path(__file__).parents[1] / "docs" / "shaping.md"
 # An update that is proportional to the gradient.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0}
-
-
-def make(trainer_class, output_dir, reward=tiny.parity_reward, model="", **fields):
-    config_class = tiny.A3POConfig if issubclass(trainer_class, A3POTrainer) else GRPOConfig
-    args = tiny.config(output_dir, config_class, **fields)
-    return trainer_class(model or tiny.model(), reward, args, tiny.prompts(), processing_class=tiny.tokenizer())
-
-
-def train(*args, **kwargs):
-    trainer = make(*args, **kwargs)
-    trainer.start = tiny.parameters(trainer)
-    trainer.train()
-    return trainer
-
-
-def moved(trainer):
-    return any(not trainer.start[name].equal(value) for name, value in tiny.parameters(trainer).items())
-
-
-def assert_same_parameters(one, other):
-    assert moved(one)
-    assert moved(other)
-    for name, value in tiny.parameters(one).items():
-        assert torch.equal(value, tiny.parameters(other)[name]), name
 
 
 def logs(trainer):
@@ -103,7 +79,7 @@ class ReadsItsOwnAttribute(A3POTrainer):
 
 def test_attributes_after_construction(tmp_path):
     """You may set the attributes that your methods read after `super().__init__()`."""
-    assert moved(train(ReadsItsOwnAttribute, tmp_path, max_steps=2))
+    assert moved(train(tmp_path, ReadsItsOwnAttribute, max_steps=2))
 
 
 # The rollout
@@ -142,7 +118,7 @@ def test_own_fields(tmp_path):
     or tensors without dimensions.
     """
     for base in (GRPOTrainer, A3POTrainer):
-        trainer = train(type("Trainer", (OwnFields, base), {}), tmp_path)
+        trainer = train(tmp_path, type("Trainer", (OwnFields, base), {}))
         assert trainer.losses == 3
         assert moved(trainer)
 
@@ -162,7 +138,7 @@ def test_own_fields(tmp_path):
 def test_own_fields_stay_with_their_rows(fields, tmp_path):
     """Each field reaches `_compute_loss` with the rows that it belongs to."""
     trainer_class = type("Trainer", (OwnFields, A3POTrainer), {})
-    trainer = train(trainer_class, tmp_path, reward=sometimes_equal_reward, **fields)
+    trainer = train(tmp_path, trainer_class, reward_funcs=sometimes_equal_reward, **fields)
     assert trainer.losses == 3 * fields.get("gradient_accumulation_steps", 1)
     assert moved(trainer)
 
@@ -200,13 +176,13 @@ def test_methods_of_trl(mixin, tmp_path):
     """
     You may override `_compute_loss`, `_calculate_rewards` and `_generate_and_score_completions` as on `GRPOTrainer`.
     """
-    theirs = train(type("Theirs", (mixin, GRPOTrainer), {}), tmp_path, **SGD)
-    plain = train(type("Plain", (mixin, A3POTrainer), {}), tmp_path, **SGD, **tiny.NEUTRAL)
-    assert_same_parameters(plain, theirs)
+    theirs = train(tmp_path, type("Theirs", (mixin, GRPOTrainer), {}), **SGD)
+    plain = train(tmp_path, type("Plain", (mixin, A3POTrainer), {}), **SGD, **tiny.NEUTRAL)
+    assert_same_update(plain, theirs)
     neutral = {name: value for name, value in tiny.NEUTRAL.items() if name.endswith("_scale")}
-    efficient = train(type("Efficient", (mixin, A3POTrainer), {}), tmp_path, **SGD, **neutral)
+    efficient = train(tmp_path, type("Efficient", (mixin, A3POTrainer), {}), **SGD, **neutral)
     assert update_difference(efficient, theirs) < 1e-4
-    without = train(A3POTrainer, tmp_path, **SGD, **tiny.NEUTRAL)
+    without = train(tmp_path, A3POTrainer, **SGD, **tiny.NEUTRAL)
     assert any(not value.equal(tiny.parameters(without)[name]) for name, value in tiny.parameters(plain).items())
 
 
@@ -226,8 +202,8 @@ class AddsAnother(TrainerCallback):
 @pytest.mark.parametrize("when", ["before training", "in training"])
 def test_callbacks(when, tmp_path):
     """You may add callbacks at any time, and a callback may ask for a log."""
-    expected = logs(train(A3POTrainer, tmp_path, logging_steps=1))
-    trainer = make(A3POTrainer, tmp_path, logging_strategy="no")
+    expected = logs(train(tmp_path, A3POTrainer, logging_steps=1))
+    trainer = make(tmp_path, A3POTrainer, logging_strategy="no")
     trainer.add_callback(LogsEveryStep() if when == "before training" else AddsAnother(trainer))
     trainer.train()
     found = logs(trainer)
@@ -264,7 +240,7 @@ def test_rewards(tmp_path):
     """The hook gets the rewards that `_calculate_rewards` of your class returns, summed with their weights."""
     rewards = [tiny.parity_reward, tiny.sometimes_none_reward]
     fields = {"reward_weights": [1.0, 0.5], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    trainer = train(PaysForRank, tmp_path, reward=rewards, **fields)
+    trainer = train(tmp_path, PaysForRank, reward_funcs=rewards, **fields)
     assert len(trainer.returned) == 3
     for step, returned in enumerate(trainer.returned):
         expected = (returned * torch.tensor([1.0, 0.5])).nansum(1)
@@ -284,7 +260,7 @@ def test_settings_of_ones_own_and_the_loss(tmp_path):
     """
     You may override `current_shaping_settings` to change weights, ratios and scales over time: the loss follows it.
     """
-    trainer = make(Ramp, tmp_path, max_steps=4, scale_decay="constant", positive_low_ratio=0.3)
+    trainer = make(tmp_path, Ramp, max_steps=4, scale_decay="constant", positive_low_ratio=0.3)
 
     def slow(advantages, *, old_per_token_logps, mask, progress, **batch):
         settings = {**trainer.args.shaping_settings, "negative_weight": min(1.0, math.ceil(4 * progress) / 2)}
@@ -314,9 +290,9 @@ OF_TWO_STEPS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gr
 def test_settings_of_ones_own_and_skipping(trainer_class, fields, tmp_path):
     """The rows that are skipped follow it too."""
     fields = {**SGD, **fields, "max_steps": 4, "reward": sometimes_equal_reward}
-    whole = train(trainer_class, tmp_path, skip_zero_advantage=False, **fields)
-    assert update_difference(train(trainer_class, tmp_path, **fields), whole) < 1e-4
-    configured = train(A3POTrainer, tmp_path, skip_zero_advantage=False, **fields)
+    whole = train(tmp_path, trainer_class, skip_zero_advantage=False, **fields)
+    assert update_difference(train(tmp_path, trainer_class, **fields), whole) < 1e-4
+    configured = train(tmp_path, A3POTrainer, skip_zero_advantage=False, **fields)
     assert any(not value.equal(tiny.parameters(whole)[name]) for name, value in tiny.parameters(configured).items())
 
 
@@ -330,8 +306,8 @@ class NoScales(A3POTrainer):
 
 def test_settings_of_ones_own_and_metrics(tmp_path):
     """The metrics follow it too."""
-    found = logs(train(NoScales, tmp_path, **tiny.PLAIN))
-    expected = logs(train(A3POTrainer, tmp_path, **tiny.NEUTRAL, negative_weight=0.5))
+    found = logs(train(tmp_path, NoScales, **tiny.PLAIN))
+    expected = logs(train(tmp_path, A3POTrainer, **tiny.NEUTRAL, negative_weight=0.5))
     assert len(found) == 3
     for one, other in zip(found, expected, strict=True):
         assert one["a3po/scale/positive_low"] == one["a3po/scale/negative_high"] == 1.0
@@ -355,7 +331,7 @@ class RaisesEverything(A3POTrainer):
 @pytest.mark.parametrize("reward", [tiny.equal_reward, sometimes_equal_reward])
 def test_every_row(reward, tmp_path):
     """If you override `shape_advantages`, it sees every row, including those with an advantage of zero."""
-    trainer = train(RaisesEverything, tmp_path, reward=reward)
+    trainer = train(tmp_path, RaisesEverything, reward_funcs=reward)
     assert trainer.rows == [True] * 3 * 8
     assert moved(trainer)
 
@@ -369,11 +345,11 @@ def test_assigned_on_an_instance(reward, tmp_path):
         rows.extend(mask.any(1).tolist())
         return advantages + 1.0
 
-    trainer = make(A3POTrainer, tmp_path, reward=reward, **SGD)
+    trainer = make(tmp_path, A3POTrainer, reward_funcs=reward, **SGD)
     trainer.shape_advantages, trainer.start = function, tiny.parameters(trainer)
     trainer.train()
     assert rows == [True] * 3 * 8
-    assert_same_parameters(trainer, train(RaisesEverything, tmp_path, reward=reward, **SGD))
+    assert_same_update(trainer, train(tmp_path, RaisesEverything, reward_funcs=reward, **SGD))
 
 
 TENSORS = ["advantages", "per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards"]
@@ -391,7 +367,7 @@ def test_changes_in_place(name, num_iterations, tmp_path):
             {"advantages": advantages, **batch}[name].mul_(2)
             return advantages
 
-    trainer = make(Careless, tmp_path, num_iterations=num_iterations)
+    trainer = make(tmp_path, Careless, num_iterations=num_iterations)
     with pytest.raises(ValueError, match=rf"`shape_advantages` changed .*`{name}`.* in place"):
         trainer.train()
 
@@ -418,7 +394,7 @@ def test_other_log_probabilities(tmp_path):
     The hook runs inside `_get_per_token_logps_and_entropies`: it does not see log-probabilities that you change after
     calling `super()` there.
     """
-    trainer = train(OtherLogps, tmp_path, max_steps=1)
+    trainer = train(tmp_path, OtherLogps, max_steps=1)
     assert torch.equal(trainer.seen, trainer.before)
     assert (trainer.before != 0).any()
 
@@ -432,7 +408,7 @@ def test_other_arguments(tmp_path):
     """
     Change the arguments of the hook instead: override it, and call `super().shape_advantages` with other tensors.
     """
-    trainer = make(RanksTheOtherWay, tmp_path, scale_decay="constant", positive_low_ratio=0.4)
+    trainer = make(tmp_path, RanksTheOtherWay, scale_decay="constant", positive_low_ratio=0.4)
 
     def slow(advantages, *, old_per_token_logps, mask, **batch):
         rows = [tensor.tolist() for tensor in (advantages, -old_per_token_logps, mask)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import tiny
+from support.training import make, moved
 
 from trl_a3po import A3POTrainer
 from trl_a3po.testing import assert_gradients_follow
@@ -28,23 +29,12 @@ def as_meant(advantages, *, old_per_token_logps, rewards, progress, **batch):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def make(tmp_path, trainer_class=Twice, **fields):
-    return trainer_class(
-        tiny.model(),
-        tiny.parity_reward,
-        tiny.config(tmp_path, **fields),
-        tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-    )
-
-
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", tiny.LOSS_TYPES)
 def test_accepts_what_is_meant_and_touches_nothing(loss_type, level, tmp_path):
-    trainer = make(tmp_path, loss_type=loss_type, importance_sampling_level=level)
-    before = tiny.parameters(trainer)
+    trainer = make(tmp_path, Twice, loss_type=loss_type, importance_sampling_level=level)
     assert_gradients_follow(trainer, as_meant)
-    assert all(torch.equal(before[name], value) for name, value in tiny.parameters(trainer).items())
+    assert not moved(trainer)
     assert type(trainer) is Twice
     assert not trainer._metrics["train"]
     assert not trainer._polarity_sums
@@ -55,7 +45,7 @@ def test_accepts_what_is_meant_and_touches_nothing(loss_type, level, tmp_path):
     "fields", [{"beta": 0.1}, {"top_entropy_quantile": 0.5}, {"delta": 1.5}, {"log_tokens": 1}], ids=str
 )
 def test_accepts_it_with_options_that_change_the_loss(fields, model_dir, tmp_path):
-    trainer = Twice(model_dir, tiny.parity_reward, tiny.config(tmp_path, **fields), tiny.prompts())
+    trainer = make(tmp_path, Twice, model=model_dir, **fields)
     for seed in range(3):
         assert_gradients_follow(trainer, as_meant, seed=seed)
 
@@ -81,7 +71,7 @@ def test_takes_one_advantage_per_completion(tmp_path):
 def test_finds_what_is_not(wrong, tmp_path):
     match = r"Token \d of completion \d \(advantage .*, reward .*\) has the gradient .*\. Expected .*, because"
     with pytest.raises(AssertionError, match=match):
-        assert_gradients_follow(make(tmp_path), wrong)
+        assert_gradients_follow(make(tmp_path, Twice), wrong)
 
 
 class InPlace(A3POTrainer):

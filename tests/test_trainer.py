@@ -10,21 +10,11 @@ import pytest
 import torch
 import trl
 from support import reference, tiny
+from support.training import ShapingRecorder, make, train
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.training.trl_contract import check_contract
-
-
-def make(output_dir, trainer_class=A3POTrainer, rollout_func=None, **fields):
-    return trainer_class(
-        tiny.model(),
-        tiny.parity_reward,
-        tiny.config(output_dir, **fields),
-        tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        rollout_func=rollout_func,
-    )
 
 
 def test_signature_is_that_of_grpo_trainer():
@@ -102,7 +92,7 @@ def test_mistakes_that_would_train_something_else_are_refused(shape, message, tm
             return shape(advantages, **batch)
 
     with pytest.raises((TypeError, ValueError), match=message):
-        make(tmp_path, Mistaken).train()
+        train(tmp_path, Mistaken)
 
 
 def test_what_a_subclass_returns_where_masked_makes_no_difference(tmp_path):
@@ -116,8 +106,7 @@ def test_what_a_subclass_returns_where_masked_makes_no_difference(tmp_path):
 
     losses, parameters = [], []
     for trainer_class in (Infinite, Finite):
-        trainer = make(tmp_path, trainer_class, max_steps=3, mask_truncated_completions=True)
-        trainer.train()
+        trainer = train(tmp_path, trainer_class, max_steps=3, mask_truncated_completions=True)
         losses.append([log["loss"] for log in trainer.state.log_history[:-1]])
         parameters.append(tiny.parameters(trainer))
     assert losses[0] == losses[1]
@@ -135,8 +124,7 @@ def test_a_subclass_can_go_on_from_a3po_after_the_scales_have_decayed(tmp_path):
             shapes.append(tuple(shaped.shape))
             return shaped * 0.9 ** mask.cumsum(1)
 
-    trainer = make(tmp_path, Faded, max_steps=4, scale_decay_steps=2)
-    trainer.train()
+    trainer = train(tmp_path, Faded, max_steps=4, scale_decay_steps=2)
     assert trainer.current_shaping_settings()["positive_low_scale"] == 1
     assert shapes == [(8, 8)] * 4
 
@@ -216,13 +204,6 @@ def test_a_loss_that_trains_on_padding_is_refused(level, tmp_path):
 # Metrics
 
 
-class Recorder(A3POTrainer):
-    def shape_advantages(self, advantages, **tensors):
-        shaped = super().shape_advantages(advantages, **tensors)
-        self.calls = [*getattr(self, "calls", []), {"advantages": advantages, "shaped": shaped, **tensors}]
-        return shaped
-
-
 def expected_metrics(calls, settings):
     """A token at a time, over all batches of one log."""
     by_polarity = {"positive": [], "negative": [], "zero": []}
@@ -275,8 +256,7 @@ def expected_metrics(calls, settings):
     ids=str,
 )
 def test_metrics_are_means_over_everything_since_the_last_log(fields, tmp_path):
-    trainer = make(tmp_path, Recorder, scale_decay="constant", **fields)
-    trainer.train()
+    trainer = train(tmp_path, ShapingRecorder, scale_decay="constant", **fields)
     batches_a_step = trainer.args.gradient_accumulation_steps
     logged = [entry for entry in trainer.state.log_history if "a3po/zero/fraction" in entry]
     steps = [0, *(entry["step"] for entry in logged)]
@@ -291,8 +271,7 @@ def test_metrics_are_means_over_everything_since_the_last_log(fields, tmp_path):
 
 
 def test_metrics_of_the_selected_tokens_say_what_was_selected(tmp_path):
-    trainer = make(tmp_path, max_steps=1)
-    trainer.train()
+    trainer = train(tmp_path, max_steps=1)
     metrics = trainer.state.log_history[0]
     assert metrics["a3po/positive/selected_prob"] < metrics["a3po/positive/other_prob"]
     assert metrics["a3po/negative/selected_prob"] > metrics["a3po/negative/other_prob"]
@@ -311,15 +290,9 @@ def test_the_mismatch_is_that_of_the_selected_tokens(tmp_path):
             row[2] = math.nan
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
-    class Sampled(Recorder):
-        def shape_advantages(self, advantages, **batch):
-            self.sampled = self._loss_scope.inputs["sampling_per_token_logps"]
-            return super().shape_advantages(advantages, **batch)
-
-    trainer = make(tmp_path, Sampled, rollout_func=rollout, max_steps=1)
-    trainer.train()
-    [call] = trainer.calls
-    distance = (call["old_per_token_logps"] - trainer.sampled).abs().nan_to_num(0.0)
+    trainer = train(tmp_path, ShapingRecorder, arguments={"rollout_func": rollout}, max_steps=1)
+    [batch], [call] = trainer.batches, trainer.calls
+    distance = (call["old_per_token_logps"] - batch["sampling_per_token_logps"]).abs().nan_to_num(0.0)
     selected = call["shaped"] != call["advantages"][:, None]
     for polarity, of in (("positive", call["advantages"] > 0), ("negative", call["advantages"] < 0)):
         mean = float(distance[selected & of[:, None]].mean())
@@ -327,8 +300,7 @@ def test_the_mismatch_is_that_of_the_selected_tokens(tmp_path):
 
 
 def test_a_user_who_logs_on_one_process_alone_causes_no_communication(tmp_path, monkeypatch):
-    trainer = make(tmp_path, max_steps=1)
-    trainer.train()
+    trainer = train(tmp_path, max_steps=1)
     trainer._polarity_sums["train"] = torch.zeros(3, 8)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda *_, **__: pytest.fail("a collective operation"))

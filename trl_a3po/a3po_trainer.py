@@ -271,8 +271,16 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             None if sampled is None else sampled[rows],
         )
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
+        if self.model.training:
+            own = self._shapes_its_own_way or not self._rollout_is_ours()
+            self._signal_budget.add_trained(inputs, advantages, unselected, per_token_logps, entropies, rows, own)
         if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
+
+    def get_high_entropy_mask(self, *args, **kwargs):
+        mask = super().get_high_entropy_mask(*args, **kwargs)
+        self._signal_budget.add_entropy_mask(mask)
+        return mask
 
     def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
         """A subclass's `shape_advantages`, with the checks that need not wait for the device."""
@@ -306,7 +314,15 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         """Adds up the sums of all processes, and appends the means to TRL's metrics. Every process must call it."""
         if mode not in self._polarity_sums:
             return
-        sums = self.accelerator.reduce(self._polarity_sums.pop(mode), reduction="sum").cpu()  # waits once, here
+        polarities = self._polarity_sums.pop(mode)
+        counts = self._signal_budget.pop_counts() if mode == "train" else polarities.new_zeros(0)
+        both = self.accelerator.reduce(torch.cat([polarities.flatten(), counts]), reduction="sum").cpu()  # waits once
+        sums, counts = both[: polarities.numel()].view_as(polarities), both[polarities.numel() :]
+        if mode == "train":
+            signal = self._signal_budget.metrics(counts)
+            self._signal_budget.warn_once(signal, self.state.global_step)
+            for name, value in signal.items():
+                self._metrics[mode][name].append(value)
         for name, value in polarity_metrics(sums).items():
             self._metrics[mode][f"a3po/{name}"].append(value)
         if self._skippable_signs() and mode == "train":

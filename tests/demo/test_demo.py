@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import subprocess
 import sys
@@ -8,15 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from support.demo_program import REPOSITORY, SMALL, START_MODEL, run_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
 from trl_a3po.demo import arithmetic
 from trl_a3po.evaluation.runs import evaluate_model, sample_model
-
-
-START_MODEL = Path(arithmetic.__file__).parent / "start_model"
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -165,14 +161,6 @@ def test_problems_without_a_parseable_solution_are_left_out(model, tokenizer):
 # The command line
 
 
-def run_demo(tmp_path: Path, *options: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "trl_a3po.cli", "demo", *options]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def assert_table_and_saved_model(output: str, directory: Path, steps: int) -> None:
     table = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
     assert table["held-out"] == ["before", "after"]
@@ -183,9 +171,6 @@ def assert_table_and_saved_model(output: str, directory: Path, steps: int) -> No
     assert f"{steps} steps in" in output
     assert AutoModelForCausalLM.from_pretrained(directory).num_parameters() > 0
     assert AutoTokenizer.from_pretrained(directory)("1+1").input_ids
-
-
-SMALL = ["--per_device_train_batch_size", "8", "--num_generations", "4", "--eval_samples", "4", "--logging_steps", "1"]
 
 
 def test_help(tmp_path):

@@ -106,8 +106,8 @@ def test_rounds_are_run_for_the_process_that_needs_them(ranks):
     rounds, discarded, unused = (
         [entry[f"a3po/dynamic_sampling/{name}"] for entry in entries] for name in ("rounds", "discarded", "unused")
     )
-    assert all(0 < each <= 2 for each in rounds)
-    assert all(each > 0 for each in discarded)
+    assert 0 < min(rounds) <= max(rounds) <= 2
+    assert min(discarded) > 0
     assert sum(unused) > 0  # what the other sampled meanwhile
 
 

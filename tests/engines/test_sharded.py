@@ -25,7 +25,7 @@ def output(request, model_dir, tmp_path_factory):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     distributed_type = "FSDP" if request.param == "fsdp2" else "DEEPSPEED"
-    assert all(path.read_text() == distributed_type for path in output.glob("*/distributed_type"))
+    assert {path.read_text() for path in output.glob("*/distributed_type")} == {distributed_type}
     return output
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 import torch
 from datasets import Dataset
 from support import adapters, tiny, vllm_on_cpu
-from test_samplers import INHERITED
+from support.generation import INHERITED
 
 import trl_a3po.demo
 from trl_a3po.demo import arithmetic

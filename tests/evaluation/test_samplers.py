@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from support import tiny
+from support.generation import INHERITED
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -95,45 +96,6 @@ def test_no_two_samples_share_their_random_numbers(model):
     again = engine([Request(PROMPTS[0], 16, seed_of(*key[:1], "p", *key[1:])) for key in keys[:5]])
     assert [tuple(ids) for ids in again] == drawn[:5]
     assert len({seed_of(*key[:1], problem, *key[1:]) for key in keys for problem in "pq"}) == 2 * len(keys)
-
-
-# What of generation_config.json acts on sampling, each by itself. The file is written without transformers' checks.
-INHERITED = {
-    "repetition_penalty": 5.0,
-    "no_repeat_ngram_size": 1,
-    "encoder_repetition_penalty": 3.0,
-    "temperature": 0.01,
-    "top_k": 1,
-    "top_p": 0.01,
-    "min_p": 0.99,
-    "typical_p": 0.01,
-    "epsilon_cutoff": 0.5,
-    "eta_cutoff": 0.5,
-    "do_sample": True,
-    "num_beams": 3,
-    "num_return_sequences": 2,
-    "penalty_alpha": 0.6,
-    "bad_words_ids": [[index] for index in range(3, 40)],
-    "suppress_tokens": [*range(7, 40)],
-    "begin_suppress_tokens": [*range(7, 40)],
-    "forced_bos_token_id": 5,
-    "forced_eos_token_id": 5,
-    "min_new_tokens": 10,
-    "min_length": 14,
-    "max_length": 3,
-    "max_time": 0.0,
-    "max_new_tokens": 1,
-    "stop_strings": ["1"],
-    "exponential_decay_length_penalty": [1, 3.0],
-    "sequence_bias": [[[5], 20.0]],
-    "guidance_scale": 4.0,
-    "renormalize_logits": True,
-    "use_cache": False,
-    "prompt_lookup_num_tokens": 3,
-    "watermarking_config": {"bias": 9.0},
-    "pad_token_id": 7,
-    "eos_token_id": 6,
-}
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import tiny
-
-from trl_a3po import A3POTrainer
+from support.training import Recorder, assert_same_update, make
 
 
 # As Python does for the program.
@@ -60,19 +59,6 @@ def test_the_loop_settles_at_its_bound():
 # In training
 
 
-class Recorder(A3POTrainer):
-    """Keeps the arguments of the hook, and its result."""
-
-    def _compute_loss(self, model, inputs):
-        self.inputs = inputs
-        return super()._compute_loss(model, inputs)
-
-    def shape_advantages(self, advantages, **batch):
-        shaped = super().shape_advantages(advantages, **batch)
-        self.calls = [*getattr(self, "calls", []), (self.inputs, advantages, shaped, batch)]
-        return shaped
-
-
 def rollout(prompts, trainer):
     """Random completions, of which the sampler says that it found every token likelier than it was, by 0.3."""
     generator = torch.Generator().manual_seed(trainer.state.global_step)
@@ -90,23 +76,21 @@ def rollout(prompts, trainer):
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs}
 
 
-def make(output_dir, loop, bound, **fields):
-    class Recorded(Recorder, loop):
-        pass
-
-    Recorded.bound = bound
-    return Recorded(
-        tiny.model(),
-        tiny.signed_parity_reward,
-        tiny.config(output_dir, **{"max_steps": 4, "scale_decay": "constant", **fields}),
-        tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        rollout_func=rollout,
+def closed_loop(output_dir, loop, bound, **fields):
+    """A trainer of the loop that records."""
+    trainer_class = type("Recorded", (Recorder, loop), {"bound": bound})
+    return make(
+        output_dir,
+        trainer_class,
+        reward_funcs=tiny.signed_parity_reward,
+        arguments={"rollout_func": rollout},
+        **{"max_steps": 4, "scale_decay": "constant", **fields},
     )
 
 
-def train(*args, **kwargs):
-    trainer = make(*args, **kwargs)
+def trained_loop(*args, **kwargs):
+    """The same, trained."""
+    trainer = closed_loop(*args, **kwargs)
     trainer.train()
     return trainer
 
@@ -115,17 +99,18 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def mismatch(call):
+def mismatch(batch):
     """Mean distance over the amplified tokens; 0 for those of which the sampler says nothing."""
-    inputs, advantages, shaped, batch = call
-    amplified = (shaped != advantages[:, None]) & batch["mask"].bool()
-    distance = (batch["old_per_token_logps"] - inputs["sampling_per_token_logps"]).abs().nan_to_num(0.0)
+    amplified = (batch["shaped"] != batch["advantages"][:, None]) & batch["completion_mask"].bool()
+    old_per_token_logps = batch.get("old_per_token_logps", batch["per_token_logps"])
+    distance = (old_per_token_logps - batch["sampling_per_token_logps"]).abs().nan_to_num(0.0)
     return float(distance[amplified].mean())
 
 
-def entropy(call):
-    mask = call[-1]["mask"].bool()
-    return float(call[-1]["entropies"][mask].mean())
+def entropy(batch):
+    """Mean over the rows that are computed: the others have none."""
+    entropies = batch["entropies"][batch["completion_mask"].bool()]
+    return float(entropies[~entropies.isnan()].mean())
 
 
 @pytest.mark.parametrize(
@@ -133,30 +118,31 @@ def entropy(call):
     [(MismatchLoop, mismatch, 0.2, True), (MismatchLoop, mismatch, 0.4, False), (EntropyLoop, entropy, 1.0, True)],
 )
 def test_scales_follow_what_is_measured(loop, measure, bound, acts, tmp_path):
-    trainer = train(tmp_path, loop, bound)
+    trainer = trained_loop(tmp_path, loop, bound)
     damping, scales = 1.0, []
-    for call in trainer.calls:
+    assert len(trainer.batches) == 4
+    for batch in trainer.batches:
         scales.append(1 + damping)
-        damping = next_damping(damping, measure(call), bound)
+        damping = next_damping(damping, measure(batch), bound)
     assert logged(trainer, "a3po/scale/positive_low") == pytest.approx(scales, rel=1e-4)
     assert logged(trainer, "a3po/scale/negative_high") == pytest.approx(scales, rel=1e-4)
     assert (scales[-1] < 2) == acts
-    for _, advantages, shaped, batch in trainer.calls[-1:]:
-        weights = (shaped / advantages[:, None])[batch["mask"].bool() & (advantages != 0)[:, None]]
-        assert weights.unique().tolist() == pytest.approx([1.0, scales[-1]], rel=1e-5)
+    advantages, mask = batch["advantages"][:, None], batch["completion_mask"].bool()
+    weights = (batch["shaped"] / advantages)[mask & (advantages != 0)]
+    assert weights.unique().tolist() == pytest.approx([1.0, scales[-1]], rel=1e-5)
 
 
 def test_a_resumed_run_continues_with_its_damping(tmp_path):
     fields = {"save_strategy": "steps", "save_steps": 2}
-    whole = train(tmp_path / "whole", MismatchLoop, 0.2, **fields)
-    resumed = make(tmp_path / "resumed", MismatchLoop, 0.2, **fields)
+    whole = trained_loop(tmp_path / "whole", MismatchLoop, 0.2, **fields)
+    resumed = closed_loop(tmp_path / "resumed", MismatchLoop, 0.2, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.damping == whole.damping < 1
-    assert all(torch.equal(value, tiny.parameters(whole)[name]) for name, value in tiny.parameters(resumed).items())
+    assert_same_update(resumed, whole)
 
 
 def test_an_evaluation_damps_nothing(tmp_path):
-    trainer = train(tmp_path, MismatchLoop, 0.2, max_steps=1)
+    trainer = trained_loop(tmp_path, MismatchLoop, 0.2, max_steps=1)
     damping = trainer.damping
     trainer.evaluate(tiny.prompts(8))
     assert trainer.damping == damping < 1

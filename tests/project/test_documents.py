@@ -12,7 +12,7 @@ import torch
 import trl
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from support import tiny
+from support import tiny, training
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 import trl_a3po
@@ -28,7 +28,7 @@ TRLS_OWN = {"tests/test_grpo_trainer.py"}
 PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
-    REPOSITORY / "benchmarks" / "polarity" / "README.md",
+    *(REPOSITORY / name / "README.md" for name in ("benchmarks/polarity", "benchmarks/real", "examples/smollm2")),
 ]
 
 
@@ -151,15 +151,9 @@ def test_the_readme_names_every_option():
 
 
 def test_the_guide_names_every_metric(tmp_path):
-    trainer = trl_a3po.A3POTrainer(
-        tiny.model(),
-        tiny.parity_reward,
-        tiny.config(tmp_path, max_steps=1),
-        tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-    )
-    trainer.train()
+    trainer = training.train(tmp_path, max_steps=1)
     metrics = {name.split("/")[-1] for name in trainer.state.log_history[0] if name.startswith("a3po/")}
+    assert len(metrics) > 8
     documented = {"positive_low", "negative_high"}  # as {end}
     assert all(name in documented or f"/{name}`" in GUIDE for name in metrics)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support import tiny
-from test_demo import SMALL, START_MODEL, run_demo
+from support.demo_program import SMALL, START_MODEL, run_demo
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
 from trl.rewards import accuracy_reward

@@ -156,7 +156,7 @@ def test_lines_that_are_none_are_counted_and_the_others_read(tmp_path):
 def test_the_command_writes_a_report_and_says_where(tmp_path, capsys):
     run, output = logged_runs.a3po(tmp_path / "run"), tmp_path / "out.html"
     assert main([str(run), "--output", str(output)]) == 0
-    assert capsys.readouterr().out == f"Report: {output}\n"
+    assert capsys.readouterr().out == f"run: no findings\nReport: {output}\n"
     assert embedded(output)["runs"][0]["name"] == "run"
 
 

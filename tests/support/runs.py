@@ -223,3 +223,9 @@ def make_run(run, output_dir, trainer_class=A3POTrainer, **fields):
     defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, **SGD}
     arguments = {"reward_funcs": every_other_reward, **arguments}
     return make(output_dir, trainer_class, arguments=arguments, **{**defaults, **run_fields, **fields})
+
+
+def train_run(*args, **kwargs):
+    trainer = make_run(*args, **kwargs)
+    trainer.train()
+    return trainer

@@ -69,6 +69,13 @@ def assert_same_parameters(a, b):
     assert not different(tiny.parameters(a), tiny.parameters(b))
 
 
+def assert_same_update(a, b):
+    """Both have moved, and to the same parameters."""
+    assert moved(a)
+    assert moved(b)
+    assert_same_parameters(a, b)
+
+
 def largest_difference(ours, theirs):
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - value).abs().max()) for name, value in theirs.items())
@@ -94,12 +101,14 @@ class StopAfter(TrainerCallback):
 
 class Recorder(A3POTrainer):
     """
-    Keeps, for each loss, its micro-batch, the shapes of its passes over the model, and what the hook is told and
-    returns.
+    Keeps the micro-batch of each loss in `batches`, and the shapes of the loss's passes over the model in `passes`.
+
+    A micro-batch is the dict that TRL's loss is given, with the log-probabilities and entropies that were computed,
+    the advantages as `shaped`, and the optimizer steps done before it as `step`.
     """
 
     def __init__(self, *args, **kwargs):
-        self.batches, self.passes, self.calls = [], [], []
+        self.batches, self.passes = [], []
         super().__init__(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         model.register_forward_pre_hook(self._note_pass, with_kwargs=True)
@@ -108,10 +117,16 @@ class Recorder(A3POTrainer):
         if torch.is_grad_enabled():  # only the passes of the loss have gradients
             self.passes.append(tuple(kwargs["input_ids"].shape))
 
-    def _before_loss_reads(self, scope, **outputs):
-        # Not by an override of the loss: then rows would stay in the micro-batches that TRL makes.
-        self.batches.append(dict(scope.inputs))
-        super()._before_loss_reads(scope, **outputs)
+    def _before_loss_reads(self, scope, per_token_logps, entropies):
+        # Not by an override of the loss or of `shape_advantages`: either changes which rows a micro-batch has.
+        batch = {**scope.inputs, "per_token_logps": per_token_logps.detach(), "entropies": entropies.detach()}
+        super()._before_loss_reads(scope, per_token_logps, entropies)
+        batch |= {"shaped": scope.inputs["advantages"], "step": self.state.global_step}
+        rows = len(batch["completion_ids"])
+        for name, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:
+                batch[name] = value[: scope.present]  # the others have no tokens
+        self.batches.append(batch)
 
     @property
     def cells(self):
@@ -121,6 +136,10 @@ class Recorder(A3POTrainer):
 
 class ShapingRecorder(Recorder):
     """Also keeps what the hook is told, and what it returns. With a hook of its own no row is skipped."""
+
+    def __init__(self, *args, **kwargs):
+        self.calls = []
+        super().__init__(*args, **kwargs)
 
     def shape_advantages(self, advantages, **batch):
         shaped = super().shape_advantages(advantages, **batch)

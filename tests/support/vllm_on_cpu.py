@@ -16,8 +16,8 @@ os.environ.update(
     VLLM_CPU_CI_ENV="1",  # no compilation
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # no process besides
     TORCHDYNAMO_DISABLE="1",
-    OMP_NUM_THREADS="1",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import trl.generation.vllm_generation

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kill_worker import digests
 from support import tiny
+from support.training import make
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
@@ -19,10 +20,11 @@ from trl_a3po.training.checkpoint_files import delete, flush, is_whole, mark_of,
 from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 
-def make(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
+def saving_trainer(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
+    """A trainer that saves a checkpoint at each step, and by default keeps one."""
     fields = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "lr_scheduler_type": "constant", **fields}
-    args = tiny.config(output_dir, **{"save_strategy": "steps", **fields})
-    return trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts(), tiny.prompts(8))
+    fields = {"save_strategy": "steps", **fields}
+    return make(output_dir, trainer_class, model=model_dir, arguments={"eval_dataset": tiny.prompts(8)}, **fields)
 
 
 def names(directory):
@@ -79,7 +81,7 @@ class WitnessedTrainer(A3POTrainer):
 
 
 def witnessed(model_dir, output_dir, **fields):
-    trainer = make(model_dir, output_dir, WitnessedTrainer, **fields)
+    trainer = saving_trainer(model_dir, output_dir, WitnessedTrainer, **fields)
     trainer.witness = witness = Witness()
     for checkpoint in output_dir.glob("checkpoint-*"):
         witness.saved(checkpoint)
@@ -121,16 +123,16 @@ def test_at_every_moment_there_is_a_whole_checkpoint(fields, model_dir, tmp_path
 
 def test_overwriting_the_only_checkpoint_loses_nothing(model_dir, tmp_path):
     """A run that is started anew in the same directory."""
-    make(model_dir, tmp_path, max_steps=2, save_steps=2).train()
+    saving_trainer(model_dir, tmp_path, max_steps=2, save_steps=2).train()
     witnessed(model_dir, tmp_path, max_steps=2, save_steps=2)
     assert names(tmp_path) == ["checkpoint-2"]
 
 
 def test_half_written_checkpoints_of_a_higher_step_do_not_outlive_whole_ones(model_dir, tmp_path):
-    make(model_dir, tmp_path, max_steps=3, save_steps=3).train()
+    saving_trainer(model_dir, tmp_path, max_steps=3, save_steps=3).train()
     mark_of(tmp_path / "checkpoint-3").touch()
     mark_of(tmp_path / "checkpoint-7").touch()  # killed before there was a directory
-    trainer = make(model_dir, tmp_path, max_steps=2, save_total_limit=2)
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=2, save_total_limit=2)
     trainer.train()
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -204,11 +206,11 @@ def test_a_new_checkpoint_wins_over_the_one_that_waits(tmp_path):
 
 @pytest.mark.parametrize("by", ["True", "last_whole_checkpoint", "name"])
 def test_a_run_resumes_from_the_checkpoint_that_waited(by, model_dir, tmp_path):
-    make(model_dir, tmp_path, max_steps=2, save_steps=2).train()
+    saving_trainer(model_dir, tmp_path, max_steps=2, save_steps=2).train()
     before = digests(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2").rename(tmp_path / "checkpoint-2.previous")
     write(tmp_path, 2, marked=True)
-    trainer = make(model_dir, tmp_path, max_steps=3, save_strategy="no")
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=3, save_strategy="no")
     name = str(tmp_path / "checkpoint-2")
     trainer.train({"True": True, "last_whole_checkpoint": last_whole_checkpoint(tmp_path), "name": name}[by])
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
@@ -251,7 +253,7 @@ class LeavesOddFiles(A3POTrainer):
 
 
 def test_odd_files_do_not_end_the_training(model_dir, tmp_path):
-    make(model_dir, tmp_path, LeavesOddFiles, max_steps=2, save_total_limit=1).train()
+    saving_trainer(model_dir, tmp_path, LeavesOddFiles, max_steps=2, save_total_limit=1).train()
     assert names(tmp_path) == ["checkpoint-2"]
 
 
@@ -309,7 +311,7 @@ def test_files_and_names_are_flushed_before_the_mark_goes(model_dir, tmp_path, m
         flushed.append((path, mark_of(tmp_path / "checkpoint-1").exists()))
 
     monkeypatch.setattr(checkpoints, "flush", note)
-    make(model_dir, tmp_path, max_steps=1).train()
+    saving_trainer(model_dir, tmp_path, max_steps=1).train()
     checkpoint = tmp_path / "checkpoint-1"
     while_marked = [path for path, marked in flushed if marked]
     assert while_marked[:2] == [mark_of(checkpoint), tmp_path]
@@ -358,7 +360,7 @@ def fails(error):
     ids=["ENOSPC", "EDQUOT", "safetensors"],
 )
 def test_a_full_disk_is_told_plainly(error, model_dir, tmp_path, monkeypatch):
-    trainer = make(model_dir, tmp_path, max_steps=2)
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=2)
 
     def save_rng_state(output_dir):
         if trainer.state.global_step == 2:
@@ -373,14 +375,14 @@ def test_a_full_disk_is_told_plainly(error, model_dir, tmp_path, monkeypatch):
 
 
 def test_other_errors_stay_as_they_are(model_dir, tmp_path, monkeypatch):
-    trainer = make(model_dir, tmp_path, max_steps=1)
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=1)
     monkeypatch.setattr(trainer, "_save_rng_state", fails(ZeroDivisionError("in a callback")))
     with pytest.raises(ZeroDivisionError, match="in a callback"):
         trainer.train()
 
 
 def test_torch_names_no_full_disk_and_the_error_does(model_dir, tmp_path, monkeypatch):
-    trainer = make(model_dir, tmp_path, max_steps=1)
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=1)
     monkeypatch.setattr(
         trainer, "_save_rng_state", fails(RuntimeError("inline_container.cc: unexpected pos 576 vs 534"))
     )

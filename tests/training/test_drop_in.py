@@ -16,12 +16,12 @@ from support.runs import (
     RUNS,
     TOOLS,
     images,
-    make_run,
+    train_run,
 )
 from support.training import Recorder, ShapingRecorder, assert_trained, largest_difference, moved, update_difference
 from trl import GRPOTrainer
 
-from trl_a3po import A3POTrainer, shape_advantages
+from trl_a3po import shape_advantages
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -29,15 +29,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def train(run, output_dir, trainer_class=A3POTrainer, **fields):
-    trainer = make_run(run, output_dir, trainer_class, **fields)
-    trainer.train()
-    return trainer
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_trains(run, tmp_path):
-    trainer = train(run, tmp_path)
+    trainer = train_run(run, tmp_path)
     assert_trained(trainer)
     assert largest_difference(tiny.parameters(trainer), trainer.start) > 1e-3
     *steps, _ = trainer.state.log_history
@@ -53,13 +47,13 @@ def test_trains(run, tmp_path):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_neutral_settings_are_grpo_to_the_last_bit(run, tmp_path):
-    ours, theirs = train(run, tmp_path, **tiny.NEUTRAL), train(run, tmp_path, GRPOTrainer)
+    ours, theirs = train_run(run, tmp_path, **tiny.NEUTRAL), train_run(run, tmp_path, GRPOTrainer)
     assert largest_difference(tiny.parameters(ours), tiny.parameters(theirs)) == 0
 
 
 @pytest.mark.parametrize("run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS, EXPERTS, CONTINUOUS_BATCHING])
 def test_the_update_is_the_same_from_fewer_cells(run, tmp_path):
-    plain, saved = (train(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
+    plain, saved = (train_run(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert update_difference(saved, plain) < 1e-4
     assert len(saved.passes) == len(plain.passes)
     assert saved.cells < 0.9 * plain.cells
@@ -67,7 +61,7 @@ def test_the_update_is_the_same_from_fewer_cells(run, tmp_path):
 
 @pytest.mark.parametrize("run", [ROUTER_LOSS])
 def test_the_loss_of_the_router_needs_every_row_but_no_padding(run, tmp_path):
-    plain, saved = (train(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
+    plain, saved = (train_run(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert update_difference(saved, plain) < 1e-4
     assert {rows for rows, _ in saved.passes} == {4}
     assert sum(columns for _, columns in saved.passes) < sum(columns for _, columns in plain.passes)
@@ -77,7 +71,7 @@ def test_the_loss_of_the_router_needs_every_row_but_no_padding(run, tmp_path):
 
 
 def test_images_switch_the_savings_off(tmp_path):
-    plain, saved = (train(images, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
+    plain, saved = (train_run(images, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert saved.passes == plain.passes
     assert largest_difference(tiny.parameters(saved), tiny.parameters(plain)) == 0
     assert any("vision_tower" in name for name in moved(saved))
@@ -85,7 +79,7 @@ def test_images_switch_the_savings_off(tmp_path):
 
 @pytest.mark.parametrize("run", [TOOLS, ENVIRONMENTS])
 def test_what_a_tool_says_is_shaped_as_if_it_were_not_there(run, tmp_path):
-    trainer = train(run, tmp_path, ShapingRecorder, scale_decay="constant")
+    trainer = train_run(run, tmp_path, ShapingRecorder, scale_decay="constant")
     settings = trainer.args.shaping_settings
     said = []
     for batch, call in zip(trainer.batches, trainer.calls, strict=True):

@@ -1,6 +1,8 @@
 """Groups with nothing to learn from make room for groups of fresh prompts, and every row stays with its own."""
 
+import math
 import re
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -11,9 +13,8 @@ from packaging.version import Version
 from peft import PromptTuningConfig
 from support import tiny
 from support.runs import ENVIRONMENTS, ROLLOUT_FUNCTION, TOOLS, images, make_run
-from support.training import StopAfter, gpt2
+from support.training import SGD, Recorder, StopAfter, assert_same_update, gpt2, make, moved
 
-from trl_a3po import A3POTrainer
 from trl_a3po.training.dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 
 
@@ -176,13 +177,12 @@ def rollout(prompts, trainer):
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logprobs, "env_mask": env_mask}
 
 
-class Recorder(A3POTrainer):
-    """Keeps the rounds of each generation batch, and what was made of them."""
+class RoundsRecorder(Recorder):
+    """Also keeps the prompts and rounds of each generation batch, and the rollout that was made of them."""
 
     def __init__(self, *args, **kwargs):
-        self.prompts, self.rounds, self.batches, self.losses = [], [], [], []
+        self.prompts, self.rounds, self.rollouts = [], [], []
         super().__init__(*args, **kwargs)
-        self.losses.clear()  # of the check at construction
 
     def _sample_round(self, inputs):
         output = super()._sample_round(inputs)
@@ -193,39 +193,27 @@ class Recorder(A3POTrainer):
     def _generate_and_score_completions(self, inputs):
         self.prompts.append([])
         self.rounds.append([])
-        self.batches.append(super()._generate_and_score_completions(inputs))
-        return self.batches[-1]
-
-    def _compute_loss(self, model, inputs):
-        self.losses.append(inputs)
-        return super()._compute_loss(model, inputs)
+        self.rollouts.append(super()._generate_and_score_completions(inputs))
+        return self.rollouts[-1]
 
 
-def make(output_dir, trainer_class=Recorder, arguments=None, **fields):
+def sampler(output_dir, trainer_class=RoundsRecorder, arguments=None, **fields):
+    """A trainer that replaces groups without a signal."""
     defaults = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 8,
         "num_generations": 8,
         "max_completion_length": 12,
         "dynamic_sampling": 3,
-        "optim": "sgd",  # Adam turns rounding into steps of full size where a gradient is almost nothing
-        "learning_rate": 0.1,
+        **SGD,
     }
-    torch.manual_seed(0)
-    return trainer_class(
-        **{
-            "model": tiny.model(),
-            "reward_funcs": reward,
-            "args": tiny.config(output_dir, **{**defaults, **fields}),
-            "train_dataset": tiny.prompts(24),
-            "processing_class": tiny.tokenizer(),
-            **(arguments or {}),
-        }
-    )
+    arguments = {"train_dataset": tiny.prompts(24), **(arguments or {})}
+    return make(output_dir, trainer_class, reward_funcs=reward, arguments=arguments, **{**defaults, **fields})
 
 
-def train(*args, **kwargs):
-    trainer = make(*args, **kwargs)
+def sampled(*args, **kwargs):
+    """The same, trained."""
+    trainer = sampler(*args, **kwargs)
     trainer.train()
     return trainer
 
@@ -245,6 +233,26 @@ def rows_of(rollout):
 
 def groups_of(rows, size):
     return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def rows_trained_on(batch):
+    """What of each row is known of a micro-batch too."""
+    completions = [tuple(ids[ids != 0].tolist()) for ids in batch["completion_ids"]]
+    return list(zip(completions, batch["advantages"].tolist(), batch["rewards"].tolist(), strict=True))
+
+
+def assert_trains_on(trainer, rollouts):
+    """The loss gets every row of the rollouts as often as it is due, in whichever micro-batch."""
+    args = trainer.args
+    uses = args.steps_per_generation * trainer.num_iterations
+    assert len(trainer.batches) == args.max_steps * args.gradient_accumulation_steps
+    assert len(rollouts) == math.ceil(len(trainer.batches) / uses)
+    for number, rollout in enumerate(rollouts):
+        batches = trainer.batches[number * uses : (number + 1) * uses]
+        given = Counter(row for batch in batches for row in rows_trained_on(batch))
+        due = Counter(rows_trained_on(rollout) * trainer.num_iterations)
+        assert given.total() == len(batches) * args.per_device_train_batch_size
+        assert given == due if len(batches) == uses else given < due
 
 
 def expected_batch(rounds, is_live, size):
@@ -285,7 +293,7 @@ RUNS = {
 
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_every_row_is_that_of_the_definition(fields, model_dir, tmp_path):
-    trainer = train(tmp_path, arguments={"model": model_dir, "rollout_func": rollout}, **fields)
+    trainer = sampled(tmp_path, arguments={"model": model_dir, "rollout_func": rollout}, **fields)
     size = trainer.num_generations
 
     def is_live(group):
@@ -296,7 +304,7 @@ def test_every_row_is_that_of_the_definition(fields, model_dir, tmp_path):
         )
 
     prompt_of = {tuple(ids_of(prompt, trainer)): prompt for prompt in trainer.train_dataset["prompt"]}
-    for rounds, batch in zip(trainer.rounds, trainer.batches, strict=True):
+    for rounds, batch in zip(trainer.rounds, trainer.rollouts, strict=True):
         rows = rows_of(batch)
         assert rows == expected_batch(rounds, is_live, size)
         assert len(rows) == len(rounds[0]["advantages"])
@@ -310,11 +318,11 @@ def test_every_row_is_that_of_the_definition(fields, model_dir, tmp_path):
             assert batch["num_items_in_batch"].tolist() == sum(a * b for mask in masks for a, b in mask)
     assert any(len(rounds) > 1 for rounds in trainer.rounds)
     assert sum(logged(trainer, "discarded")) > 0
-    assert all(len(batch["advantages"]) == 4 for batch in trainer.losses)
+    assert_trains_on(trainer, trainer.rollouts)
     assert all(value.isfinite().all() for value in tiny.parameters(trainer).values())
 
 
-class Rescoring(Recorder):
+class Rescoring(RoundsRecorder):
     """Computes the log-probabilities of each batch again, before it is trained on."""
 
     def _generate_and_score_completions(self, inputs):
@@ -334,23 +342,24 @@ class Rescoring(Recorder):
 
 def test_in_another_batch_log_probabilities_are_the_same(model_dir, tmp_path):
     arguments = {"model": model_dir, "rollout_func": rollout}
-    trainer = train(tmp_path, Rescoring, arguments, num_iterations=2, beta=0.1, max_steps=4)
+    trainer = sampled(tmp_path, Rescoring, arguments, num_iterations=2, beta=0.1, max_steps=4)
     widths = [{each["prompt_ids"].shape[1] for each in rounds} for rounds in trainer.rounds]
     assert any(len(each) > 1 for each in widths)
 
 
 def test_all_that_is_trained_on_teaches(tmp_path):
     """Of completions that the model samples."""
-    trainer = train(tmp_path, dynamic_sampling=8, max_steps=4)
+    trainer = sampled(tmp_path, dynamic_sampling=8, max_steps=4)
     assert logged(trainer, "unfilled") == [0, 0, 0, 0]
     assert max(logged(trainer, "rounds")) > 0
-    for batch in trainer.losses:
-        assert (batch["advantages"] != 0).any()
+    assert_trains_on(trainer, trainer.rollouts)
+    for batch in trainer.rollouts:
+        assert (batch["advantages"].view(-1, 8) != 0).any(1).all()
 
 
 def test_the_counts_add_up(tmp_path):
-    trainer = train(tmp_path, max_steps=6, dynamic_sampling=2)
-    for rounds, batch, *numbers in zip(trainer.rounds, trainer.batches, *counts(trainer).values(), strict=True):
+    trainer = sampled(tmp_path, max_steps=6, dynamic_sampling=2)
+    for rounds, batch, *numbers in zip(trainer.rounds, trainer.rollouts, *counts(trainer).values(), strict=True):
         of_batch, *of_rounds = (
             live_groups(each["advantages"], each["advantages"] != 0, 8) for each in (batch, *rounds)
         )
@@ -362,40 +371,39 @@ def test_the_counts_add_up(tmp_path):
 
 def test_rounds_that_find_nothing_leave_the_ordinary_batch(tmp_path):
     arguments = {"reward_funcs": tiny.equal_reward}
-    trainer = train(tmp_path, arguments=arguments, dynamic_sampling=2)
-    plain = train(tmp_path, arguments=arguments, dynamic_sampling=0)
-    for rounds, prompts, batch in zip(trainer.rounds, trainer.prompts, trainer.batches, strict=True):
+    trainer = sampled(tmp_path, arguments=arguments, dynamic_sampling=2)
+    plain = sampled(tmp_path, arguments=arguments, dynamic_sampling=0)
+    for rounds, prompts, batch in zip(trainer.rounds, trainer.prompts, trainer.rollouts, strict=True):
         assert len(rounds) == 3
         assert len({tuple(each) for each in prompts}) == 3
         assert rows_of(batch) == rows_of(rounds[0])
     assert [each[0] for each in trainer.prompts] == [each[0] for each in plain.prompts]
     assert counts(trainer) == {"rounds": [2] * 3, "discarded": [8] * 3, "unused": [0] * 3, "unfilled": [4] * 3}
-    start = dict(tiny.model().named_parameters())
-    assert all(torch.equal(start[name], value) for name, value in tiny.parameters(trainer).items())
+    assert not moved(trainer)
 
 
 def test_where_all_groups_teach_it_is_off_to_the_last_bit(tmp_path):
     on, off = (
-        train(tmp_path, arguments={"reward_funcs": half_right}, dynamic_sampling=rounds, num_iterations=2)
+        sampled(tmp_path, arguments={"reward_funcs": half_right}, dynamic_sampling=rounds, num_iterations=2)
         for rounds in (3, 0)
     )
-    for name, value in tiny.parameters(off).items():
-        assert torch.equal(tiny.parameters(on)[name], value), name
+    assert_same_update(on, off)
     assert counts(on) == {"rounds": [0, 0], "discarded": [0, 0], "unused": [0, 0], "unfilled": [0, 0]}
     for ours, theirs in zip(on.state.log_history[:-1], off.state.log_history[:-1], strict=True):
-        assert {name for name in ours if "dynamic_sampling" not in name} == theirs.keys()
+        added = ("a3po/dynamic_sampling/", "signal/sampled/")
+        assert {name for name in ours if not name.startswith(added)} == theirs.keys()
         assert all(ours[name] == theirs[name] for name in theirs.keys() - {"step_time"})
 
 
 def test_metrics_of_trl_are_those_of_all_that_was_sampled(tmp_path):
-    trainer = train(tmp_path, arguments={"rollout_func": rollout}, max_steps=4)
+    trainer = sampled(tmp_path, arguments={"rollout_func": rollout}, max_steps=4)
     assert {len(rounds) for rounds in trainer.rounds} >= {2}
     for rounds, entry in zip(trainer.rounds, trainer.state.log_history[:-1], strict=True):
         assert entry["reward"] == pytest.approx(float(torch.cat([each["rewards"] for each in rounds]).mean()))
 
 
 def test_evaluation_takes_what_comes(tmp_path):
-    trainer = make(
+    trainer = sampler(
         tmp_path,
         arguments={"reward_funcs": tiny.equal_reward, "eval_dataset": tiny.prompts(4)},
         per_device_eval_batch_size=8,
@@ -408,21 +416,20 @@ def test_evaluation_takes_what_comes(tmp_path):
 @pytest.mark.parametrize("fields", [tiny.PLAIN, {"num_iterations": 2}], ids=["plain", "reused"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(fields, model_dir, tmp_path):
     fields = {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **fields}
-    whole = train(tmp_path / "whole", arguments={"model": model_dir}, **fields)
-    train(tmp_path / "parts", arguments={"model": model_dir, "callbacks": [StopAfter(4)]}, **fields)
-    resumed = make(tmp_path / "parts", arguments={"model": model_dir}, **fields)
+    whole = sampled(tmp_path / "whole", arguments={"model": model_dir}, **fields)
+    sampled(tmp_path / "parts", arguments={"model": model_dir, "callbacks": [StopAfter(4)]}, **fields)
+    resumed = sampler(tmp_path / "parts", arguments={"model": model_dir}, **fields)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.prompts == whole.prompts[-len(resumed.prompts) :]
     assert any(len(prompts) > 1 for prompts in resumed.prompts)
-    for name, value in tiny.parameters(whole).items():
-        assert torch.equal(tiny.parameters(resumed)[name], value), name
+    assert_same_update(resumed, whole)
     assert counts(resumed) == counts(whole)
 
 
 @pytest.mark.parametrize("fields", [RUNS["two iterations"], {"steps_per_generation": 16, "max_steps": 4}], ids=str)
 def test_the_update_is_the_same_from_fewer_cells(fields, tmp_path):
     plain, saved = (
-        train(tmp_path, arguments={"rollout_func": rollout}, **fields, **savings) for savings in (tiny.PLAIN, {})
+        sampled(tmp_path, arguments={"rollout_func": rollout}, **fields, **savings) for savings in (tiny.PLAIN, {})
     )
     assert max(logged(plain, "rounds")) > 0
     start = dict(tiny.model().named_parameters())
@@ -433,11 +440,11 @@ def test_the_update_is_the_same_from_fewer_cells(fields, tmp_path):
 
 @pytest.mark.parametrize("run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS])
 def test_tools_and_environments(run, tmp_path):
-    trainer = make_run(run, tmp_path, Recorder, dynamic_sampling=4, num_generations=2)
+    trainer = make_run(run, tmp_path, RoundsRecorder, dynamic_sampling=4, num_generations=2)
     trainer.train()
     assert max(logged(trainer, "rounds")) > 0
     assert max(logged(trainer, "unfilled")) == 0
-    for rounds, batch in zip(trainer.rounds, trainer.batches, strict=True):
+    for rounds, batch in zip(trainer.rounds, trainer.rollouts, strict=True):
         assert "tool_mask" in batch
         assert batch["advantages"].view(-1, 2).any(1).all()
         sampled = [row for each in rounds for row in rows_of(each)]
@@ -452,12 +459,12 @@ def refusal(model_dir, output_dir, run):
         if Version(trl.__version__) < Version("1.9"):
             pytest.skip("this TRL refuses it itself")
         stream = IterableDataset.from_generator(lambda: iter([{"prompt": "1+1="}]))
-        return make(output_dir, arguments={"model": model_dir, "train_dataset": stream})
+        return sampler(output_dir, arguments={"model": model_dir, "train_dataset": stream})
     if run == "positions":
-        return make(output_dir, arguments={"model": gpt2()})
+        return sampler(output_dir, arguments={"model": gpt2()})
     if run == "virtual tokens":
         adapter = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-        return make(output_dir, arguments={"model": model_dir, "peft_config": adapter})
+        return sampler(output_dir, arguments={"model": model_dir, "peft_config": adapter})
     return make_run(images, output_dir, dynamic_sampling=3)
 
 

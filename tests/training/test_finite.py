@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import processes, tiny
+from support.training import make
 from transformers import TrainerCallback
 
 from trl_a3po import A3POTrainer
@@ -45,11 +46,11 @@ class Unseen(A3POTrainer):
                 each.data.copy_(values)
 
 
-def make(model_dir, output_dir, *callbacks, arguments=None, **fields):
+def unseen_trainer(model_dir, output_dir, *callbacks, arguments=None, **fields):
+    """A trainer that saves every other step and does not log."""
     fields = {"max_steps": 6, "logging_steps": 10, "save_strategy": "steps", "save_steps": 2, **fields}
-    args = tiny.config(output_dir, **fields)
-    callbacks = list(callbacks)
-    return Unseen(model_dir, tiny.parity_reward, args, tiny.prompts(), callbacks=callbacks, **(arguments or {}))
+    arguments = {"callbacks": list(callbacks), **(arguments or {})}
+    return make(output_dir, Unseen, model=model_dir, arguments=arguments, **fields)
 
 
 def assert_finite_files(directory):
@@ -61,7 +62,7 @@ def assert_finite_files(directory):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_checkpoint_that_is_not_finite_is_never_written(value, model_dir, tmp_path):
-    trainer = make(model_dir, tmp_path, Spoils(4, value), save_total_limit=1)
+    trainer = unseen_trainer(model_dir, tmp_path, Spoils(4, value), save_total_limit=1)
     with pytest.raises(FloatingPointError, match=r"checkpoint-4' was not written: parameters .*`lm_head.weight`"):
         trainer.train()
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -72,14 +73,14 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(value, model_dir, tmp_
 @pytest.mark.parametrize("norm", [1.0, 0.0])
 def test_no_run_ends_well_with_nan(norm, model_dir, tmp_path):
     """There is no log, and no checkpoint, after the step."""
-    trainer = make(model_dir, tmp_path, Spoils(5), save_strategy="no", max_grad_norm=norm)
+    trainer = unseen_trainer(model_dir, tmp_path, Spoils(5), save_strategy="no", max_grad_norm=norm)
     with pytest.raises(FloatingPointError, match=r"^Training ended after step 6: parameters are NaN or infinite"):
         trainer.train()
 
 
 def test_an_update_of_nan_is_found_without_grad_norm(model_dir, tmp_path):
     """The update itself makes NaN here: of which parameters depends on the release of TRL."""
-    trainer = make(model_dir, tmp_path, save_total_limit=1, max_grad_norm=0.0)
+    trainer = unseen_trainer(model_dir, tmp_path, save_total_limit=1, max_grad_norm=0.0)
     trainer.model.lm_head.weight.register_hook(
         lambda gradient: gradient * (math.nan if trainer.state.global_step == 3 else 1)
     )
@@ -89,14 +90,14 @@ def test_an_update_of_nan_is_found_without_grad_norm(model_dir, tmp_path):
 
 
 def test_an_adapter_is_checked(model_dir, tmp_path):
-    trainer = make(model_dir, tmp_path, Spoils(4), arguments=tiny.lora())
+    trainer = unseen_trainer(model_dir, tmp_path, Spoils(4), arguments=tiny.lora())
     with pytest.raises(FloatingPointError, match=r"checkpoint-4' was not written: .*`base_model.*lora_"):
         trainer.train()
     assert_finite_files(tmp_path)
 
 
 def test_a_frozen_parameter_or_a_mask_may_be_infinite(model_dir, tmp_path):
-    trainer = make(model_dir, tmp_path, max_steps=2)
+    trainer = unseen_trainer(model_dir, tmp_path, max_steps=2)
     trainer.model.register_parameter("bias", torch.nn.Parameter(torch.tensor([-math.inf]), requires_grad=False))
     trainer.model.register_buffer("mask", torch.tensor([-math.inf]), persistent=False)
     trainer.train()

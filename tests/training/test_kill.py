@@ -14,11 +14,11 @@ import torch
 from kill_worker import POINTS, STATE_FILES, Kill, digests
 from support import tiny
 from support.hub_server import Hub
+from support.training import make, train
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
-from trl_a3po import A3POTrainer
 from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 
@@ -162,10 +162,10 @@ def test_with_one_checkpoint_kills_in_a_save_lose_no_more_than_a_step(model_dir,
     assert report["left"] == ["checkpoint-18"]
 
 
-def make(model_dir, output_dir, **fields):
+def saving_trainer(model_dir, output_dir, **fields):
+    """A trainer that saves every other step."""
     fields = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant", **fields}
-    args = tiny.config(output_dir, save_strategy="steps", **fields)
-    return A3POTrainer(model_dir, tiny.parity_reward, args, tiny.prompts())
+    return make(output_dir, model=model_dir, save_strategy="steps", **fields)
 
 
 @pytest.fixture
@@ -175,8 +175,8 @@ def half_overwritten(model_dir, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("No space left on device")
 
-    make(model_dir, tmp_path).train()
-    trainer = make(model_dir, tmp_path)
+    saving_trainer(model_dir, tmp_path).train()
+    trainer = saving_trainer(model_dir, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(TrainerState, "save_to_json", fail)
         with pytest.raises(OSError, match="No space left"):
@@ -187,7 +187,7 @@ def half_overwritten(model_dir, tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_not_whole_is_passed_over(half_overwritten, model_dir, caplog):
     assert get_last_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
     assert last_whole_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-2")
-    trainer = make(model_dir, half_overwritten)
+    trainer = saving_trainer(model_dir, half_overwritten)
     trainer.train(resume_from_checkpoint=True)
     (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.training.checkpoints")
     assert warning == (
@@ -199,31 +199,26 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(half_overwritten, model_d
 
 def test_a_checkpoint_that_is_not_whole_is_refused(half_overwritten, model_dir):
     with pytest.raises(ValueError, match=r"checkpoint-4' is incomplete.*`resume_from_checkpoint=True`"):
-        make(model_dir, half_overwritten).train(str(half_overwritten / "checkpoint-4"))
+        saving_trainer(model_dir, half_overwritten).train(str(half_overwritten / "checkpoint-4"))
 
 
 def test_no_whole_checkpoint_is_an_error(model_dir, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     assert last_whole_checkpoint(tmp_path) is None
     with pytest.raises(ValueError, match=r"no complete checkpoint .*Incomplete ones: checkpoint-2\."):
-        make(model_dir, tmp_path).train(resume_from_checkpoint=True)
+        saving_trainer(model_dir, tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_checkpoints_of_grpo_are_resumed_from(model_dir, tmp_path):
-    GRPOTrainer(
-        model_dir,
-        tiny.parity_reward,
-        tiny.config(tmp_path, GRPOConfig, max_steps=2, save_strategy="steps", save_steps=2),
-        tiny.prompts(),
-    ).train()
-    trainer = make(model_dir, tmp_path)
+    train(tmp_path, GRPOTrainer, model=model_dir, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = saving_trainer(model_dir, tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_a_run_that_is_resumed_in_its_second_epoch_ends_as_an_uninterrupted_one(model_dir, tmp_path):
     """Every epoch has an order of its own."""
-    whole, resumed = (make(model_dir, tmp_path, max_steps=12, save_steps=10) for _ in range(2))
+    whole, resumed = (saving_trainer(model_dir, tmp_path, max_steps=12, save_steps=10) for _ in range(2))
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert resumed.state.epoch == 1.5
@@ -231,7 +226,7 @@ def test_a_run_that_is_resumed_in_its_second_epoch_ends_as_an_uninterrupted_one(
 
 
 def test_a_run_that_is_resumed_after_its_last_step_stays_as_it_is(model_dir, tmp_path):
-    whole, again = make(model_dir, tmp_path), make(model_dir, tmp_path)
+    whole, again = saving_trainer(model_dir, tmp_path), saving_trainer(model_dir, tmp_path)
     whole.train()
     before = digests(tmp_path / "checkpoint-4")
     again.train(resume_from_checkpoint=True)

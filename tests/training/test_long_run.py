@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 from support import tiny
+from support.training import train
 from transformers import TrainerCallback
 
 from trl_a3po import A3POTrainer
@@ -64,10 +65,15 @@ class Leaking(A3POTrainer):
         return super().shape_advantages(*args, **kwargs)
 
 
-def train(trainer_class, output_dir, max_steps):
+def watched_run(trainer_class, output_dir, max_steps):
+    """A trained trainer, and what was noted of the process meanwhile."""
     model_dir = tiny.save(output_dir / "model", num_hidden_layers=1, hidden_size=16, intermediate_size=16)
-    args = tiny.config(
+    watch = Watch()
+    trainer = train(
         output_dir,
+        trainer_class,
+        model=model_dir,
+        arguments={"callbacks": [watch]},
         max_steps=max_steps,
         per_device_train_batch_size=4,
         max_completion_length=4,
@@ -75,15 +81,12 @@ def train(trainer_class, output_dir, max_steps):
         learning_rate=1e-4,  # at which the tiny model lasts
         scale_decay="constant",  # shapes to the end
     )
-    watch = Watch()
-    trainer = trainer_class(model_dir, tiny.parity_reward, args, tiny.prompts(), callbacks=[watch])
-    trainer.train()
     return trainer, watch
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    return train(A3POTrainer, tmp_path_factory.mktemp("long-run"), STEPS)
+    return watched_run(A3POTrainer, tmp_path_factory.mktemp("long-run"), STEPS)
 
 
 def test_memory_stays_as_it_is(long_run):
@@ -110,7 +113,7 @@ def test_logs_stay_as_large(long_run):
 
 
 def test_a_leak_would_be_seen(tmp_path):
-    trainer, watch = train(Leaking, tmp_path, 400)
+    trainer, watch = watched_run(Leaking, tmp_path, 400)
     for file in trainer.files:
         os.close(file)
     assert watch.bytes_per_step() > MOST_BYTES_PER_STEP

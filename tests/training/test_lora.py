@@ -10,12 +10,11 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from support import tiny
+from support.training import Recorder, assert_same_update, different, make, moved, train
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
-from trl import GRPOConfig, GRPOTrainer
-
-from trl_a3po import A3POConfig, A3POTrainer
+from trl import GRPOTrainer
 
 
 def load(directory):
@@ -38,63 +37,29 @@ def own_adapter(model_dir):
 BOTH = pytest.mark.parametrize("arguments", [fresh_adapter, own_adapter], ids=["peft_config", "PeftModel"])
 
 
-def make(arguments, output_dir, trainer_class=A3POTrainer, **fields):
-    config_class = GRPOConfig if trainer_class is GRPOTrainer else A3POConfig
-    torch.manual_seed(0)  # older releases of TRL draw the adapter's weights before they seed
-    return trainer_class(
-        **{
-            "reward_funcs": tiny.parity_reward,
-            "args": tiny.config(output_dir, config_class, **fields),
-            "train_dataset": tiny.prompts(),
-            "processing_class": tiny.tokenizer(),
-            **arguments,
-        }
-    )
-
-
-def train(*args, **kwargs):
-    trainer = make(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def different(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return {name for name in ours if not torch.equal(ours[name], theirs[name])}
-
-
 # What trains
 
 
 @BOTH
 def test_the_adapter_trains_and_nothing_else(arguments, model_dir, tmp_path):
-    trainer = make(arguments(model_dir), tmp_path)
-    start = tiny.parameters(trainer)
-    trainer.train()
-    moved = different(tiny.parameters(trainer), start)
-    assert moved == {name for name in start if "lora_" in name}
+    trainer = train(tmp_path, arguments=arguments(model_dir))
+    assert moved(trainer) == {name for name in trainer.start if "lora_" in name}
     assert trainer.state.log_history[0]["a3po/positive/selected_fraction"] > 0
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_neutral_settings_are_grpo_to_the_last_bit_with_an_adapter_of_ones_own(beta, model_dir, tmp_path):
-    ours = train(own_adapter(model_dir), tmp_path, beta=beta, **tiny.NEUTRAL)
-    theirs = train(own_adapter(model_dir), tmp_path, GRPOTrainer, beta=beta)
-    assert not different(tiny.parameters(ours), tiny.parameters(theirs))
+    ours = train(tmp_path, arguments=own_adapter(model_dir), beta=beta, **tiny.NEUTRAL)
+    theirs = train(tmp_path, GRPOTrainer, arguments=own_adapter(model_dir), beta=beta)
+    assert_same_update(ours, theirs)
 
 
 def test_two_adapters_at_once_are_refused(model_dir, tmp_path):
     with pytest.raises(ValueError, match="You passed a `PeftModel` instance together with a `peft_config`"):
-        make({**own_adapter(model_dir), **tiny.lora()}, tmp_path)
+        make(tmp_path, arguments={**own_adapter(model_dir), **tiny.lora()})
 
 
 # The reference of the KL term
-
-
-class Recorder(A3POTrainer):
-    def _compute_loss(self, model, inputs):
-        self.batches = [*getattr(self, "batches", []), inputs]
-        return super()._compute_loss(model, inputs)
 
 
 def completion_logps(model, batch):
@@ -109,10 +74,11 @@ def completion_logps(model, batch):
 @BOTH
 @pytest.mark.parametrize("fields", [tiny.PLAIN, {}], ids=["plain", "savings"])
 def test_the_reference_is_the_model_as_it_came(arguments, fields, model_dir, tmp_path):
-    trainer = train(arguments(model_dir), tmp_path, Recorder, beta=0.1, max_steps=4, **fields)
+    trainer = train(tmp_path, Recorder, arguments=arguments(model_dir), beta=0.1, max_steps=4, **fields)
     assert trainer.ref_model is None
     model = arguments(model_dir)["model"]
     reference = load(model) if model == model_dir else model
+    assert len(trainer.batches) == 4
     for batch in trainer.batches:
         ours = batch["ref_per_token_logps"] * batch["completion_mask"]
         torch.testing.assert_close(ours, completion_logps(reference, batch), rtol=1e-4, atol=1e-5)
@@ -163,15 +129,13 @@ AS_ARGUMENT = pytest.mark.parametrize("as_argument", [False, True], ids=["model_
 @AS_ARGUMENT
 def test_an_adapter_trains_on_a_quantised_model(as_argument, model_dir, tmp_path):
     arguments, fields = quantized(RoundingConfig(decimals=1), as_argument)
-    trainer = make({**fresh_adapter(model_dir), **arguments}, tmp_path, **fields)
-    start = tiny.parameters(trainer)
-    trainer.train()
+    trainer = train(tmp_path, arguments={**fresh_adapter(model_dir), **arguments}, **fields)
     end = tiny.parameters(trainer)
-    assert different(end, start) == {name for name in start if "lora_" in name}
+    assert moved(trainer) == {name for name in end if "lora_" in name}
     assert all(torch.equal(value, value.round(decimals=1)) for name, value in end.items() if "lora_" not in name)
-    theirs = train({**fresh_adapter(model_dir), **arguments}, tmp_path, GRPOTrainer, **fields)
-    neutral = train({**fresh_adapter(model_dir), **arguments}, tmp_path, **tiny.NEUTRAL, **fields)
-    assert not different(tiny.parameters(neutral), tiny.parameters(theirs))
+    theirs = train(tmp_path, GRPOTrainer, arguments={**fresh_adapter(model_dir), **arguments}, **fields)
+    neutral = train(tmp_path, arguments={**fresh_adapter(model_dir), **arguments}, **tiny.NEUTRAL, **fields)
+    assert_same_update(neutral, theirs)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
@@ -179,7 +143,7 @@ def test_an_adapter_trains_on_a_quantised_model(as_argument, model_dir, tmp_path
 def test_without_bitsandbytes_transformers_says_what_to_install(as_argument, model_dir, tmp_path):
     arguments, fields = quantized(BitsAndBytesConfig(load_in_8bit=True), as_argument)
     with pytest.raises(ImportError, match="pip install -U bitsandbytes"):
-        make({**fresh_adapter(model_dir), **arguments}, tmp_path, **fields)
+        make(tmp_path, arguments={**fresh_adapter(model_dir), **arguments}, **fields)
 
 
 # What is saved
@@ -196,7 +160,7 @@ def assert_speaks_alike(loaded, trained):
 
 @BOTH
 def test_the_saved_adapter_and_the_checkpoints_load_back(arguments, model_dir, tmp_path):
-    trainer = train(arguments(model_dir), tmp_path, save_strategy="steps", save_steps=3)
+    trainer = train(tmp_path, arguments=arguments(model_dir), save_strategy="steps", save_steps=3)
     trainer.save_model(tmp_path / "saved")
     for directory in (tmp_path / "saved", tmp_path / "checkpoint-3"):
         assert not list(Path(directory).glob("model*"))  # the adapter alone
@@ -205,7 +169,7 @@ def test_the_saved_adapter_and_the_checkpoints_load_back(arguments, model_dir, t
 
 @BOTH
 def test_the_merged_model_loads_back_without_peft(arguments, model_dir, tmp_path):
-    trainer = train(arguments(model_dir), tmp_path)
+    trainer = train(tmp_path, arguments=arguments(model_dir))
     trainer.save_model(tmp_path / "saved")
     trained = PeftModel.from_pretrained(load(model_dir), tmp_path / "saved")
     trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -231,9 +195,9 @@ OWN_ADAPTER = pytest.param(
 @pytest.mark.parametrize("arguments", [pytest.param(fresh_adapter, id="peft_config"), OWN_ADAPTER])
 def test_a_resumed_run_keeps_its_reference(arguments, model_dir, tmp_path):
     fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "beta": 0.1}
-    whole = train(arguments(model_dir), tmp_path, **fields)
-    resumed = make(arguments(model_dir), tmp_path, **fields)
+    whole = train(tmp_path, arguments=arguments(model_dir), **fields)
+    resumed = make(tmp_path, arguments=arguments(model_dir), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert not different(tiny.parameters(resumed), tiny.parameters(whole))
+    assert_same_update(resumed, whole)
     kl = [[entry.get("kl") for entry in trainer.state.log_history] for trainer in (whole, resumed)]
     assert kl[0] == kl[1]

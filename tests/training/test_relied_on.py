@@ -15,6 +15,7 @@ import torch
 import transformers
 import trl
 from support import tiny
+from support.training import make, train
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -155,17 +156,6 @@ def test_the_installed_releases_have_what_the_table_says_and_nothing_else(plain_
             assert each.exists(plain_trainers[0]) == each.must_exist, each
 
 
-def make(output_dir, trainer_class=A3POTrainer, **fields):
-    return trainer_class(
-        tiny.model(),
-        tiny.parity_reward,
-        tiny.config(output_dir, **fields),
-        tiny.prompts(),
-        eval_dataset=tiny.prompts(4),
-        processing_class=tiny.tokenizer(),
-    )
-
-
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(GRPOTrainer, "_calculate_rewards"), (GRPOTrainer, "_prepare_inputs"), (Trainer, "evaluation_loop")],
@@ -221,7 +211,8 @@ def test_trl_and_transformers_call_every_method_that_is_overridden(tmp_path):
     }
     Watched = type("Watched", (A3POTrainer,), {name: watched(name) for name in names})  # noqa: N806
     fields = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
-    make(tmp_path, Watched, dynamic_sampling=1, **fields).train()
+    fields |= {"dynamic_sampling": 1, "top_entropy_quantile": 0.5}
+    train(tmp_path, Watched, arguments={"eval_dataset": tiny.prompts(4)}, **fields)
     assert names - {name for name, by in callers.items() if by - {"trl_a3po"}} == set(), "called by nobody else"
     assert len(names) > 8
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from support import tiny
-from trl import GRPOConfig, GRPOTrainer
+from support.training import SGD, largest_difference, make, train
+from trl import GRPOTrainer
 
-from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po import A3POTrainer
 
 
 NEUTRAL_WITH_SAVINGS = {name: value for name, value in tiny.NEUTRAL.items() if name not in tiny.PLAIN}
@@ -66,48 +67,35 @@ SUBCLASSES = {
 }
 
 
-def train(trainer_class, output_dir, **fields):
-    config_class = A3POConfig if issubclass(trainer_class, A3POTrainer) else GRPOConfig
+def train_by_descent(output_dir, trainer_class, **fields):
+    """A trained trainer whose update is proportional to the gradient, and that to the rewards."""
     defaults = {
-        "optim": "sgd",  # Adam turns rounding into steps of full size where a gradient is almost nothing
+        **SGD,
         "learning_rate": 0.05,
         "max_grad_norm": 0.0,  # else twice the gradient is the same step
         "scale_rewards": "none",  # else twice the rewards are the same advantages
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 4,
     }
-    trainer = trainer_class(
-        tiny.model(),
-        tiny.parity_reward,
-        tiny.config(output_dir, config_class, **{**defaults, **fields}),
-        tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-    )
-    trainer.train()
-    return trainer
-
-
-def largest_difference(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return max(float((value - ours[name]).abs().max()) for name, value in theirs.items())
+    return train(output_dir, trainer_class, **{**defaults, **fields})
 
 
 @pytest.mark.parametrize("subclass", SUBCLASSES.values(), ids=SUBCLASSES.keys())
 def test_a_subclass_trains_as_on_grpo_trainer(subclass, tmp_path):
-    theirs = train(subclass(GRPOTrainer), tmp_path)
-    plain = tiny.parameters(train(GRPOTrainer, tmp_path))
+    theirs = train_by_descent(tmp_path, subclass(GRPOTrainer))
+    plain = tiny.parameters(train_by_descent(tmp_path, GRPOTrainer))
     assert theirs.calls > 0
     changed = largest_difference(plain, tiny.parameters(theirs))
     assert changed > 1e-3  # the subclass does something
     for fields, tolerance in ((tiny.NEUTRAL, 0.0), (NEUTRAL_WITH_SAVINGS, 1e-4 * changed)):
-        ours = train(subclass(A3POTrainer), tmp_path, **fields)
+        ours = train_by_descent(tmp_path, subclass(A3POTrainer), **fields)
         assert largest_difference(tiny.parameters(ours), tiny.parameters(theirs)) <= tolerance
         assert ours.calls == theirs.calls
 
 
 def test_a_shaping_that_needs_a_late_attribute_trains(tmp_path):
     late = late_attribute("shape_advantages", lambda shaped, factor: shaped * factor)(A3POTrainer)
-    ours, plain = (train(trainer_class, tmp_path) for trainer_class in (late, A3POTrainer))
+    ours, plain = (train_by_descent(tmp_path, trainer_class) for trainer_class in (late, A3POTrainer))
     assert ours.calls > 0
     assert largest_difference(tiny.parameters(ours), tiny.parameters(plain)) > 1e-3
 
@@ -125,9 +113,7 @@ def test_none_of_a_subclass_runs_in_the_check_at_construction(tmp_path):
     names = [*SUBCLASSES, "compute_loss", "shape_advantages", "current_shaping_settings", "log"]
     names.remove("a field of its own")
     Watched = type("Watched", (A3POTrainer,), {name: watched(name) for name in names})  # noqa: N806
-    trainer = Watched(
-        tiny.model(), tiny.parity_reward, tiny.config(tmp_path), tiny.prompts(), processing_class=tiny.tokenizer()
-    )
+    trainer = make(tmp_path, Watched)
     assert ran == []
     trainer.train()
     assert {*ran} == {*names}
@@ -139,6 +125,6 @@ def test_a_loss_of_the_subclass_is_its_own_affair(tmp_path):
             output = model(input_ids=inputs["completion_ids"], labels=inputs["completion_ids"])
             return output.loss
 
-    end = tiny.parameters(train(OwnLoss, tmp_path, max_steps=1))
+    end = tiny.parameters(train_by_descent(tmp_path, OwnLoss, max_steps=1))
     assert all(torch.isfinite(value).all() for value in end.values())
     assert largest_difference(end, tiny.model().state_dict()) > 1e-3

@@ -11,46 +11,45 @@ from pathlib import Path
 import pytest
 import torch
 from support import processes, tiny
+from support.training import Recorder, assert_same_update, make, train
 
-from trl_a3po import A3POTrainer
 from trl_a3po.training import token_log
 from trl_a3po.training.input_checks import total_rewards
 from trl_a3po.training.token_log import TokenLog, token_texts
 from trl_a3po.training.token_log_format import MAX_LINE_BYTES, MAX_TOKEN_CHARACTERS, TOKENS_FILE, LoggedCompletion
 
 
-class Recorder(A3POTrainer):
-    """Keeps, by step, what each completion was: the arguments and the result of the shaping, row by row."""
-
-    def _compute_loss(self, model, inputs):
-        self.rows = getattr(self, "rows", defaultdict(list))
-        self.now = inputs
-        return super()._compute_loss(model, inputs)
-
-    def shape_advantages(self, advantages, **tensors):
-        shaped = super().shape_advantages(advantages, **tensors)
-        for i, advantage in enumerate(advantages.tolist()):
-            counts = tensors["mask"][i].bool()
-            of_tokens = shaped[i].expand(len(counts))[counts]
-            prompt = self.now["prompt_ids"][i][self.now["prompt_mask"][i].bool()]
-            self.rows[self.state.global_step + 1].append(
+def rows_by_step(trainer):
+    """By step, each completion that was trained on: its tokens, and what the shaping made of them."""
+    rows = defaultdict(list)
+    for batch in trainer.batches:
+        old_per_token_logps = batch.get("old_per_token_logps", batch["per_token_logps"])
+        mask = batch["completion_mask"].bool()
+        for i, advantage in enumerate(batch["advantages"].tolist()):
+            counts = mask[i]
+            prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+            rows[batch["step"] + 1].append(
                 {
-                    "prompt": self.processing_class.decode(prompt),
-                    "ids": self.now["completion_ids"][i][counts].tolist(),
+                    "prompt": trainer.processing_class.decode(prompt),
+                    "ids": batch["completion_ids"][i][counts].tolist(),
                     "advantage": advantage,
-                    "weights": (of_tokens / advantage).tolist(),
-                    "probs": tensors["old_per_token_logps"][i][counts].exp().tolist(),
-                    "entropies": tensors["entropies"][i][counts].tolist(),
+                    "weights": (batch["shaped"][i].expand(len(counts))[counts] / advantage).tolist(),
+                    "probs": old_per_token_logps[i][counts].exp().tolist(),
+                    "entropies": batch["entropies"][i][counts].tolist(),
                 }
             )
-        return shaped
+    return rows
 
 
-def train(output_dir, trainer_class=Recorder, reward=tiny.parity_reward, resume=None, **fields):
+def logging_trainer(output_dir, **fields):
+    """A recorder that logs tokens at every other step."""
     fields = {"log_tokens": 2, "max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 16, **fields}
-    trainer = trainer_class(
-        tiny.model(), reward, tiny.config(output_dir, **fields), tiny.prompts(), processing_class=tiny.tokenizer()
-    )
+    return make(output_dir, Recorder, **fields)
+
+
+def logging_run(output_dir, resume=None, **fields):
+    """The same, trained."""
+    trainer = logging_trainer(output_dir, **fields)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -73,13 +72,14 @@ def logged(output_dir):
     ids=str,
 )
 def test_the_values_are_those_of_the_shaping(fields, tmp_path):
-    trainer = train(tmp_path, scale_decay="constant", **fields)
+    trainer = logging_run(tmp_path, scale_decay="constant", **fields)
+    rows = rows_by_step(trainer)
     completions = logged(tmp_path)
     assert {completion.step for completion in completions} == {2, 4}
     for completion in completions:
         (row,) = [  # of two equal completions of a prompt, one
             row
-            for row in trainer.rows[completion.step]
+            for row in rows[completion.step]
             if row["prompt"] == completion.prompt
             and row["advantage"] == pytest.approx(completion.advantage)
             and row["probs"] == pytest.approx(completion.probs, rel=1e-3)
@@ -93,13 +93,14 @@ def test_the_values_are_those_of_the_shaping(fields, tmp_path):
 
 
 def test_of_each_prompt_the_most_telling_completions_of_both_polarities(tmp_path):
-    trainer = train(tmp_path, num_generations=8, reward=tiny.digit_reward)
+    trainer = logging_run(tmp_path, num_generations=8, reward_funcs=tiny.digit_reward)
+    rows = rows_by_step(trainer)
     by_prompt = defaultdict(list)
     for completion in logged(tmp_path):
         by_prompt[completion.step, completion.prompt].append(completion.advantage)
     assert Counter(step for step, _ in by_prompt) == {2: 2, 4: 2}
     for (step, prompt), advantages in by_prompt.items():
-        of_all = sorted(row["advantage"] for row in trainer.rows[step] if row["prompt"] == prompt)
+        of_all = sorted(row["advantage"] for row in rows[step] if row["prompt"] == prompt)
         positive, negative = [a for a in of_all if a > 0], [a for a in of_all if a < 0]
         assert positive
         assert negative
@@ -139,8 +140,8 @@ def test_groups_with_one_question_are_not_mixed(fields, tmp_path):
         return values
 
     question = tiny.prompts().map(lambda row: {"prompt": "which one?"})
-    args = tiny.config(tmp_path, max_steps=4, logging_steps=1, log_tokens=4, **fields)
-    A3POTrainer(tiny.model(), reward, args, question, processing_class=tiny.tokenizer()).train()
+    arguments = {"train_dataset": question}
+    train(tmp_path, reward_funcs=reward, arguments=arguments, max_steps=4, log_tokens=4, **fields)
     groups = defaultdict(list)
     for completion in logged(tmp_path):
         groups[completion.step, completion.group].append(completion.reward // 100)
@@ -152,19 +153,19 @@ def test_groups_with_one_question_are_not_mixed(fields, tmp_path):
 
 
 def test_completions_without_an_advantage_are_left_out(tmp_path):
-    train(tmp_path, reward=tiny.equal_reward)
+    logging_run(tmp_path, reward_funcs=tiny.equal_reward)
     assert not (tmp_path / TOKENS_FILE).exists()
 
 
 def test_off_leaves_nothing(tmp_path):
-    trainer = train(tmp_path, log_tokens=0)
+    trainer = logging_run(tmp_path, log_tokens=0)
     assert not (tmp_path / TOKENS_FILE).exists()
     assert not any(isinstance(callback, TokenLog) for callback in trainer.callback_handler.callbacks)
 
 
 def test_training_is_the_same_to_the_last_bit(tmp_path):
-    on, off = (tiny.parameters(train(tmp_path / str(prompts), log_tokens=prompts)) for prompts in (2, 0))
-    assert all(torch.equal(on[name], off[name]) for name in on)
+    on, off = (logging_run(tmp_path / str(prompts), log_tokens=prompts) for prompts in (2, 0))
+    assert_same_update(on, off)
 
 
 def test_the_host_waits_at_logs_alone(tmp_path):
@@ -180,20 +181,14 @@ def test_the_host_waits_at_logs_alone(tmp_path):
 
 
 def test_evaluation_is_not_logged(tmp_path):
-    args = tiny.config(tmp_path, log_tokens=4, max_steps=2, eval_strategy="steps", eval_steps=1)
-    trainer = Recorder(
-        tiny.model(),
-        tiny.parity_reward,
-        args,
-        tiny.prompts(),
-        eval_dataset=tiny.prompts(8),
-        processing_class=tiny.tokenizer(),
-    )
+    fields = {"log_tokens": 4, "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 8}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = logging_trainer(tmp_path, arguments={"eval_dataset": tiny.prompts(8)}, **fields, **evaluation)
     trainer.train()
     trainer.evaluate()
     assert {completion.step for completion in logged(tmp_path)} == {1, 2}
     assert len(logged(tmp_path)) <= 2 * 2 * 4
-    assert len(trainer.rows) > 2  # it is shaped as well
+    assert len(trainer.batches) > 2  # it is shaped as well
 
 
 # Bounds
@@ -269,11 +264,11 @@ def test_token_texts_join_to_the_text():
 
 
 def test_a_resumed_run_writes_no_step_twice(tmp_path):
-    train(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    logging_run(tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     whole = logged(tmp_path)
     with (tmp_path / TOKENS_FILE).open("ab") as file:
         file.write(b'{"step": 6, "prom')  # torn by a crash
-    train(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, resume=str(tmp_path / "checkpoint-4"))
+    logging_run(tmp_path, max_steps=6, save_strategy="steps", save_steps=2, resume=str(tmp_path / "checkpoint-4"))
     resumed = logged(tmp_path)
     assert [completion.step for completion in resumed] == sorted(completion.step for completion in resumed)
     until_the_checkpoint = [completion for completion in whole if completion.step <= 4]
@@ -284,7 +279,7 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path):
 
 def test_a_new_run_in_the_directory_starts_anew(tmp_path):
     for _ in range(2):
-        train(tmp_path, logging_strategy="epoch", max_steps=5)
+        logging_run(tmp_path, logging_strategy="epoch", max_steps=5)
     steps = [completion.step for completion in logged(tmp_path)]
     assert steps == sorted(steps)
     assert max(Counter(steps).values()) <= 8

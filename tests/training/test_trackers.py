@@ -9,22 +9,15 @@ from importlib.util import find_spec
 
 import pytest
 from support import tiny
+from support.training import train
 
-from trl_a3po import A3POTrainer
 
-
-def train(output_dir, tracker):
+def history_of_run(output_dir, tracker):
     """The log of a run with evaluations, reported to a tracker."""
-    trainer = A3POTrainer(
-        model=tiny.model(),
-        reward_funcs=tiny.parity_reward,
-        args=tiny.config(output_dir, report_to=tracker, eval_strategy="steps", eval_steps=2, max_steps=4),
-        train_dataset=tiny.prompts(),
-        eval_dataset=tiny.prompts(4),
-        processing_class=tiny.tokenizer(),
-    )
-    trainer.train()
-    return trainer.state.log_history
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    return train(
+        output_dir, arguments={"eval_dataset": tiny.prompts(4)}, report_to=tracker, **evaluation
+    ).state.log_history
 
 
 def logged(history):
@@ -48,7 +41,7 @@ def test_tensorboard_keeps_the_metrics(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    history = train(tmp_path, "tensorboard")
+    history = history_of_run(tmp_path, "tensorboard")
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     accumulator = EventAccumulator(str(events)).Reload()
     kept = {
@@ -64,7 +57,7 @@ def test_trackio_keeps_the_metrics(tmp_path, monkeypatch):
     # Where it keeps them, trackio reads when it is imported, and TRL imports it: hence a process of its own.
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        history = pool.submit(train, tmp_path / "run", "trackio").result()
+        history = pool.submit(history_of_run, tmp_path / "run", "trackio").result()
     (database,) = (tmp_path / "trackio").glob("*.db")
     with closing(sqlite3.connect(database)) as connection:
         rows = [json.loads(row) for (row,) in connection.execute("SELECT metrics FROM metrics")]

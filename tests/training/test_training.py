@@ -9,6 +9,7 @@ from support.training import (
     ShapingRecorder,
     StopAfter,
     assert_same_parameters,
+    assert_same_update,
     assert_trained,
     different,
     make,
@@ -51,14 +52,14 @@ RUNS = {
 
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_neutral_settings_are_grpo_to_the_last_bit(fields, model_dir, tmp_path):
-    assert_same_parameters(
+    assert_same_update(
         train(tmp_path, model=model_dir, **fields, **tiny.NEUTRAL),
         train(tmp_path, GRPOTrainer, model=model_dir, **fields),
     )
 
 
 def test_neutral_settings_are_grpo_to_the_last_bit_with_lora(model_dir, tmp_path):
-    assert_same_parameters(
+    assert_same_update(
         train(tmp_path, model=model_dir, arguments=tiny.lora(), **tiny.NEUTRAL),
         train(tmp_path, GRPOTrainer, model=model_dir, arguments=tiny.lora()),
     )
@@ -103,7 +104,7 @@ def test_trains_with_an_entropy_bonus(model_dir, tmp_path):
     if not hasattr(GRPOConfig, "entropy_coef"):
         pytest.skip("this TRL has no entropy bonus")
     for fields in ({"entropy_coef": 0.01}, {"use_adaptive_entropy": True, "entropy_target": 2.0}):
-        assert_same_parameters(
+        assert_same_update(
             train(tmp_path, model=model_dir, **fields, **tiny.NEUTRAL),
             train(tmp_path, GRPOTrainer, model=model_dir, **fields),
         )
@@ -138,17 +139,8 @@ def test_trains_on_conversations_scored_by_math_verify(model_dir, tmp_path):
     assert "rewards/accuracy_reward/mean" in trainer.state.log_history[0]
 
 
-class Scored(A3POTrainer):
-    """Keeps, at each loss, the rewards and the progress that the hook is told, and the completions they belong to."""
-
-    def _compute_loss(self, model, inputs):
-        ids = [row[mask.bool()] for row, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)]
-        self.seen = [*getattr(self, "seen", []), {"ids": ids}]
-        return super()._compute_loss(model, inputs)
-
-    def shape_advantages(self, advantages, *, rewards, progress, **batch):
-        self.seen[-1].update(rewards=rewards, progress=progress)
-        return super().shape_advantages(advantages, rewards=rewards, progress=progress, **batch)
+def completions_of(batch):
+    return [ids[mask.bool()] for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +152,7 @@ def test_the_hook_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_pa
     functions = [tiny.sometimes_none_reward, lambda completions, **kwargs: [None] * len(completions)]
     trainer = make(
         tmp_path,
-        Scored,
+        ShapingRecorder,
         model=model_dir,
         reward_funcs=functions,
         reward_weights=[2.0, 1.0],
@@ -169,29 +161,30 @@ def test_the_hook_is_told_the_rewards_and_the_progress(fields, model_dir, tmp_pa
         **fields,
     )
     trainer.evaluate()
-    before = len(trainer.seen)
+    before = len(trainer.calls)
     trainer.train()
-    trained = len(trainer.seen)
+    trained = len(trainer.calls)
     trainer.evaluate()
-    progress = [each["progress"] for each in trainer.seen]
+    progress = [call["progress"] for call in trainer.calls]
+    assert min(before, len(progress) - trained) > 0
     assert progress == [*[0.0] * before, 0.0, 0.25, 0.5, 0.75, *[1.0] * (len(progress) - trained)]
-    for each in trainer.seen:
-        sums = torch.stack([ids.sum() for ids in each["ids"]])
+    for batch, call in zip(trainer.batches, trainer.calls, strict=True):
+        sums = torch.stack([ids.sum() for ids in completions_of(batch)])
         expected = torch.where(sums % 3 == 0, torch.nan, 2.0 * (sums % 2))
-        torch.testing.assert_close(each["rewards"], expected, equal_nan=True)
-    rewards = torch.cat([each["rewards"] for each in trainer.seen])
+        torch.testing.assert_close(call["rewards"], expected, equal_nan=True)
+    rewards = torch.cat([call["rewards"] for call in trainer.calls])
     assert {*rewards.nan_to_num(-1).tolist()} == {-1.0, 0.0, 2.0}
 
 
 def test_the_hook_is_told_the_rewards_of_a_subclass(model_dir, tmp_path):
-    class OwnRewards(Scored):
+    class OwnRewards(ShapingRecorder):
         def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
             return torch.tensor(tiny.parity_reward(completion_ids_list))[:, None]
 
     trainer = train(tmp_path, OwnRewards, model=model_dir, max_steps=1)
-    told = trainer.seen[0]
-    assert told["rewards"].tolist() == tiny.parity_reward([ids.tolist() for ids in told["ids"]])
-    assert {*told["rewards"].tolist()} == {0.0, 1.0}
+    told = trainer.calls[0]["rewards"].tolist()
+    assert told == tiny.parity_reward([ids.tolist() for ids in completions_of(trainer.batches[0])])
+    assert {*told} == {0.0, 1.0}
     assert_trained(trainer)
 
 
@@ -214,6 +207,7 @@ def test_trains_on_a_rollout_function_with_tokens_that_are_not_the_models(model_
         tmp_path, ShapingRecorder, model=model_dir, arguments={"rollout_func": rollout}, scale_decay="constant"
     )
     assert_trained(trainer)
+    assert len(trainer.calls) == 3
     for call in trainer.calls:
         assert (call["mask"][:, 1] == 0).all()
         assert (call["shaped"][:, 1] == 0).all()
@@ -221,7 +215,9 @@ def test_trains_on_a_rollout_function_with_tokens_that_are_not_the_models(model_
 
 
 def test_aligned_rollouts_are_ranked_by_the_current_log_probabilities(model_dir, tmp_path):
-    for call in train(tmp_path, ShapingRecorder, model=model_dir).calls:
+    trainer = train(tmp_path, ShapingRecorder, model=model_dir)
+    assert len(trainer.calls) == 3
+    for call in trainer.calls:
         assert call["old_per_token_logps"] is call["per_token_logps"]
 
 
@@ -283,7 +279,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, model_dir, tmp_pa
     assert interrupted.state.global_step == 4
     resumed = make(tmp_path / "parts", model=model_dir, arguments=arguments(), **fields)
     resumed.train(resume_from_checkpoint=True)
-    assert_same_parameters(resumed, whole)
+    assert_same_update(resumed, whole)
     scales = [[e["a3po/scale/positive_low"] for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     assert scales[0] == scales[1] == pytest.approx([2.0, 1.8, 1.6, 1.4, 1.2, 1.0])
 
@@ -321,10 +317,11 @@ def test_saves_what_loads_back(model_dir, tmp_path):
     trainer = train(tmp_path, model=model_dir)
     trainer.save_model()
     again = make(tmp_path / "again", model=str(tmp_path))
+    assert moved(trainer)
     assert_same_parameters(again, trainer)
 
 
 def test_deep_copies_of_the_config_train_alike(model_dir, tmp_path):
     args = tiny.config(tmp_path)
     runs = [train(tmp_path, model=model_dir, arguments={"args": each}) for each in (args, copy.deepcopy(args))]
-    assert_same_parameters(*runs)
+    assert_same_update(*runs)

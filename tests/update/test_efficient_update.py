@@ -5,8 +5,8 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import PromptEncoderConfig, PromptTuningConfig
-from support import tiny, training
-from support.training import SGD, Recorder, gpt2, moved, update_difference
+from support import tiny
+from support.training import SGD, Recorder, assert_same_update, gpt2, moved, train, update_difference
 from torch._dynamo.utils import counters
 from transformers import (
     Qwen2Config,
@@ -17,7 +17,7 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from trl_a3po import A3POConfig
+from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.update import efficient_update
 from trl_a3po.update.model_traits import has_experts_as_modules
 from trl_a3po.update.packed_forward import trl_has_fused_head
@@ -51,7 +51,8 @@ def padded(monkeypatch):
     monkeypatch.setattr(efficient_update, "check_packing", lambda model: Packing("this test pads"))
 
 
-def train(model, output_dir, trainer_class=Recorder, arguments=None, **fields):
+def train_rollout(model, output_dir, trainer_class=Recorder, arguments=None, **fields):
+    """A trainer that is trained on the completions and rewards above."""
     defaults = {
         "max_steps": 3,
         "per_device_train_batch_size": 4,
@@ -59,7 +60,7 @@ def train(model, output_dir, trainer_class=Recorder, arguments=None, **fields):
         "max_completion_length": 12,
     }
     arguments = {"rollout_func": rollout, "reward_funcs": given_reward, **(arguments or {})}
-    return training.train(output_dir, trainer_class, model=model, arguments=arguments, **{**SGD, **defaults, **fields})
+    return train(output_dir, trainer_class, model=model, arguments=arguments, **{**SGD, **defaults, **fields})
 
 
 RUNS = {
@@ -82,21 +83,30 @@ RUNS = {
 
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS.keys())
 def test_the_update_is_the_same_from_fewer_cells(fields, model_dir, tmp_path, request):
-    plain = train(model_dir, tmp_path, **tiny.PLAIN, **fields)
-    packed = train(model_dir, tmp_path, **fields)
+    plain = train_rollout(model_dir, tmp_path, **tiny.PLAIN, **fields)
+    packed = train_rollout(model_dir, tmp_path, **fields)
     assert (packed._packing.reason is None) == trl_has_fused_head()
     request.getfixturevalue("padded")
-    padded = train(model_dir, tmp_path, **fields)
+    padded = train_rollout(model_dir, tmp_path, **fields)
     for saved in (packed, padded):
         assert update_difference(saved, plain) < 1e-4
         assert len(saved.passes) == len(plain.passes)
     assert packed.cells <= padded.cells < plain.cells
 
 
+def test_a_recorder_changes_nothing(model_dir, tmp_path):
+    """Rows are regrouped under its eyes: else tests that use it would check another update than the one of users."""
+    recorded, alone = (train_rollout(model_dir, tmp_path, trainer_class) for trainer_class in (Recorder, A3POTrainer))
+    assert recorded._regroups()
+    assert alone._regroups()
+    assert_same_update(recorded, alone)
+    assert len(recorded.batches) == 3 * 4
+
+
 @pytest.mark.parametrize("option", ["trim_padding", "skip_zero_advantage"])
 def test_each_saving_alone(option, model_dir, tmp_path):
-    plain = train(model_dir, tmp_path, **tiny.PLAIN)
-    saved = train(model_dir, tmp_path, **{**tiny.PLAIN, option: True})
+    plain = train_rollout(model_dir, tmp_path, **tiny.PLAIN)
+    saved = train_rollout(model_dir, tmp_path, **{**tiny.PLAIN, option: True})
     assert update_difference(saved, plain) < 1e-4
     assert saved.cells < plain.cells
 
@@ -114,8 +124,8 @@ class OldPasses(Recorder):
 @pytest.mark.parametrize("padding", [{}, {"trim_padding": False}], ids=["packed", "plain"])
 def test_old_log_probabilities_of_rows_without_an_advantage_are_not_computed(padding, model_dir, tmp_path):
     fields = {"num_iterations": 2, "max_steps": 4, **padding}
-    plain = train(model_dir, tmp_path, OldPasses, skip_old_logps=False, **fields)
-    saved = train(model_dir, tmp_path, OldPasses, **fields)
+    plain = train_rollout(model_dir, tmp_path, OldPasses, skip_old_logps=False, **fields)
+    saved = train_rollout(model_dir, tmp_path, OldPasses, **fields)
     assert update_difference(saved, plain) < 1e-4
     assert len(saved.old_passes) == len(plain.old_passes) == 8  # two rollouts of four micro-batches
     cells_of = [sum(rows * columns for rows, columns in trainer.old_passes) for trainer in (saved, plain)]
@@ -123,19 +133,19 @@ def test_old_log_probabilities_of_rows_without_an_advantage_are_not_computed(pad
 
 
 def test_lora(model_dir, tmp_path):
-    plain = train(model_dir, tmp_path, arguments=tiny.lora(), **tiny.PLAIN)
-    saved = train(model_dir, tmp_path, arguments=tiny.lora())
+    plain = train_rollout(model_dir, tmp_path, arguments=tiny.lora(), **tiny.PLAIN)
+    saved = train_rollout(model_dir, tmp_path, arguments=tiny.lora())
     assert moved(plain) == {name for name in plain.start if "lora_" in name}
     assert update_difference(saved, plain) < 1e-4
     assert saved.cells < plain.cells
 
 
 def test_rows_without_a_gradient_do_not_run(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, trim_padding=False, max_steps=1)
+    trainer = train_rollout(model_dir, tmp_path, trim_padding=False, max_steps=1)
     # Of 16 rows in 4 micro-batches half have an advantage.
     assert sum(rows for rows, columns in trainer.passes if columns > 2) == 8
     single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
-    alone = train(model_dir, tmp_path, trim_padding=False, max_steps=1, **single)
+    alone = train_rollout(model_dir, tmp_path, trim_padding=False, max_steps=1, **single)
     assert len(alone.passes) == 16
     assert alone.passes[8:] == [(1, 2)] * 8
 
@@ -149,7 +159,7 @@ def test_rows_without_a_gradient_do_not_run(model_dir, tmp_path):
 def test_all_rows_run_where_the_loss_needs_them(fields, model_dir, tmp_path):
     if not all(hasattr(A3POConfig, name) for name in fields):
         pytest.skip("this TRL has no such option")
-    trainer = train(model_dir, tmp_path, max_steps=1, **fields)
+    trainer = train_rollout(model_dir, tmp_path, max_steps=1, **fields)
     assert [rows for rows, _ in trainer.passes] == [4, 4, 4, 4]
 
 
@@ -161,7 +171,7 @@ class EveryRow(Recorder):
 
 
 def test_a_shaping_of_ones_own_sees_every_row_in_the_company_it_has_without_savings(model_dir, tmp_path):
-    plain, saved = (train(model_dir, tmp_path, EveryRow, max_steps=1, **fields) for fields in (tiny.PLAIN, {}))
+    plain, saved = (train_rollout(model_dir, tmp_path, EveryRow, max_steps=1, **fields) for fields in (tiny.PLAIN, {}))
     assert saved.micro_batches == plain.micro_batches
     assert saved.cells < plain.cells
 
@@ -191,7 +201,8 @@ def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir
     model = {"absolute positions": gpt2, "recurrent": recurrent}.get(case, model_dir)
     arguments = {"peft_config": VIRTUAL_TOKENS[case]} if case in VIRTUAL_TOKENS else {}
     plain, saved = (
-        train(model, tmp_path, arguments={**arguments}, learning_rate=0.3, **fields) for fields in (tiny.PLAIN, {})
+        train_rollout(model, tmp_path, arguments={**arguments}, learning_rate=0.3, **fields)
+        for fields in (tiny.PLAIN, {})
     )
     assert moved(plain)
     assert update_difference(saved, plain) < 1e-4
@@ -209,12 +220,13 @@ def test_experts_are_modules_before_transformers_5():
 
 @pytest.mark.usefixtures("padded")
 def test_columns_stay_multiples(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, pad_to_multiple_of=8)
+    trainer = train_rollout(model_dir, tmp_path, pad_to_multiple_of=8)
     assert {columns % 8 for _, columns in trainer.passes} == {0}
 
 
 def test_metrics_are_those_of_all_rows_but_the_entropy(model_dir, tmp_path):
-    plain, saved = (train(model_dir, tmp_path, **fields).state.log_history for fields in (tiny.PLAIN, {}))
+    plain, saved = (train_rollout(model_dir, tmp_path, **fields).state.log_history for fields in (tiny.PLAIN, {}))
+    assert len(plain) == 4
     for ours, theirs in zip(saved[:-1], plain[:-1], strict=True):
         assert theirs.keys() - ours.keys() == {"a3po/zero/entropy"}
         for name in ours.keys() - {"entropy", "step_time"}:
@@ -226,7 +238,7 @@ def test_metrics_are_those_of_all_rows_but_the_entropy(model_dir, tmp_path):
 
 
 def test_a_batch_without_any_gradient_changes_nothing(model_dir, tmp_path):
-    trainer = train(model_dir, tmp_path, arguments={"reward_funcs": tiny.equal_reward})
+    trainer = train_rollout(model_dir, tmp_path, arguments={"reward_funcs": tiny.equal_reward})
     assert not moved(trainer)
     assert set(trainer.passes) == {(1, 1) if trl_has_fused_head() else (1, 2)}
 
@@ -240,7 +252,7 @@ def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path, monke
     for max_steps in (4, 12):
         torch.compiler.reset()
         counters.clear()
-        trainer = train(model_dir, tmp_path, max_steps=max_steps, **fields)
+        trainer = train_rollout(model_dir, tmp_path, max_steps=max_steps, **fields)
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(trainer.passes)) > 12  # as many shapes
     assert graphs[0] == graphs[1] < 12

@@ -6,7 +6,8 @@ import transformers
 from packaging.version import Version
 from peft import PromptTuningConfig, get_peft_model
 from support import tiny
-from trl import GRPOConfig, GRPOTrainer
+from support.training import train, update_difference
+from trl import GRPOTrainer
 
 from trl_a3po import A3POTrainer
 from trl_a3po.update.model_traits import (
@@ -333,8 +334,8 @@ def given_reward(given, **kwargs):
     return given
 
 
-def train(trainer_class, model, output_dir, **fields):
-    config_class = {"config_class": GRPOConfig} if trainer_class is GRPOTrainer else {}
+def train_rollout(trainer_class, model, output_dir, **fields):
+    """A trainer that is trained on the completions and rewards above."""
     defaults = {
         "optim": "sgd",
         "learning_rate": 1.0,  # far enough that rounding of the parameters is small against it
@@ -344,17 +345,15 @@ def train(trainer_class, model, output_dir, **fields):
         "gradient_accumulation_steps": 4,
         "max_completion_length": 13,
     }
-    torch.manual_seed(0)
-    trainer = trainer_class(
+    arguments = {"rollout_func": rollout}
+    return train(
+        output_dir,
+        trainer_class,
         model=model,
         reward_funcs=given_reward,
-        args=tiny.config(output_dir, **config_class, **{**defaults, **fields}),
-        train_dataset=tiny.prompts(),
-        processing_class=tiny.tokenizer(),
-        rollout_func=rollout,
+        arguments=arguments,
+        **{**defaults, **fields},
     )
-    trainer.train()
-    return trainer
 
 
 NEUTRAL = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
@@ -368,14 +367,8 @@ def relative_difference(name, tmp_path, grpo=None, **fields):
 
 def distance(name, tmp_path, one, other):
     """Of the parameters that two runs, a trainer and its settings each, end with, relative to what the first moved."""
-    start = {name: parameter.detach().clone() for name, parameter in build(name).named_parameters()}
-    ends = [tiny.parameters(train(trainer, build(name), tmp_path, **fields)) for trainer, fields in (one, other)]
-    moved, apart = (
-        max(float((value - origin[name]).abs().max()) for name, value in ends[0].items())
-        for origin in (start, ends[1])
-    )
-    assert moved > 1e-3
-    return apart / moved
+    first, second = (train_rollout(trainer, build(name), tmp_path, **fields) for trainer, fields in (one, other))
+    return update_difference(second, first)
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
@@ -413,6 +406,6 @@ def test_the_noise_of_neftune_has_the_scale_of_the_padded_width(tmp_path):
     model = build("Qwen2")
     hook = lambda module, args, kwargs: module.training and widths.append(kwargs["input_ids"].shape[1])  # noqa: E731
     model.register_forward_pre_hook(hook, with_kwargs=True)
-    train(A3POTrainer, model, tmp_path, **noise, max_steps=1)
+    train_rollout(A3POTrainer, model, tmp_path, **noise, max_steps=1)
     assert max(widths) > 50
     assert {width for width in widths if width > 20} == {max(widths)}

@@ -18,6 +18,7 @@ from trl import TrlParser
 
 from ..evaluation.problems import load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate
+from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
 from .compare import compare_directories
 from .main import parser_of
 
@@ -36,12 +37,16 @@ def main(line: Sequence[str] | None = None) -> int:
         (arguments,) = parser.parse_args_and_config(line)
         if arguments.checkpoints:
             return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
+        examples = []
+        if arguments.worked_examples is not None:
+            examples = load_worked_examples(arguments.worked_examples, arguments.instruction)
         problems = load_problems(
-            arguments.dataset_name, arguments.dataset_split, arguments.dataset_config, arguments.instruction
+            arguments.dataset_name, arguments.dataset_split, arguments.dataset_config, arguments.instruction, examples
         )
         if arguments.max_problems is not None:
             problems = problems.select(range(min(arguments.max_problems, len(problems))))
-        results = evaluate(arguments, problems)
+        check_no_overlap(problems["prompt"], examples, "to evaluate on")
+        results = evaluate(arguments, problems, worked_examples=examples)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print("\n".join(lines_of(results)))
@@ -84,6 +89,8 @@ def lines_of(results: dict[str, Any]) -> list[str]:
     lines.append(f"{results['mean_tokens']:.0f} tokens a completion; {results['reached_the_end']:.1%} reached an end")
     if results["rows"] > results["problems"]:
         lines.append(f"{results['rows']} rows: rows with the same prompt are one problem with more samples")
+    if examples := results["settings"]["worked_examples"]:
+        lines.append(f"{examples['count']} worked examples before each problem")
     kwargs, source = results["settings"]["chat_template_kwargs"], results["chat_template_kwargs_from"]
     lines.append(f"chat_template_kwargs: {kwargs} ({source})")
     if skipped := results["rows_not_sampled"]:

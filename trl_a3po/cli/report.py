@@ -4,8 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..report.page import write_report
+from ..report.findings import as_text
+from ..report.page import names_of, write_page
 from ..report.run import ReportError, read_run
+from ..report.text import visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po report",
-        description="Write one HTML file on one or more runs: the metrics of all runs in the same charts, and "
-        "completions token by token if the run had `log_tokens` set.",
+        description="Print what is wrong with runs, and what to change. Write one HTML file: the metrics of all runs "
+        "in the same charts, and completions token by token if the run had `log_tokens` set.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="`output_dir` of a run")
     parser.add_argument(
@@ -39,7 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
             for run_dir in parsed.run_dirs:
                 _print_tokens(run_dir, parsed.step)
         else:
-            print(f"Report: {write_report(parsed.run_dirs, parsed.output)}")
+            runs = [read_run(run_dir) for run_dir in parsed.run_dirs]
+            path = write_page(runs, parsed.output)
+            for name, run in zip(names_of(runs), runs, strict=True):
+                if run.findings is not None:
+                    print(as_text(visible(name), run.findings))
+            print(f"Report: {path}")
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ A YAML file (`--config`) can contain any of them, and environment variables unde
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import logging
@@ -33,7 +34,8 @@ from trl.scripts import grpo
 
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
-from ..evaluation.problems import rows, to_prompt_and_solution, unparseable_rows, unreadable
+from ..evaluation.problems import Message, rows, to_prompt_and_solution, unparseable_rows, unreadable
+from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
 from .main import parser_of
@@ -58,6 +60,9 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
             unless you name another.
         instruction (`str`, *optional*):
             Text appended to each problem.
+        worked_examples (`str`, *optional*):
+            File of problems with solutions, all of which stand before each problem. See
+            [`~trl_a3po.evaluation.worked_examples.load_worked_examples`].
     """
 
     problems: bool = field(
@@ -71,6 +76,13 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
     instruction: str | None = field(
         default=None,
         metadata={"help": "Text appended to each problem, such as 'Put your final answer within \\boxed{}.'"},
+    )
+    worked_examples: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .jsonl, .json or .parquet file of problems with solutions. All its rows stand before each "
+            "problem, as user and assistant turns. Needs `problems`."
+        },
     )
 
 
@@ -116,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if model.model_name_or_path is None:
             parser.error("the following arguments are required: --model_name_or_path")
         _resolve(script, config, mixture)
+        _worked_examples(script, config, mixture)
         return _launch(launcher.parse_args([*for_launcher, *arguments]))
     except (OSError, ValueError) as error:
         parser.error(_one_line(error))
@@ -133,6 +146,20 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
     if _checks_answers(script) and importlib.util.find_spec("math_verify") is None:
         raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl-a3po[math-verify]'")
     return resolve_datasets(script, mixture, config.eval_strategy != "no", config.max_steps)
+
+
+def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig) -> list[Message]:
+    """The messages that stand before each problem."""
+    if script.worked_examples is None:
+        return []
+    if not script.problems:
+        raise UsageError("`worked_examples` has an effect only on problems. Pass `--problems`, or leave it out.")
+    if config.eval_strategy != "no" and (script.dataset_streaming or mixture.streaming):
+        raise UsageError(
+            "`worked_examples` are compared with all problems to evaluate on, and a stream cannot be read twice. "
+            "Leave out `--dataset_streaming`."
+        )
+    return load_worked_examples(script.worked_examples, script.instruction, _checks_answers(script))
 
 
 def _checks_answers(script: A3POScriptArguments) -> bool:
@@ -179,6 +206,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
         parsed = make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
         script, config, model, mixture, _ = parsed
         train_slice, test_slice = _resolve(script, config, mixture)
+        examples = _worked_examples(script, config, mixture)
     except (OSError, ValueError) as error:
         raise UsageError(_one_line(error)) from error
     script.reward_funcs = [OUR_REWARDS.get(name, name) for name in script.reward_funcs or ()]
@@ -191,13 +219,17 @@ def train(arguments: Sequence[str] | None = None) -> None:
     trainers: list[A3POTrainer] = []
 
     def make_trainer(*, train_dataset, eval_dataset, **keywords):
-        train_dataset = _prepared(take_slice(train_dataset, train_slice), script, checks_answers, "training")
+        prepare = functools.partial(_prepared, script=script, examples=examples, checks_answers=checks_answers)
+        train_dataset = prepare(take_slice(train_dataset, train_slice), use="training")
         if eval_dataset is not None:
-            eval_dataset = _prepared(take_slice(eval_dataset, test_slice), script, checks_answers, "evaluation")
+            eval_dataset = prepare(take_slice(eval_dataset, test_slice), use="evaluation")
+            if examples:
+                check_no_overlap(eval_dataset["prompt"], examples, "to evaluate on")
         check_dataset_sizes(config, train_dataset, eval_dataset)
         if script.problems and hasattr(train_dataset, "__len__") and not config.process_index:
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
-            print(f"{len(train_dataset)} problems to train on{held_out}", flush=True)
+            shown = f", {len(examples) // 2} worked examples before each" if examples else ""
+            print(f"{len(train_dataset)} problems to train on{held_out}{shown}", flush=True)
         trainers.append(A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords))
         return trainers[0]
 
@@ -251,8 +283,10 @@ def trains_with(make_trainer: Callable[..., A3POTrainer]) -> Iterator[None]:
         raise RuntimeError(refusal)
 
 
-def _prepared(dataset: Any, script: A3POScriptArguments, checks_answers: bool, use: str) -> Any:
-    """The dataset in TRL's columns. Warns about problems that the reward cannot score."""
+def _prepared(
+    dataset: Any, script: A3POScriptArguments, examples: list[Message], checks_answers: bool, use: str
+) -> Any:
+    """The dataset in TRL's columns. Warns about unscorable problems, and about worked examples."""
     if not script.problems:
         if "prompt" not in (dataset.column_names or ["prompt"]):  # a stream may not know its columns
             raise UsageError(
@@ -260,9 +294,16 @@ def _prepared(dataset: Any, script: A3POScriptArguments, checks_answers: bool, u
                 "checkable answers, pass `--problems`."
             )
         return dataset
-    dataset = to_prompt_and_solution(dataset, script.instruction)
+    dataset = to_prompt_and_solution(dataset, script.instruction, examples)
     if not hasattr(dataset, "__len__"):
         return dataset
+    if use == "training" and examples and (found := overlap(dataset["prompt"], examples)):
+        logger.warning(
+            "%d of %d problems for training are worked examples too, whose solutions their prompts contain: %s.",
+            len(found),
+            len(dataset),
+            rows([row for row, _, _ in found]),
+        )
     unparseable = unparseable_rows(dataset) if checks_answers else []
     if len(unparseable) == len(dataset):
         raise UsageError(f"math-verify cannot parse any of the {len(dataset)} solutions for {use}.")

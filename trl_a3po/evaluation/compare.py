@@ -139,7 +139,7 @@ def compare(first: Result, second: Result) -> Pair:
     if not shared:
         raise ValueError(
             f"'{first.name}' and '{second.name}' share no problem with the same solution. Two problems are the "
-            "same if their whole prompts are equal, including the instruction."
+            "same if their whole prompts are equal, including worked examples and instruction."
         )
     sides = [[result.problems[problem] for problem in shared] for result in (first, second)]
     numbers = [min(len(problem.correct) for problem in side) for side in sides]

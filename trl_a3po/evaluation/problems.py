@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
+Message = dict[str, Any]
+
 
 # Files
 
@@ -45,7 +47,13 @@ def check_file(name: str) -> None:
         raise ValueError(f"'{name}' is empty.")
 
 
-def load_problems(name: str, split: str, config: str | None = None, instruction: str | None = None) -> Dataset:
+def load_problems(
+    name: str,
+    split: str,
+    config: str | None = None,
+    instruction: str | None = None,
+    worked_examples: Sequence[Message] = (),
+) -> Dataset:
     """
     Problems from a file or from the Hub.
 
@@ -54,6 +62,7 @@ def load_problems(name: str, split: str, config: str | None = None, instruction:
         split (`str`): Split, or a slice of it such as `"test[:100]"`. A file has one split, of any name.
         config (`str`, *optional*): Configuration of a dataset on the Hub, for example `"main"`.
         instruction (`str`, *optional*): See [`to_prompt_and_solution`].
+        worked_examples (`list[dict]`, *optional*): See [`to_prompt_and_solution`].
 
     Raises:
         `OSError`: there is no such file.
@@ -73,7 +82,7 @@ def load_problems(name: str, split: str, config: str | None = None, instruction:
         dataset = load_dataset(**source, split=split)
     except (DatasetGenerationError, pa.ArrowInvalid) as error:
         raise ValueError(unreadable(name, error)) from error
-    return to_prompt_and_solution(dataset, instruction)
+    return to_prompt_and_solution(dataset, instruction, worked_examples)
 
 
 def unreadable(name: str, error: BaseException) -> str:
@@ -99,7 +108,9 @@ def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
 # Columns
 
 
-def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> Dataset:
+def to_prompt_and_solution(
+    dataset: Dataset, instruction: str | None = None, worked_examples: Sequence[Message] = ()
+) -> Dataset:
     r"""
     Maps the columns of common datasets to a conversational `prompt` and a `solution`, for `accuracy_reward`.
 
@@ -115,13 +126,17 @@ def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> 
             A dataset with any of these columns. In a stream, each `solution` is a string or a list, row by row.
         instruction (`str`, *optional*):
             Appended to each problem as a line of its own, for example `"Put your final answer within \boxed{}."`.
+        worked_examples (`list[dict]`, *optional*):
+            Messages that stand before each problem, after its system message if it has one.
 
     Raises:
         `ValueError`: the dataset has other columns, an answer has an unknown shape, or no problem is left.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     _reader(columns)  # refuses other columns before any row is read
-    convert = functools.partial(_convert, columns=columns, instruction=instruction)
+    convert = functools.partial(
+        _convert, columns=columns, instruction=instruction, worked_examples=list(worked_examples)
+    )
     if isinstance(dataset, IterableDataset):
         mapped = dataset.map(convert, remove_columns=columns)
         return mapped.filter(_is_answered, with_indices=True).map(_alone_if_single)
@@ -146,13 +161,17 @@ def to_prompt_and_solution(dataset: Dataset, instruction: str | None = None) -> 
     return mapped.map(_single_answers, batched=True, load_from_cache_file=False)
 
 
-def _convert(row: dict[str, Any], columns: list[str], instruction: str | None) -> dict[str, Any]:
+def _convert(
+    row: dict[str, Any], columns: list[str], instruction: str | None, worked_examples: list[Message]
+) -> dict[str, Any]:
     prompt, answers = _reader(columns)(row)
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return {"prompt": [], "solution": []}
-    return {"prompt": _with_instruction(as_conversation(prompt), instruction), "solution": answers}
+    conversation = with_instruction(as_conversation(prompt), instruction)
+    start = int(conversation[0]["role"] == "system")
+    return {"prompt": [*conversation[:start], *worked_examples, *conversation[start:]], "solution": answers}
 
 
 def rows(indices: Sequence[int]) -> str:
@@ -200,6 +219,11 @@ def as_conversation(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
+def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
+    """The problem of a row of any known dataset, and the answers that it accepts."""
+    return _reader(list(row))(row)
+
+
 def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[str]]]:
     """Returns a function that reads the problem and its accepted answers from a row."""
     if {"prompt", "reward_model"} <= set(columns):
@@ -234,7 +258,7 @@ def _verl_answers(reward_model: Any) -> list[str]:
     return accepted_answers(reward_model["ground_truth"])
 
 
-def _with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
+def with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
     if instruction is None:
         return prompt
     *before, last = prompt

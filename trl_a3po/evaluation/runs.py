@@ -33,7 +33,9 @@ from .models import (
     resolve_dtype,
     trained_chat_template_kwargs,
 )
+from .problems import Message
 from .samplers import Engine, Request, Sampling, seed_of, transformers_engine, vllm_engine
+from .worked_examples import recorded
 
 
 @dataclass
@@ -58,6 +60,13 @@ class EvaluateArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
     instruction: str | None = field(default=None, metadata={"help": "Text appended to each problem."})
+    worked_examples: str | None = field(
+        default=None,
+        metadata={
+            "help": "A .jsonl, .json or .parquet file of problems with solutions. All rows are put before each "
+            "problem, as user and assistant turns. No row may be a problem to evaluate on."
+        },
+    )
     chat_template_kwargs: str | None = field(
         default=None,
         metadata={
@@ -310,9 +319,20 @@ def open_engine(arguments: EvaluateArguments, subject: Subject, longest: int | N
 OpenEngine = Callable[[EvaluateArguments, Subject, int | None], AbstractContextManager[Engine]]
 
 
-def evaluate(arguments: EvaluateArguments, problems: Dataset, open_engine: OpenEngine = open_engine) -> dict[str, Any]:
+def evaluate(
+    arguments: EvaluateArguments,
+    problems: Dataset,
+    open_engine: OpenEngine = open_engine,
+    worked_examples: Sequence[Message] = (),
+) -> dict[str, Any]:
     """
     Samples and scores the problems that are not in `samples.jsonl` yet, and writes `results.json`.
+
+    Args:
+        arguments ([`EvaluateArguments`]): The model, the settings and the directory.
+        problems (`datasets.Dataset`): With the worked examples in their prompts.
+        open_engine (`callable`, *optional*): Makes the engine that samples.
+        worked_examples (`list[dict]`, *optional*): The worked examples in the prompts, for the record.
 
     Raises:
         `ValueError`: `output_dir` contains samples of another model, of other problems or of other settings; or no
@@ -331,7 +351,7 @@ def evaluate(arguments: EvaluateArguments, problems: Dataset, open_engine: OpenE
     identity = {
         "model": {**fingerprint(subject.files), "tokens of the problems": _hash([task.prompt_ids for task in tasks])},
         "dataset": _hash([[row["prompt"], row["solution"]] for row in rows]),
-        "settings": _settings(arguments, subject),
+        "settings": {**_settings(arguments, subject), "worked_examples": recorded(worked_examples)},
     }
     samples = directory / "samples.jsonl"
     done = _read_samples(samples)

@@ -224,6 +224,9 @@ def vllm_engine(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "generation_config": "vllm"}
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization
+    if not torch.cuda.is_available():
+        # Where vLLM splits a prompt over two passes, it rewinds the seed of its request, which a CPU's cannot be.
+        options["enable_chunked_prefill"] = False
     if is_multimodal:
         options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
     else:

@@ -34,8 +34,12 @@ def write_report(run_dirs: Sequence[str | PathLike[str]], path: str | PathLike[s
     Raises:
         `ReportError`: one of the directories contains no log.
     """
-    runs = [read_run(Path(directory)) for directory in run_dirs]
-    names = _names([run.directory for run in runs])
+    return write_page([read_run(Path(directory)) for directory in run_dirs], path)
+
+
+def write_page(runs: Sequence[Run], path: str | PathLike[str]) -> Path:
+    """Writes the report on runs that were read, as [`write_report`] does."""
+    names = names_of(runs)
     data = {"version": __version__, "runs": [_plain(run, name) for run, name in zip(runs, names, strict=True)]}
     path = Path(path).absolute()
     path.write_text(_fill_in(_template(), data), encoding="utf-8", newline="\n")
@@ -74,11 +78,15 @@ def _plain(run: Run, name: str) -> dict[str, Any]:
         ],
         "logged_steps": run.logged_steps,
         "unreadable_lines": run.unreadable_lines,
+        "findings": None
+        if run.findings is None
+        else [{**asdict(each), "metric": visible(each.metric), "seen": visible(each.seen)} for each in run.findings],
     }
 
 
-def _names(directories: list[Path]) -> list[str]:
+def names_of(runs: Sequence[Run]) -> list[str]:
     """Names each run by the last part of its path, or by the whole path if several runs share the last part."""
+    directories = [run.directory for run in runs]
     lasts = [directory.resolve().name or str(directory) for directory in directories]
     return [
         last if Counter(lasts)[last] == 1 else str(directory)

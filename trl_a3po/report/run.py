@@ -4,12 +4,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..training.checkpoint_files import STATE_FILE, checkpoints_in, is_marked, read_state
 from ..training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
+from .findings import Finding, find
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Run:
         completions (`list[LoggedCompletion]`): Those of some steps, in the order they were logged in.
         logged_steps (`int`): Number of steps of which completions were logged.
         unreadable_lines (`int`): Lines of the token log that are none.
+        findings (`list[Finding]`, *optional*): What is wrong with the run; `None` if it has no metrics.
     """
 
     directory: Path
@@ -46,6 +48,7 @@ class Run:
     completions: list[LoggedCompletion]
     logged_steps: int
     unreadable_lines: int
+    findings: list[Finding] | None
 
 
 def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
@@ -83,7 +86,8 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
         steps = _evenly(sorted(tokens_of_step), MAX_TOKENS_SHOWN // max(tokens_of_step.values(), default=1))
     chosen = set(steps)
     completions = [each for each in _read_completions(tokens) if each and each.step in chosen]
-    return Run(directory, _metrics(state), completions, len(tokens_of_step), unreadable)
+    findings = find(state["log_history"]) if state else None
+    return Run(directory, _metrics(state), completions, len(tokens_of_step), unreadable, findings)
 
 
 def _newest_state(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
@@ -111,7 +115,20 @@ def _metrics(state: dict[str, Any] | None) -> dict[str, list[tuple[int, float]]]
             for name, value in entry.items():
                 if name not in _NOT_METRICS and not name.startswith(_SUMMARY) and is_number(value):
                     by_name.setdefault(name, {})[int(entry["step"])] = value
+    if speed := _tokens_per_second(by_name):
+        by_name["tokens per second"] = speed
     return {name: _evenly(sorted(values.items()), MAX_POINTS) for name, values in sorted(by_name.items())}
+
+
+def _tokens_per_second(by_name: dict[str, dict[int, float]]) -> dict[int, float]:
+    """Of prompts and completions, over the seconds of the steps since the log before. TRL logs the mean of a step."""
+    seconds, tokens = by_name.get("step_time", {}), by_name.get("num_tokens", {})
+    steps = sorted(seconds.keys() & tokens.keys())
+    return {
+        step: (tokens[step] - tokens[before]) / (seconds[step] * (step - before))
+        for before, step in pairwise(steps)
+        if seconds[step] > 0 and tokens[step] >= tokens[before]
+    }
 
 
 def _read_completions(path: Path) -> Iterator[LoggedCompletion | None]:

@@ -109,12 +109,23 @@ RELIED_ON = (
         "importance_sampling_level",
         (
             "a3po_trainer",
+            "training.signal_budget",
             "update.loss_scope",
         ),
         "GSPO-token: the loss reads it after it has computed the log-probabilities",
     ),
-    ReliedOn("trl.GRPOTrainer", "epsilon_low", ("a3po_trainer",), "the shaping by Clip-Cov: where the loss clips"),
-    ReliedOn("trl.GRPOTrainer", "epsilon_high", ("a3po_trainer",), "the shaping by Clip-Cov: where the loss clips"),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "epsilon_low",
+        ("a3po_trainer", "training.signal_budget"),
+        "the shaping by Clip-Cov and the metric `signal/tokens/clipped_low`: where the loss clips",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "epsilon_high",
+        ("a3po_trainer", "training.signal_budget"),
+        "the shaping by Clip-Cov and the metric `signal/tokens/clipped_high`: where the loss clips",
+    ),
     ReliedOn(
         "trl.GRPOTrainer",
         "compute_liger_loss",
@@ -128,7 +139,10 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "top_entropy_quantile",
-        ("update.efficient_update",),
+        (
+            "training.signal_budget",
+            "update.efficient_update",
+        ),
         "which rows may be skipped and regrouped: none where tokens of other rows matter",
     ),
     ReliedOn(
@@ -148,7 +162,10 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "loss_type",
-        ("update.efficient_update",),
+        (
+            "training.signal_budget",
+            "update.efficient_update",
+        ),
         "which rows may be regrouped: those of losses with one denominator for an optimizer step",
     ),
     ReliedOn(
@@ -228,7 +245,35 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer", "max_completion_length", ("training.rollouts",), "the check that prompts fit into a model"
     ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "reward_funcs",
+        (
+            "training.rollouts",
+            "training.signal_budget",
+        ),
+        "the metrics `signal/completions/*`: whose None says that a solution cannot be parsed",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "multi_objective_aggregation",
+        ("training.rollouts",),
+        "the metrics `signal/completions/*`: whether one reward function with a spread is enough",
+    ),
     # Logs
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "get_high_entropy_mask",
+        ("a3po_trainer",),
+        "the metric `signal/tokens/entropy_quantile`: the loss calls it with `top_entropy_quantile`, after it has "
+        "computed the log-probabilities",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "get_off_policy_mask",
+        ("training.signal_budget",),
+        "the metric `signal/tokens/off_policy`: returns 1 for the completions that the loss keeps",
+    ),
     ReliedOn(
         "trl.GRPOTrainer",
         "_metrics",

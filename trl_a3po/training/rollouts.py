@@ -16,6 +16,7 @@ from ..update.model_traits import has_rotary_positions
 from .dataset_checks import check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
+from .signal_budget import SIGNAL, SignalBudget, parses_solutions, reward_reasons, rollout_reasons
 from .token_log import GROUPS
 
 
@@ -44,6 +45,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._signal_budget = SignalBudget(self)
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
         if not isinstance(self.train_dataset, Sized):
@@ -88,7 +90,11 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
                 super()._generate_and_score_completions, inputs, result_is_final=self._rollout_is_ours()
             )
         if observed:
-            rollout = {**rollout, "rewards": observed[-1]}
+            rewards, reasons = observed[-1]
+            rollout = {**rollout, "rewards": rewards}
+            if reasons is not None:
+                rollout[SIGNAL] = rollout_reasons(reasons, rollout, self._has_gradient(rollout))
+                self._signal_budget.add_sampled(rollout[SIGNAL])
         if self.args.log_tokens and self.model.training:
             rollout = {**rollout, GROUPS: self._number_groups(len(inputs))}
         return rollout
@@ -132,23 +138,27 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return numbers
 
     @contextmanager
-    def _observed_rewards(self) -> Iterator[list[Tensor]]:
+    def _observed_rewards(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         """
-        Checks the rewards that TRL is about to train on, and collects their sums for the rows of this process.
+        Checks the rewards that TRL is about to train on. Collects their sums, and in training what they say about the
+        learning signal, for the rows of this process.
 
         The method is wrapped on the instance, not overridden: a subclass may override `_calculate_rewards`, and TRL
         trains on the result of that override.
         """
         calculate = self._calculate_rewards
         before = vars(self).get("_calculate_rewards")  # set if a user assigned the method on the instance
-        observed: list[Tensor] = []
+        observed: list[tuple[Tensor, Tensor | None]] = []
 
         def calculate_and_observe(inputs, prompts, *args, **kwargs):
             rewards_per_func = calculate(inputs, prompts, *args, **kwargs)
             check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
             first = self.accelerator.process_index * len(prompts)
+            rows = slice(first, first + len(prompts))
             rewards = total_rewards(rewards_per_func, self.reward_weights)
-            observed.append(rewards[first : first + len(prompts)])
+            observed.append(
+                (rewards[rows], self._reward_reasons(rewards_per_func)[rows] if self.model.training else None)
+            )
             return rewards_per_func
 
         vars(self)["_calculate_rewards"] = calculate_and_observe
@@ -158,6 +168,15 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
             del vars(self)["_calculate_rewards"]
             if before is not None:
                 vars(self)["_calculate_rewards"] = before
+
+    def _reward_reasons(self, rewards_per_func: Tensor) -> Tensor:
+        return reward_reasons(
+            rewards_per_func,
+            self.reward_weights,
+            [parses_solutions(reward_func) for reward_func in self.reward_funcs],
+            self.num_generations,
+            by_function=self.multi_objective_aggregation == "normalize_then_sum",
+        )
 
     def _live_groups(self, rollout: dict[str, Any]) -> list[bool]:
         return live_groups(rollout["advantages"], self._has_gradient(rollout), self.num_generations)

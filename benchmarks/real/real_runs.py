@@ -1,0 +1,235 @@
+"""
+Train SmolLM2-135M with GRPO, DAPO and A3PO on the same problems, several seeds each, and evaluate every run.
+
+    python benchmarks/real/real_runs.py --output benchmarks/real/results
+    python benchmarks/real/real_claims.py benchmarks/real/results
+
+Each pair of method and seed writes one small file when it is done. The same command resumes after an interruption, a
+run in the middle too: from its last checkpoint, or from the last batch of its evaluation. If vLLM is installed, it
+generates; on a CPU that takes the environment of `make test-vllm`.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+
+sys.path.extend(
+    str(Path(__file__).parents[2] / folder) for folder in ("benchmarks/polarity", "examples/smollm2", "tests")
+)
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the small benchmark wants one thread
+
+import torch
+from checkpoint import make_checkpoint
+from datasets import Dataset
+from methods import DAPO, METHODS, Method, Stare
+from problems import write
+from run import CURVES, surroundings, written_whole
+
+from trl_a3po import A3POConfig
+from trl_a3po.evaluation.problems import load_problems
+from trl_a3po.evaluation.worked_examples import check_no_overlap, load_worked_examples
+from trl_a3po.rewards import accuracy_reward
+from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_whole
+
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+class StareOfItsAuthors(Stare):
+    """With their target: the entropy of this model is below it from the start."""
+
+    target_entropy = 0.3
+
+
+# Settings and shaping are those of the small benchmark. Five seeds for the methods that are compared with each other,
+# three for controls.
+SEEDS = {
+    **dict.fromkeys(["grpo", "dapo", "a3po", "a3po_grpo"], 5),
+    **dict.fromkeys(["a3po_constant", "reversed", "random", "stare"], 3),
+}
+CHOSEN = {**{name: METHODS[name] for name in SEEDS}, "stare": Method(trainer=StareOfItsAuthors)}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of everything. All methods share it."""
+
+    kinds: tuple[str, ...] = ("sums", "differences")  # of problems, see examples/smollm2/problems.py
+    held_out: int = 96  # problems of these kinds, and as many with larger numbers
+    steps: int = 100
+    completions: int = 64  # of a step
+    updates: int = 2  # steps on one rollout: with more than one, the clipping acts
+    num_generations: int = 8
+    micro_batch: int = 16
+    max_completion_length: int = 48
+    learning_rate: float = 1e-5
+    samples: int = 32  # of each held-out problem
+    save_steps: int = 4  # whole rollouts
+
+
+PRESETS = {
+    "cpu": Preset(),
+    # Every part, in a minute on a tiny model. Measures nothing.
+    "dry": replace(
+        Preset(),
+        held_out=4,
+        steps=4,
+        completions=8,
+        num_generations=4,
+        micro_batch=8,
+        max_completion_length=4,
+        save_steps=2,
+    ),
+}
+
+
+def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -> None:
+    """Trains to the end, from the last checkpoint if there is one."""
+    method = CHOSEN[method_name]
+    examples = load_worked_examples(str(work.parent / "problems" / "worked_examples.jsonl"))
+    problems: Dataset = load_problems(str(work.parent / "problems" / "train.jsonl"), "train", worked_examples=examples)
+    check_no_overlap(problems["prompt"], examples, "to train on")
+    accumulation = preset.completions // preset.micro_batch
+    settings = settings_of(preset, method, seed)
+    config = A3POConfig(
+        str(work / "model"),
+        **settings,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=preset.updates * accumulation,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        model_init_kwargs={"dtype": "float32"},
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_steps=preset.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        dataloader_pin_memory=False,
+        **({"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 512} if HAS_VLLM else {}),
+        **({"vllm_gpu_memory_utilization": 0.05} if HAS_VLLM and not torch.cuda.is_available() else {}),
+    )
+    with engines():
+        trainer = method.trainer(model, accuracy_reward, config, train_dataset=problems)
+        trainer.train(resume_from_checkpoint=any(map(is_whole, checkpoints_in(work / "model"))))
+    trainer.save_model()
+    trainer.save_state()
+
+
+def engines():
+    """Engines of vLLM's CPU build take new weights in here."""
+    if not HAS_VLLM or torch.cuda.is_available():
+        return nullcontext()
+    from support import vllm_on_cpu
+
+    return vllm_on_cpu.engines()
+
+
+def settings_of(preset: Preset, method: Method, seed: int) -> dict:
+    return {
+        "learning_rate": preset.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_steps": preset.steps,
+        "per_device_train_batch_size": preset.micro_batch,
+        "num_generations": preset.num_generations,
+        "max_completion_length": preset.max_completion_length,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "seed": seed,
+        **DAPO,
+        "trim_padding": True,  # no column is computed twice; every row is, so that all entropies are over all rows
+        **method.settings,
+    }
+
+
+def evaluate(preset: Preset, model: str, work: Path, name: str) -> dict:
+    """Samples the problems of a file, unless that is done. How many samples of each are right."""
+    problems, output = work.parent / "problems", work / name
+    line = [sys.executable, "-m", "trl_a3po.cli", "eval", "--model_name_or_path", model]
+    line += ["--dataset_name", str(problems / f"{name}.jsonl"), "--output_dir", str(output)]
+    line += ["--worked_examples", str(problems / "worked_examples.jsonl"), "--num_samples", str(preset.samples)]
+    line += ["--max_completion_length", str(preset.max_completion_length), "--temperature", "1", "--top_p", "1"]
+    line += ["--batch_size", "8", "--dtype", "float32"]
+    if HAS_VLLM:
+        line += ["--use_vllm", *([] if torch.cuda.is_available() else ["--gpu_memory_utilization", "0.05"])]
+    subprocess.run(line, check=True)
+    records = [json.loads(each) for each in (output / "samples.jsonl").read_text().splitlines()]
+    return {"samples": preset.samples, "right": [int(sum(record["correct"])) for record in records]}
+
+
+def write_result(path: Path, preset: Preset, model: str, method_name: str, seed: int, work: Path) -> None:
+    state = json.loads((work / "model" / STATE_FILE).read_text())
+    logs = [log for log in state["log_history"] if "step_time" in log]
+    # Rewards and lengths are known once a rollout, the others at every step.
+    curves = {name: [round(log[key], 4) for log in logs if key in log] for key, name in CURVES.items()}
+    trained = str(work / "model")
+    result = {
+        "method": method_name,
+        "seed": seed,
+        "preset": asdict(preset),
+        "settings": settings_of(preset, CHOSEN[method_name], seed),
+        "curves": {"step": [log["step"] for log in logs], **{name: each for name, each in curves.items() if each}},
+        "held_out": evaluate(preset, trained, work, "test"),
+        "other": evaluate(preset, trained, work, "other"),
+        "start": {name: evaluate(preset, model, work.parent / "start", name) for name in ("test", "other")},
+        "train_seconds": round(sum(log["step_time"] for log in logs), 1),
+        "sampler": "vllm" if HAS_VLLM else "transformers",
+        **surroundings(),
+    }
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(result, separators=(",", ":")) + "\n")
+
+
+def is_done(path: Path, preset: Preset) -> bool:
+    if not path.exists():
+        return False
+    before = json.loads(path.read_text())["preset"]
+    if before != json.loads(json.dumps(asdict(preset))):
+        raise ValueError(f"'{path}' was made with another preset: {before}. Pass that one, or another `--output`.")
+    return True
+
+
+def main(line=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--model", help="directory of a model; by default SmolLM2-135M, which is downloaded once")
+    parser.add_argument("--output", type=Path, default=Path("real-results"), help="directory of the results")
+    parser.add_argument("--work", type=Path, default=Path("build", "real-runs"), help="checkpoints of unfinished runs")
+    parser.add_argument("--methods", nargs="+", choices=SEEDS, default=list(SEEDS), metavar="METHOD")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="by default 0 to 4, or 0 to 2 of controls"
+    )
+    parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # in its own process
+    arguments = parser.parse_args(line)
+    preset, output, work = PRESETS[arguments.preset], arguments.output, arguments.work / arguments.preset
+    model = arguments.model or str(make_checkpoint(Path("build", "smollm2")))
+    if arguments.train:
+        method, seed = arguments.train
+        train(preset, model, method, int(seed), work / f"{method}-{seed}")
+        return
+    write(work / "problems", list(preset.kinds), preset.held_out)
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = [0, 1, 2, 3, 4] if arguments.seeds is None else arguments.seeds
+    # Seed by seed, so that pairs are complete as early as possible.
+    pairs = [(method, seed) for seed in chosen for method in arguments.methods]
+    for method, seed in [(m, s) for m, s in pairs if arguments.seeds is not None or s < SEEDS[m]]:
+        path, of_run = output / f"{method}-{seed}.json", work / f"{method}-{seed}"
+        if is_done(path, preset):
+            continue
+        print(f"{method}, seed {seed}", flush=True)
+        if not (of_run / "model" / STATE_FILE).exists():
+            again = ["--preset", arguments.preset, "--model", model, "--work", str(arguments.work)]
+            subprocess.run([sys.executable, __file__, *again, "--train", method, str(seed)], check=True)
+        write_result(path, preset, model, method, seed, of_run)
+        shutil.rmtree(of_run)
+
+
+if __name__ == "__main__":
+    main()

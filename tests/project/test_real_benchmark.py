@@ -1,0 +1,125 @@
+"""The benchmark on a pretrained model: every part on a tiny one, resumed after a kill, and the verdicts."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trl_a3po.training.checkpoint_files import is_whole
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "real"
+CLAIMS = runpy.run_path(str(FOLDER / "real_claims.py"))
+EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
+
+
+@pytest.fixture
+def run(model_dir, tmp_path):
+    def run(*options, **started):
+        line = [sys.executable, FOLDER / "real_runs.py", "--preset", "dry", "--model", model_dir, "--output", "out"]
+        line = [*map(str, line), "--work", "work", *options]
+        path = os.pathsep.join([str(FOLDER.parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])
+        return subprocess.Popen(line, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, **started)
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys):
+    options = ["--methods", "stare", "--seeds", "0"]
+    process = run(*options, start_new_session=True)
+    checkpoint, deadline = tmp_path / "work/dry/stare-0/model/checkpoint-2", time.monotonic() + 300
+    while not (checkpoint.exists() and is_whole(checkpoint)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "out").glob("*.json"))
+    assert run(*options).wait() == 0
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert path.name == "stare-0.json"
+    result = json.loads(path.read_text())
+    assert result["curves"]["step"] == [1, 2, 3, 4]
+    assert len(result["curves"]["entropy"]) == 4
+    assert len(result["curves"]["reward"]) == len(result["curves"]["length"]) == 2  # rollouts
+    for each in (result["held_out"], result["other"], *result["start"].values()):
+        assert each["samples"] == 32
+        assert len(each["right"]) == 4
+    assert not list((tmp_path / "work/dry").glob("stare-0"))
+    before = path.stat().st_mtime_ns
+    assert run(*options).wait() == 0  # all is there
+    assert path.stat().st_mtime_ns == before
+    CLAIMS["main"]([str(tmp_path / "out")])
+    text = (tmp_path / "out" / "claims.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| `start` | 1 |" in text
+    assert "| `stare` | 1 |" in text
+
+
+def results(effects, seeds=5):
+    """Results in which `effects` are added to a common level: of method and statistic."""
+    methods = {each for claim in CLAIMS["CLAIMS"] for each in claim.comparisons}
+    made = {}
+    for method in {name for each in methods for name in (each.left, each.right)} - {"start"}:
+        made[method] = {}
+        for seed in range(seeds):
+            right = [round(1000 * (0.5 + seed / 100 + effects.get((method, "pass"), 0.0)))] * 20
+            scores = {"samples": 1000, "right": right}
+            start = {"samples": 1000, "right": [round(1000 * (0.4 + seed / 100))] * 20}
+            entropy = [0.3, *[0.1 + seed / 1000 + effects.get((method, "entropy"), 0.0)] * 9]
+            made[method][seed] = {
+                "curves": {"entropy": entropy, "length": [20.0] * 10, "reward": [0.5] * 10},
+                "held_out": scores,
+                "other": scores,
+                "start": {"test": start, "other": start},
+            }
+    return CLAIMS["with_start"](made)
+
+
+def verdicts(made, claims="CLAIMS"):
+    compare, verdict = CLAIMS["claim_table"].__globals__["compare"], CLAIMS["claim_table"].__globals__["claim_verdict"]
+    return [verdict([compare(made, each).verdict for each in claim.comparisons]) for claim in CLAIMS[claims]]
+
+
+def test_known_effects_are_found():
+    better = {("a3po", "pass"): 0.1, ("a3po_grpo", "pass"): 0.1, ("a3po", "entropy"): 0.05}
+    _, entropy, *others, stare = verdicts(results({**better, ("a3po_grpo", "entropy"): 0.05}))
+    assert [entropy, *others, stare] == ["reproduced"] * 7
+    worse = {name: -effect for name, effect in better.items()}
+    _, entropy, *others, stare = verdicts(results(worse))
+    assert [entropy, *others, stare] == ["contradicted"] * 7
+
+
+def test_the_other_kind_is_another_set_of_problems():
+    made = results({})
+    for seed, result in made["a3po"].items():
+        result["other"] = {"samples": 1000, "right": [round(1000 * (0.3 + seed / 100))] * 20}
+    assert verdicts(CLAIMS["of_the_other_kind"](made), "CLAIMS_OF_THE_OTHER_KIND") == ["contradicted"]
+    assert verdicts(made, "CLAIMS_OF_THE_OTHER_KIND") == ["reproduced"]
+
+
+@pytest.mark.parametrize("kinds", [["sums"], ["sums", "differences"]])
+def test_no_problem_is_in_two_files_and_every_answer_is_right(kinds, tmp_path):
+    write = runpy.run_path(str(EXAMPLE / "problems.py"))["write"]
+    write(tmp_path, kinds, 60)
+    files = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in tmp_path.iterdir()}
+    assert {name: len(rows) for name, rows in files.items() if name != "train"} == {
+        "test": 60,
+        "other": 60,
+        "worked_examples": 3,
+    }
+    assert len(files["train"]) > 3000
+    rows = [row for rows in files.values() for row in rows]
+    calculations = [row["question"].removeprefix("What is ").removesuffix("?") for row in rows]
+    assert len({frozenset(each.split()) for each in calculations}) == len(rows)
+    for row, calculation in zip(rows, calculations, strict=True):
+        assert eval(calculation) > 0
+        assert f"\\boxed{{{eval(calculation)}}}" in row["answer"]
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write(tmp_path, kinds, 60)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written  # the same ones

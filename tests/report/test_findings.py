@@ -1,0 +1,307 @@
+"""What the findings say of logs that are made up: nothing of a healthy one, and each rule at its bound."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from support import logged_runs
+
+from trl_a3po.cli.report import main
+from trl_a3po.report.findings import RULES, find
+from trl_a3po.report.run import read_run
+
+
+# A run of 60 steps whose reward rises from 0.2 to 0.6.
+HEALTHY = {
+    "loss": lambda t: 0.01 - 0.001 * (t % 3),
+    "grad_norm": lambda t: 0.5 + 0.1 * (t % 4),
+    "learning_rate": lambda t: 1e-6,
+    "reward": lambda t: 0.2 + 0.4 * t + 0.01 * math.sin(900 * t),
+    "reward_std": lambda t: 0.4,
+    "rewards/accuracy_reward/mean": lambda t: 0.2 + 0.4 * t,
+    "rewards/accuracy_reward/std": lambda t: 0.4,
+    "frac_reward_zero_std": lambda t: 0.2,
+    "entropy": lambda t: 0.8 - 0.4 * t,
+    "completions/mean_length": lambda t: 100 + 50 * t,
+    "completions/clipped_ratio": lambda t: 0.1,
+    "clip_ratio/region_mean": lambda t: 0.01,
+}
+FLAT = {"reward": lambda t: 0.2 + 0.01 * math.sin(900 * t)}
+STEPS = 60
+
+
+def history(steps=STEPS, **metrics):
+    """Logs of a run. A metric is a number, a function of the time from 0 to 1, or None if it is not logged."""
+    metrics = {**HEALTHY, **metrics}
+    logs = []
+    for step in range(1, steps + 1):
+        values = {name: m(step / steps) if callable(m) else m for name, m in metrics.items() if m is not None}
+        logs.append({"step": step, "epoch": step / steps, **values})
+    return [*logs, {"step": steps, "train_runtime": 1.0, "train_loss": 0.0}]
+
+
+def names(log_history):
+    return [finding.name for finding in find(log_history)]
+
+
+def test_a_healthy_run_has_no_findings():
+    assert names(history()) == []
+
+
+def test_a_healthy_run_that_solves_its_task_has_none():
+    # The reward reaches 1, all groups are equal, the entropy is gone, and the gradient with it.
+    def reward(t):
+        return min(1.0, 0.2 + 1.6 * t)
+
+    solved = {
+        "reward": reward,
+        "rewards/accuracy_reward/mean": reward,
+        "reward_std": lambda t: (reward(t) * (1 - reward(t))) ** 0.5,
+        "frac_reward_zero_std": reward,
+        "entropy": lambda t: max(0.0001, 0.8 - 1.6 * t),
+        "grad_norm": lambda t: 0.5 if reward(t) < 1 else 0.0,
+    }
+    assert names(history(**solved)) == []
+
+
+@pytest.mark.parametrize("smallest", [0.0, -0.1])
+def test_a_penalty_that_is_learned_is_no_fault(smallest):
+    # Every completion gets the smallest penalty in the end.
+    def penalty(t):
+        return min(smallest, -0.5 + t)
+
+    learned = {
+        "reward": penalty,
+        "rewards/accuracy_reward/mean": penalty,
+        "reward_std": lambda t: 0.2 if penalty(t) < smallest else 0.0,
+        "frac_reward_zero_std": lambda t: 0.0 if penalty(t) < smallest else 1.0,
+    }
+    assert names(history(**learned)) == []
+
+
+def test_empty_answers_are_a_fault_whatever_their_reward():
+    assert names(history(**{"completions/mean_length": late(1.5, 3.0)})) == ["completions shrink to nothing"]
+    assert names(history(**{"completions/mean_length": late(1.6, 3.2)})) == []
+
+
+def signal(**shares):
+    known = ("all_right", "all_wrong", "all_equal", "at_mean", "unscored", "unparsable", "truncated", "tools")
+    values = {**dict.fromkeys((*known, "weight_zero"), 0.0), **shares}
+    return {
+        **{f"signal/completions/{reason}": share for reason, share in values.items()},
+        "signal/completions/signal": 1 - sum(values.values()),
+        "frac_reward_zero_std": 0.0,
+    }
+
+
+def late(value, otherwise):
+    """The value in the second half of the run."""
+    return lambda t: value if t > 0.5 else otherwise
+
+
+def constant(value):
+    return {"reward": value, "rewards/accuracy_reward/mean": value, "rewards/accuracy_reward/std": 0.0}
+
+
+# For each rule: a log that has it just in, and one that has it just out.
+CASES = {
+    "not finite": ({"grad_norm": lambda t: math.nan if t == 1 else 0.5}, {}),
+    "learning rate at 0": (
+        {"learning_rate": lambda t: 1e-6 if t <= 0.5 else 1e-9},
+        {"learning_rate": lambda t: 1e-6 if t <= 0.5 else 1.1e-9},
+    ),
+    "learning rate tiny": ({"learning_rate": 1e-8}, {"learning_rate": 1.1e-8}),
+    "solutions that cannot be parsed": (signal(unparsable=0.05), signal(unparsable=0.049)),
+    "completions that no reward function scores": (signal(unscored=0.5), signal(unscored=0.49)),
+    "gradient of 0": (
+        {"grad_norm": lambda t: 0.0 if t > 0.5 and t != 1 else 0.5},
+        {"grad_norm": lambda t: 0.0 if t > 0.5 and t < 0.96 else 0.5},
+    ),
+    "entropy exploding": (
+        {"entropy": late(1.61, 0.8), **FLAT},
+        {"entropy": late(1.59, 0.8), **FLAT, "reward_std": None},
+    ),
+    "completions run into the limit": (
+        {"completions/clipped_ratio": late(0.5, 0.1), "completions/mean_length": lambda t: 100 + 100 * t},
+        {"completions/clipped_ratio": late(0.49, 0.1), "completions/mean_length": lambda t: 100 + 100 * t},
+    ),
+    "most completions truncated": (
+        {"completions/clipped_ratio": 0.5, **FLAT},
+        {"completions/clipped_ratio": 0.49, **HEALTHY},
+    ),
+    "entropy collapsed": (
+        {"entropy": lambda t: 0.8 if t <= 0.5 else 0.08, **FLAT, "reward_std": 0.4},
+        {"entropy": lambda t: 0.8 if t <= 0.5 else 0.081, "reward": 0.2, "reward_std": None},
+    ),
+    "no signal: all wrong": (
+        {"frac_reward_zero_std": late(0.9, 0.2), **constant(0.0)},
+        {"frac_reward_zero_std": late(0.89, 0.2)},
+    ),
+    "no signal: all right": ({"frac_reward_zero_std": 0.9, **constant(1.0)}, {"frac_reward_zero_std": 0.89}),
+    "no signal: same reward within groups": (
+        {"frac_reward_zero_std": 0.9, **FLAT},
+        {"frac_reward_zero_std": 0.89, **FLAT, "reward_std": None},
+    ),
+    "no signal: rewards at the mean of the group": (signal(at_mean=0.9), signal(at_mean=0.89)),
+    "no signal: masked": (signal(truncated=0.5, tools=0.4), signal(truncated=0.5, tools=0.39)),
+    "no signal: weight 0": (signal(weight_zero=0.9), signal(weight_zero=0.89)),
+    "no signal: several reasons": (
+        signal(truncated=0.45, all_wrong=0.45),
+        signal(truncated=0.45, all_wrong=0.44),
+    ),
+    "a reward function that gives nothing": (
+        {"rewards/format/mean": 0.0, "rewards/format/std": 0.0, **FLAT},
+        {"rewards/format/mean": lambda t: 0.1 if t == 1 else 0.0, "rewards/format/std": 0.0, "reward_std": None},
+    ),
+    "gradient spikes": (
+        {"grad_norm": lambda t: 50.0 if t == 0.5 else 0.5},
+        {"grad_norm": lambda t: 49.0 if t == 0.5 else 0.5},
+    ),
+    "most tokens masked": ({"signal/tokens/off_policy": 0.5}, {"signal/tokens/off_policy": 0.49}),
+    "mismatch grows": (
+        {"sampling/sampling_logp_difference/mean": late(0.0601, 0.02)},
+        {"sampling/sampling_logp_difference/mean": late(0.059, 0.02)},
+    ),
+    "mismatch large": (
+        {"signal/mismatch/effective_sample_size": 0.5},
+        {"signal/mismatch/effective_sample_size": 0.51},
+    ),
+    "clip share high": ({"clip_ratio/region_mean": 0.3}, {"clip_ratio/region_mean": 0.29}),
+    "completions shrink to nothing": (
+        {"completions/mean_length": late(20.0, 100.0), **FLAT},
+        {"completions/mean_length": late(20.1, 100.0), **FLAT, "reward_std": None},
+    ),
+    "reward fell": (
+        {"reward": lambda t: 0.5 if t <= 0.5 else 0.29},
+        {"reward": lambda t: 0.5 if t <= 0.5 else 0.31, "steps": 29},
+    ),
+    "scales decayed too early": (
+        {"a3po/scale/positive_low": lambda t: max(1.0, 2 - 10 * t)},
+        {"a3po/scale/positive_low": lambda t: max(1.0, 2 - 8 * t)},
+    ),
+    "scales never decay": (
+        {"a3po/scale/positive_low": 2.0},
+        {"a3po/scale/positive_low": lambda t: 2.0 - t},
+    ),
+    "held-out reward falls": (
+        {"eval_reward": lambda t: 0.3 if t <= 0.5 else 0.259},
+        {"eval_reward": lambda t: 0.3 if t <= 0.5 else 0.261},
+    ),
+    "never evaluated": ({"steps": 1000}, {"steps": 999}),
+    "tool calls fail": ({"tools/failure_frequency": 0.5}, {"tools/failure_frequency": 0.49}),
+    "reward flat": (FLAT, {"steps": 29, **FLAT}),
+}
+
+
+def test_every_rule_has_its_case():
+    assert list(CASES) == [rule.name for rule in RULES]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_rule_at_its_bound(name):
+    just_in, just_out = CASES[name]
+    assert names(history(**just_in)) == [name]
+    assert names(history(**just_out)) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_finding_can_be_acted_on(name):
+    [finding] = find(history(**CASES[name][0]))
+    assert finding.metric in history(**CASES[name][0])[0]
+    assert 1 <= finding.since <= 1000
+    assert any(character.isdigit() for character in finding.seen) or finding.name in ("never evaluated",)
+    assert "`" in finding.change
+    assert finding.means
+
+
+def test_since_which_step():
+    [finding] = find(history(**{"frac_reward_zero_std": late(1.0, 0.2), **constant(0.0)}))
+    assert finding.since in (31, 32, 33)  # of a moving mean of three logs
+    assert "100 %" in finding.seen
+
+
+def test_symptoms_of_another_finding_are_left_out():
+    # A gradient of 0, a flat reward and scales for nothing, since no completion is right.
+    all_wrong = {"frac_reward_zero_std": 1.0, "grad_norm": 0.0, "reward_std": 0.0, **constant(0.0)}
+    assert names(history(**all_wrong)) == ["no signal: all wrong"]
+    # All are wrong because all are cut.
+    assert names(history(**all_wrong, **{"completions/clipped_ratio": 1.0})) == ["most completions truncated"]
+
+
+def test_gradients_that_vanish_are_not_preceded_by_spikes():
+    assert names(history(grad_norm=lambda t: 0.5 if t <= 0.1 else 1e-6)) == []
+
+
+def test_rewards_that_are_none_in_the_log_of_trl():
+    nothing = {"reward": None, "reward_std": None}
+    logs = [{**entry, "reward": None} if "train_runtime" not in entry else entry for entry in history(**nothing)]
+    assert names(logs) == ["completions that no reward function scores"]
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        [],
+        [{}],
+        ["no entry", None, 3, {"step": None}, {"step": "1", "reward": 1.0}, {"step": True, "reward": 0.0}],
+        [{"step": 1, "reward": "<b>", "entropy": [1], "loss": {}}],
+        [{"step": 1, "reward": 10**400, "entropy": 10**400}],
+        [{"step": 1, "frac_reward_zero_std": 1.0, "reward": 0.0, "grad_norm": 0.0}],
+        [{"step": step, "reward": math.nan, "entropy": math.inf, "learning_rate": math.nan} for step in (1, 2)],
+        [{"step": step, "eval_reward": 0.5} for step in (10, 20, 30)],
+        [{"step": step, "reward": 0.5, "reward_std": 0.0} for step in range(3)],
+    ],
+)
+def test_odd_logs_have_no_findings(logs):
+    assert names(logs) == []
+
+
+def test_the_document_has_the_table_of_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "findings.md").read_text(encoding="utf-8")
+    for rule in RULES:
+        assert f"| {rule.name} | {rule.when} | {rule.bound:g} | {rule.reason} |" in page
+
+
+# In the report
+
+
+def faulty(directory, **metrics):
+    logged_runs.write_state(directory, history(**{**CASES["learning rate at 0"][0], **metrics}), STEPS)
+    return directory
+
+
+def test_the_command_prints_findings_before_the_report(tmp_path, capsys):
+    healthy = tmp_path / "fine"
+    logged_runs.write_state(healthy, history(), STEPS)
+    assert main([str(faulty(tmp_path / "run")), str(healthy), "--output", str(tmp_path / "out.html")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["run: 1 finding", "", "  learning rate at 0, since step 31"]
+    assert any("`lr_scheduler_type`" in line for line in lines)
+    assert lines[-2:] == ["fine: no findings", f"Report: {tmp_path / 'out.html'}"]
+
+
+def test_the_name_of_a_reward_function_gives_no_orders(tmp_path, capsys):
+    names = [f"rewards/{text}" for text in logged_runs.HOSTILE]
+    for number, name in enumerate(names):
+        metrics = {f"{name}/mean": 0.0, f"{name}/std": 0.0, **FLAT}
+        run = tmp_path / str(number)
+        logged_runs.write_state(run, history(**metrics), STEPS)
+        assert main([str(run), "--output", str(tmp_path / "out.html")]) == 0
+        shown = capsys.readouterr().out
+        assert "a reward function that gives nothing" in shown
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u202e\u2066\ud800]", shown)
+        page = (tmp_path / "out.html").read_text(encoding="utf-8")
+        assert page.count("<script") == page.count("</script>") == 2
+
+
+def test_a_run_of_which_only_tokens_are_left_has_no_findings_to_tell(tmp_path, capsys):
+    logged_runs.write_tokens(tmp_path / "run", [logged_runs.completion(3)])
+    assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out.html")]) == 0
+    assert capsys.readouterr().out == f"Report: {tmp_path / 'out.html'}\n"
+
+
+def test_tokens_per_second(tmp_path):
+    logs = [{"step": step, "num_tokens": 100.0 * step, "step_time": 0.5} for step in (2, 4, 8)]
+    logged_runs.write_state(tmp_path, logs, 8)
+    assert read_run(tmp_path).metrics["tokens per second"] == [(4, 200.0), (8, 200.0)]

@@ -1,0 +1,120 @@
+"""
+Worked examples: problems with their solutions, as user and assistant turns before each problem of a dataset.
+
+Base models, and small ones, need a few to write their answer where the reward looks for it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from .problems import LOADERS, Message, check_file, problem_and_answers, unreadable, with_instruction
+
+
+def load_worked_examples(name: str, instruction: str | None = None, checks_answers: bool = True) -> list[Message]:
+    r"""
+    Reads every row of a file as a user turn with the problem and an assistant turn with its solution.
+
+    The columns are those of [`~trl_a3po.evaluation.problems.to_prompt_and_solution`]. The assistant says the text of
+    `solution`, or of `answer` if there is no such column, as it stands in the file.
+
+    Args:
+        name (`str`): A local .jsonl, .json or .parquet file.
+        instruction (`str`, *optional*): Appended to each problem, as to the problems of the dataset.
+        checks_answers (`bool`, *optional*, defaults to `True`):
+            Whether each solution must get the reward of `accuracy_reward`, as a completion that copies its form would.
+
+    Returns:
+        `list[dict]`: two messages a row.
+
+    Raises:
+        `OSError`: there is no such file.
+        `ValueError`: it cannot be read, has no rows, or has a row that is no worked example; the message names it.
+    """
+    check_file(name)
+    try:
+        rows = load_dataset(LOADERS[Path(name).suffix], data_files=name, split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(unreadable(name, error)) from error
+    if not len(rows):
+        raise ValueError(f"'{name}' has no rows.")
+    text_column = "solution" if "solution" in rows.column_names else "answer"
+    if text_column not in rows.column_names:
+        raise ValueError(
+            f"The worked examples '{name}' have the columns {rows.column_names}, and no solution to show. Accepted "
+            "are `prompt`, `question` or `problem`, with `solution` or `answer`."
+        )
+    messages: list[Message] = []
+    for number, row in enumerate(rows):
+        this = f"Row {number} (counted from 0) of the worked examples '{name}'"
+        prompt, answers = problem_and_answers(row)
+        text = row[text_column]
+        if not all(isinstance(each, str) and each.strip() for each in (prompt, text)):
+            raise ValueError(
+                f"{this} needs a problem and a solution, each of them a text, got {prompt!r} and {text!r}."
+            )
+        if checks_answers and not _is_rewarded(text, answers):
+            raise ValueError(
+                f"{this} has a solution that `accuracy_reward` does not score as correct, so that completions like it "
+                f"get no reward: {text!r}. Write the final answer within \\boxed{{}}."
+            )
+        user = {"role": "user", "content": prompt}
+        messages += [*with_instruction([user], instruction), {"role": "assistant", "content": text}]
+    return messages
+
+
+def _is_rewarded(text: str, answers: list[str]) -> bool:
+    from ..rewards import accuracy_reward  # math-verify is an extra
+
+    return accuracy_reward([[{"role": "assistant", "content": text}]], [answers]) == [1.0]
+
+
+def overlap(prompts: Iterable[list[Message]], examples: Sequence[Message]) -> list[tuple[int, int, str]]:
+    """
+    The problems that are worked examples too: their solution would stand in their own prompt.
+
+    Args:
+        prompts (`list[list[dict]]`): Conversations whose last message is the problem.
+        examples (`list[dict]`): Those of [`load_worked_examples`], with the same instruction.
+
+    Returns:
+        `list[tuple[int, int, str]]`: the row of the problem, that of the worked example, and the text of both. Spaces
+        and line breaks make no difference.
+    """
+    known = {_words(message): row for row, message in enumerate(examples[::2])}
+    texts = [_words(prompt[-1]) for prompt in prompts] if known else []
+    return [(row, known[text], text) for row, text in enumerate(texts) if text in known]
+
+
+def check_no_overlap(prompts: Iterable[list[Message]], examples: Sequence[Message], use: str) -> None:
+    """
+    Raises:
+        `ValueError`: a problem to evaluate on is a worked example. Names the first and its rows.
+    """
+    if found := overlap(prompts, examples):
+        row, example, text = found[0]
+        others = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise ValueError(
+            f"Row {row} (counted from 0) of the problems {use} is row {example} of the worked examples{others}: "
+            f"{text!r}. The prompt would contain its solution. Take it out of `worked_examples`."
+        )
+
+
+def _words(message: Message) -> str:
+    content = message["content"]
+    if not isinstance(content, str):  # in parts, some of which are images
+        content = " ".join(part.get("text") or "" for part in content or ())
+    return " ".join(content.split())
+
+
+def recorded(examples: Sequence[Message]) -> dict[str, Any] | None:
+    """What tells worked examples from others: how many there are, and a hash of their turns. None without any."""
+    if not examples:
+        return None
+    digest = hashlib.sha256(json.dumps(list(examples), sort_keys=True).encode()).hexdigest()
+    return {"count": len(examples) // 2, "sha256": digest}
