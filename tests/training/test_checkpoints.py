@@ -387,5 +387,5 @@ def test_torch_names_no_full_disk_and_the_error_does(model_dir, tmp_path, monkey
         trainer, "_save_rng_state", fails(RuntimeError("inline_container.cc: unexpected pos 576 vs 534"))
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    with pytest.raises(OSError, match=r"There is no whole one yet\. Free some space"):
+    with pytest.raises(OSError, match=r"There is no complete one yet\. Free some space"):
         trainer.train()
