@@ -126,7 +126,7 @@ def test_an_adapter_without_its_base_is_refused(change, message, tmp_path):
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match=r"contains no model: neither .* pass `--checkpoints`"):
+    with pytest.raises(ValueError, match=r"contains no model: neither .* Pass `--checkpoints`"):
         find_model(str(tmp_path))
 
 
@@ -269,7 +269,7 @@ def test_the_data_type_is_that_of_the_configuration(model_dir, tmp_path):
     config.dtype = torch.bfloat16
     assert resolve_dtype("auto", config) == "bfloat16"
     config.dtype = torch.float64
-    with pytest.raises(ValueError, match="data type is float64"):
+    with pytest.raises(ValueError, match="data type float64 is not supported"):
         resolve_dtype("auto", config)
 
 
