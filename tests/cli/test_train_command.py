@@ -76,7 +76,7 @@ def test_problems_in_a_file(rows, file, tmp_path):
 def test_a_dataset_without_prompts_is_refused(file, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     with pytest.raises(
-        train.UsageError, match=r"columns \['question', 'answer'\], and no `prompt`.* pass `--problems`"
+        train.UsageError, match=r"columns \['question', 'answer'\], but no `prompt`.* pass `--problems`"
     ):
         train.train(["--config", file(), "--dataset_name", dataset, "--reward_funcs", "accuracy_reward"])
 
@@ -156,7 +156,7 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ("train --config a3po-gsm8k", r"no file 'a3po-gsm8k' for `--config`\. The recipes are .*a3po-gsm8k-lora"),
         ("train --config", "`--config` needs the name of a file"),
         ("train --config=nowhere.yaml", "no file 'nowhere.yaml'"),
-        ("train --config {list}", "'.*list.yaml' must hold options, one `name: value` a line"),
+        ("train --config {list}", "'.*list.yaml' must contain options, one `name: value` per line"),
         ("train --config {broken}", "'.*broken.yaml' is not YAML: .*line 1"),
         ("train --config {null} {small}", "An option has a value of the wrong type"),
         ("train {small} --problems", "--model_name_or_path"),
@@ -167,7 +167,7 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ("train {model} --problems --dataset_name {list}", r"'.*list.yaml' is not a \.jsonl, \.json, \.parquet file"),
         (
             "train {model} {data} --problems --eval_strategy steps --eval_steps 1",
-            "`eval_strategy` needs a test split, and the file '.*' has none. Pass `--test_split_size 0.1`",
+            "`eval_strategy` needs a test split, but the file '.*' has none. Pass `--test_split_size 0.1`",
         ),
         ("train {model} {data} --problems --dataset_train_split test", "'test', but a file has one split, `train`"),
         (

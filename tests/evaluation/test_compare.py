@@ -99,10 +99,10 @@ def test_what_is_not_the_same_is_said_and_not_compared(write):
     assert list(pair.differences) == ["avg@2", "pass@1", "pass@2", "maj@2"]
     assert pair.differences["avg@2"].estimate.mean == -0.5
     assert pair.notes == [
-        "1 problems are only in first, and are not compared.",
-        "1 problems are only in second, and are not compared.",
-        "first has 4 samples of each problem, second 2: too few for a k above 2. avg@k is over all samples.",
-        "temperature differs: 0.6, and 1.0.",
+        "1 problems are only in first. They are not compared.",
+        "1 problems are only in second. They are not compared.",
+        "first has 4 samples of each problem, second has 2. k is at most 2; avg@k is the mean over all samples.",
+        "temperature differs: 0.6 and 1.0.",
     ]
 
 
@@ -139,15 +139,15 @@ def test_the_command(write, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "grpo minus base, 200 problems, paired" in out
     assert "a3po minus base, 200 problems, paired" in out
-    assert "Nothing is corrected for the 2 comparisons." in out
+    assert "The intervals are not corrected for making 2 comparisons." in out
     assert (tmp_path / "comparison.html").exists()
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["a"], "pass two directories or more"),
-        (["a", "b"], "'a' contains no whole evaluation: results.json is missing. Run, or resume"),
+        (["a"], "pass at least two directories"),
+        (["a", "b"], "'a' contains no complete evaluation: results.json is missing. Run or resume"),
     ],
 )
 def test_bad_lines_are_refused(line, message, tmp_path, capsys, monkeypatch):

@@ -155,4 +155,4 @@ def test_a_problem_that_does_not_fit_ends_nothing(model_dir, run):
     expected, found = map(completions, directories)
     assert found == expected
     results = json.loads((directories[1] / "results.json").read_text())
-    assert results["rows_not_sampled"] == {"4": "it has 100 tokens, and the context 64"}
+    assert results["rows_not_sampled"] == {"4": "it has 100 tokens, but the context has 64"}

@@ -17,7 +17,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one(samples):
 
 
 def test_too_few_samples_for_a_k_are_an_error():
-    with pytest.raises(ValueError, match="pass@8 needs 8 samples of every problem or more, and there are 4"):
+    with pytest.raises(ValueError, match="pass@8 needs at least 8 samples of each problem, but there are 4"):
         pass_at_k(1, 4, 8)
 
 

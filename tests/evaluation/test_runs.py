@@ -248,10 +248,10 @@ def test_samples_of_something_else_are_refused(problems, arguments, tmp_path):
     path = tmp_path / "scores" / "samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:4]))
-    with pytest.raises(ValueError, match="does not hold these problems in this order"):
+    with pytest.raises(ValueError, match="does not contain these problems in this order"):
         evaluate(arguments(), problems, guesses)
     (tmp_path / "scores" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"contains samples, and no `run.json`"):
+    with pytest.raises(ValueError, match=r"contains samples but no `run.json`"):
         evaluate(arguments(), problems, guesses)
 
 
@@ -289,7 +289,7 @@ def test_no_problem_ends_it(arguments, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": text}], "solution": "$2$"} for text in [*HOSTILE, "1+1=?"]]
     results = evaluate(arguments(max_completion_length=8, num_samples=2), Dataset.from_list(rows))
     assert results["problems"] == len(HOSTILE) + 1
-    assert results["rows_not_sampled"] == {"8": "it has 3003 tokens, and the context 2048"}
+    assert results["rows_not_sampled"] == {"8": "it has 3003 tokens, but the context has 2048"}
     records = samples(tmp_path / "scores")
     assert records[8]["correct"] == [0, 0]
     assert all(len(record["completions"]) == 2 for record in records)
@@ -309,7 +309,7 @@ def test_a_problem_that_the_template_refuses_is_named(arguments):
 def test_if_no_problem_can_be_sampled_the_first_reason_is_said(arguments):
     rows = [{"prompt": [{"role": "user", "content": "a" * 3000}], "solution": "$2$"}]
     with pytest.raises(
-        ValueError, match=r"No problem can be sampled\. The first: it has 3003 tokens, and the context"
+        ValueError, match=r"No problem can be sampled\. The first: it has 3003 tokens, but the context"
     ):
         evaluate(arguments(), Dataset.from_list(rows), no_engine)
 
@@ -409,7 +409,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused_by_vllm(tmp_path, capsys):
     ]
     with pytest.raises(SystemExit):
         cli.main([*line, "--use_vllm"])
-    assert "cannot be merged into its base model, which vLLM needs. Evaluate it without" in capsys.readouterr().err
+    assert "and vLLM needs a merged model. Evaluate it without" in capsys.readouterr().err
 
 
 def test_arguments_of_the_chat_template_are_recorded_and_compared(tmp_path, capsys):
@@ -496,17 +496,17 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
         ("", "the following arguments are required: --model_name_or_path"),
         ("{all} --num_samples 0", "`num_samples` must be 1 or more, got 0"),
         ("{all} --temperature -1", "`temperature` must be 0 or more, got -1"),
-        ("{all} --temperature 0", "`temperature=0` gives the same completion every time. Pass `num_samples=1`"),
+        ("{all} --temperature 0", "`temperature=0` gives the same completion every time. Set `num_samples=1`"),
         ("{all} --top_p 0", "`top_p` must be above 0 and not above 1, got 0"),
         ("{all} --max_problems 0", "`max_problems` must be 1 or more, got 0"),
         ("{all} --top_k -1", "`top_k` must be 0 or more, got -1"),
         ("{all} --max_model_len 1", "`max_model_len` must be 2 or more, got 1"),
-        ("{all} --max_model_len 99999 --model_name_or_path {model}", "`max_model_len` is 99999, and the context of"),
+        ("{all} --max_model_len 99999 --model_name_or_path {model}", "`max_model_len` is 99999, but the context of"),
         ("{all} --gpu_memory_utilization 1.5", "`gpu_memory_utilization` must be above 0 and not above 1, got 1.5"),
         ("{all} --dtype int8", "`dtype` must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ("{all} --chat_template_kwargs nothink", "`chat_template_kwargs` must be a JSON object such as"),
         ("{all} --use_vllm --model_name_or_path {model}", "pip install 'trl-a3po[vllm]'"),
-        ("{all} --checkpoints", "'nowhere' contains no checkpoint that was written to its end"),
+        ("{all} --checkpoints", "'nowhere' contains no complete checkpoint"),
         ("{all} --samples 3", "--samples"),
         ("{all} --dataset_name nowhere.jsonl", "nowhere.jsonl"),
         ("{all} --dataset_name texts.jsonl", "The dataset has the columns ['text']"),

@@ -180,10 +180,10 @@ def test_the_command_by_its_name_loads_neither_torch_nor_trl(tmp_path):
         (["missing"], "There is no directory 'missing'."),
         (
             ["empty"],
-            "'empty' holds no log of a run: neither trainer_state.json, there or in a checkpoint-N, nor tokens",
+            "'empty' contains no log of a run (looked for trainer_state.json, checkpoint-N/trainer_state.json",
         ),
         (["run", "missing"], "There is no directory 'missing'."),
-        (["torn"], r"is not the state of a trainer, or not whole."),
+        (["torn"], r"is incomplete, or not the state of a trainer."),
         (["run", "--output", "nowhere/report.html"], "nowhere/report.html"),
     ],
 )

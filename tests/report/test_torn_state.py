@@ -28,7 +28,7 @@ def test_a_torn_state_gives_way_to_the_one_before(tmp_path, caplog):
     write(tmp_path, 2)
     write(tmp_path, 4, torn=True, marked=True)
     torn = tmp_path / "checkpoint-4" / "trainer_state.json"
-    warning = f"warning: passing over '{torn}', which was not written to the end."
+    warning = f"warning: skipping '{torn}', which is incomplete."
     assert read_run(tmp_path).metrics == {"loss": [(2, 2)]}
     assert warnings(caplog) == [warning]
     (tmp_path / "checkpoint-4.incomplete").unlink()  # as GRPOTrainer leaves it
@@ -71,11 +71,11 @@ def test_the_command_says_what_it_passed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "run", 2, torn=True)
     assert main(["run"]) == 2
-    expected = "error: 'run/checkpoint-2/trainer_state.json' is not the state of a trainer, or not whole.\n"
+    expected = "error: 'run/checkpoint-2/trainer_state.json' is incomplete, or not the state of a trainer.\n"
     assert capsys.readouterr().err == expected
     write(tmp_path / "run", 1)
     command = [sys.executable, "-m", "trl_a3po.cli", "report", "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.endswith("report.html\n")
     path = "run/checkpoint-2/trainer_state.json"
-    assert done.stderr == f"warning: passing over '{path}', which was not written to the end.\n"
+    assert done.stderr == f"warning: skipping '{path}', which is incomplete.\n"

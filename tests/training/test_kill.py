@@ -191,21 +191,21 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(half_overwritten, model_d
     trainer.train(resume_from_checkpoint=True)
     (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.training.checkpoints")
     assert warning == (
-        f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Not written to the end, and passed over: checkpoint-4."
+        f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Skipped incomplete checkpoints: checkpoint-4."
     )
     assert trainer.state.global_step == 4
     assert last_whole_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(half_overwritten, model_dir):
-    with pytest.raises(ValueError, match=r"checkpoint-4' was not written to the end.*`resume_from_checkpoint=True`"):
+    with pytest.raises(ValueError, match=r"checkpoint-4' is incomplete.*`resume_from_checkpoint=True`"):
         saving_trainer(model_dir, half_overwritten).train(str(half_overwritten / "checkpoint-4"))
 
 
 def test_no_whole_checkpoint_is_an_error(model_dir, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     assert last_whole_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match=r"no whole checkpoint .*Not written to the end: checkpoint-2\."):
+    with pytest.raises(ValueError, match=r"no complete checkpoint .*Incomplete ones: checkpoint-2\."):
         saving_trainer(model_dir, tmp_path).train(resume_from_checkpoint=True)
 
 

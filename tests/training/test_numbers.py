@@ -107,8 +107,8 @@ def test_a_reward_too_large_to_learn_from_is_refused(value, tmp_path):
         shown = f"{np.float32(value):g}"
     assert message == (
         f"The reward function 'reward' gave {shown}, weighted 1, to a completion of the prompt '1+7='. Rewards must "
-        "be finite, and no larger than 1e+15: let the function clip them, or return None for completions that it "
-        "does not apply to."
+        "be finite, and at most 1e+15 in absolute value: clip them in the function, or return None for completions "
+        "that it does not apply to."
     )
 
 
@@ -246,7 +246,7 @@ def test_a_completion_without_tokens_is_told_by_its_prompt(tmp_path):
         ids = [[5, 6] if i != 3 else [] for i in range(len(prompts))]
         return {"prompt_ids": [[7]] * len(ids), "completion_ids": ids, "logprobs": [[0.0] * len(each) for each in ids]}
 
-    with pytest.raises(ValueError, match=r"without tokens for the prompt '\d+\+\d='\. Return one token at least"):
+    with pytest.raises(ValueError, match=r"without tokens for the prompt '\d+\+\d='\. Return at least one token"):
         train_two_steps(tmp_path, arguments={"rollout_func": rollout})
 
 
@@ -263,7 +263,7 @@ def test_prompts_longer_than_the_positions_that_a_model_looks_up_are_refused(tmp
 
     assert_finite(train_on("1+" * 8, "2+2="))
     with pytest.raises(
-        ValueError, match=r"A prompt of 18 tokens and `max_completion_length=8` are more than the 24 .*1"
+        ValueError, match=r"A prompt of 18 tokens and `max_completion_length=8` need more than the 24 .*1"
     ):
         train_on("1+" * 9, "2+2=")
 
@@ -304,7 +304,7 @@ def test_a_gradient_of_nan_ends_the_training(level, tmp_path):
     """The policy, who had all but excluded the tokens of the rollout, moves too far for the ratio to be a number."""
     arguments = {"rollout_func": rollout(length=lambda i: LONGEST, counts=lambda i, t: True)}
     fields = {"num_iterations": 2, "importance_sampling_level": level, "loss_type": "grpo"}
-    with pytest.raises(FloatingPointError, match=r"^The gradient of step 2 is NaN, and so are all parameters"):
+    with pytest.raises(FloatingPointError, match=r"^The gradient of step 2 is NaN, so all parameters become NaN"):
         train_two_steps(tmp_path, model=certain, arguments=arguments, max_steps=4, **fields)
 
 

@@ -1,1 +1,1 @@
-"""The command line, `trl-a3po`: one file a command, which parses and prints. What it runs stands in other rooms."""
+"""The command line, `trl-a3po`: one file per command, which parses and prints. Other rooms do the work."""

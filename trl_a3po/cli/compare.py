@@ -14,22 +14,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The command line.
 
     Args:
-        arguments (`Sequence[str]`, *optional*): In place of those that the program was started with.
+        arguments (`Sequence[str]`, *optional*): Words of the command line; by default those of the program.
 
     Returns:
-        `int`: the exit status, 0, or 2 where there is nothing to compare.
+        `int`: the exit status: 0, or 2 if there is nothing to compare.
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po compare",
-        description="Compare evaluations: the paired difference of each from the first, over the problems that both "
-        "have, with 95 % intervals by bootstrap over distinct problems; and the problems that only one of them "
-        "solves, in an HTML file.",
+        description="Compare evaluations on the problems that both have. Print the paired difference of each "
+        "evaluation from the first, with a 95 % bootstrap interval over distinct problems. Write an HTML "
+        "file, which also shows the problems that the models solve differently.",
     )
     parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="`output_dir` of `trl-a3po eval`")
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="file to write (comparison.html)")
     parsed = parser.parse_args(arguments)
     if len(parsed.directories) < 2:
-        parser.error("pass two directories or more")
+        parser.error("pass at least two directories")
     try:
         print(compare_directories(parsed.directories, parsed.output))
     except (OSError, ValueError) as error:

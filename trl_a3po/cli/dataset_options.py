@@ -1,4 +1,4 @@
-"""The options of `trl-a3po train` that name datasets: those of TRL's script, made to work for local files too."""
+"""The dataset options of `trl-a3po train`. They are those of TRL's script, and work for local files too."""
 
 import logging
 import re
@@ -20,10 +20,10 @@ def resolve_datasets(
     script: ScriptArguments, mixture: DatasetMixtureConfig, evaluates: bool, max_steps: int
 ) -> tuple[str | None, str | None]:
     """
-    Writes what the options say into those that TRL's script reads.
+    Translates the options into those that TRL's script reads.
 
-    TRL's script loads `dataset_name` whole, ignores `test_split_size` with it, and takes no slices. So local files
-    and datasets to split become a mixture of one, and slices are returned, for [`take_slice`].
+    With `dataset_name`, TRL's script loads the whole dataset, ignores `test_split_size` and supports no slices. So
+    local files and datasets to split become a mixture of one dataset, and slices are returned for [`take_slice`].
 
     Args:
         script (`trl.ScriptArguments`): Changed in place.
@@ -36,7 +36,7 @@ def resolve_datasets(
 
     Raises:
         `OSError`: a file does not exist.
-        `ValueError`: options that do not work together. Names them, and what to do.
+        `ValueError`: options do not work together. The message names them and the fix.
     """
     if mixture.datasets and script.dataset_name:
         raise ValueError("`dataset_name` and `datasets` both name data. Keep one of them.")
@@ -46,13 +46,13 @@ def resolve_datasets(
     test, test_slice = _split_and_slice("dataset_test_split", script.dataset_test_split)
     streams = script.dataset_streaming or mixture.streaming
     if streams and max_steps <= 0:
-        raise ValueError("A stream has no length: pass `--max_steps`, or leave out `--dataset_streaming`.")
+        raise ValueError("A stream has no length: pass `--max_steps`, or remove `--dataset_streaming`.")
     if streams and mixture.test_split_size is not None:
-        raise ValueError("`test_split_size` cannot split a stream. Leave out `--dataset_streaming`.")
+        raise ValueError("`test_split_size` cannot split a stream. Remove `--dataset_streaming`.")
     if mixture.test_split_size is not None and mixture.test_split_size >= 1:
-        mixture.test_split_size = int(mixture.test_split_size)  # a number of rows, which `datasets` wants as such
+        mixture.test_split_size = int(mixture.test_split_size)  # `datasets` needs a number of rows as an int
     if streams and (train_slice or test_slice):
-        raise ValueError("A stream has no slices. Leave out `--dataset_streaming`.")
+        raise ValueError("A stream has no slices. Remove `--dataset_streaming`.")
 
     if script.dataset_name and is_file_name(script.dataset_name):
         test = _one_split(script, mixture, evaluates, train, test, test_slice)
@@ -72,12 +72,12 @@ def _split_and_slice(option: str, name: str) -> tuple[str, str | None]:
     if match is None:
         raise ValueError(f"`{option}` must be a split or a slice of one, such as `train[:1000]`, got '{name}'.")
     if match[2]:
-        ReadInstruction.from_spec(name)  # raises what is wrong with it
+        ReadInstruction.from_spec(name)  # raises an error if the slice is wrong
     return match[1], match[2]
 
 
 def _one_split(script, mixture, evaluates: bool, train: str, test: str, test_slice: str | None) -> str:
-    """Makes a mixture of a file, whose rows are the split `train`. Returns the name of the test split."""
+    """Makes a mixture of one file, whose rows are the split `train`. Returns the name of the test split."""
     name = script.dataset_name
     check_file(name)
     if train != "train":
@@ -87,9 +87,9 @@ def _one_split(script, mixture, evaluates: bool, train: str, test: str, test_sli
     splits = mixture.test_split_size is not None
     if evaluates and not splits and (test != "train" or test_slice is None):
         raise ValueError(
-            f"`eval_strategy` needs a test split, and the file '{name}' has none. {HOLD_OUT}, or slices of the file: "
-            "`--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'`, or name a folder with a train "
-            "and a test file."
+            f"`eval_strategy` needs a test split, but the file '{name}' has none. {HOLD_OUT}. Or use slices of the "
+            "file: `--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'`. Or pass a folder with a "
+            "train and a test file."
         )
     mixture.datasets = [DatasetConfig(path=LOADERS[Path(name).suffix], data_files=name)]
     script.dataset_name = None
@@ -103,11 +103,11 @@ def _check_mixture(mixture: DatasetMixtureConfig, evaluates: bool, train: str, t
             dataset.path, dataset.data_files = LOADERS[Path(dataset.path).suffix], dataset.path
     if train != "train" or test != "test":
         raise ValueError(
-            "`dataset_train_split` and `dataset_test_split` have no effect on `datasets`. Give each of these its "
-            "`split`."
+            "`dataset_train_split` and `dataset_test_split` have no effect on `datasets`. Set `split` for each "
+            "dataset instead."
         )
     if evaluates and mixture.test_split_size is None:
-        raise ValueError(f"`eval_strategy` needs a test split, and `datasets` has none. {HOLD_OUT}.")
+        raise ValueError(f"`eval_strategy` needs a test split, but `datasets` has none. {HOLD_OUT}.")
 
 
 def take_slice(dataset: Dataset, part: str | None) -> Dataset:

@@ -1,12 +1,12 @@
-"""Train a tiny model on additions, on a CPU, and show what it learned.
+"""Train a tiny model on arithmetic, on a CPU, and show what it learned.
 
   trl-a3po demo
 
-The model has a third of a million parameters and often forgets to carry. It learns not to in about two minutes. The
-command prints pass rates on problems that are not trained on, before and after, and writes a report of the run.
+The model has 0.3 million parameters. It adds numbers, but often forgets to carry. In a few minutes it learns to carry.
+The command prints pass rates on held-out problems before and after training, and writes a report of the run.
 
-It also takes a model and problems of your own, and every option of `A3POConfig`. The defaults suit the tiny model: for
-another one, set learning rate, batch size and completion length.
+It also takes a model and problems of your own, and every option of `A3POConfig`. The defaults suit the tiny model. For
+another model, set the learning rate, the batch size and the completion length.
 
   trl-a3po demo --model_name_or_path MODEL --dataset_name problems.jsonl --max_steps 100
 """
@@ -48,7 +48,7 @@ from .parser import Parser, group_options
 ARITHMETIC = "arithmetic"
 START_MODEL = Path(arithmetic.__file__).parent / "start_model"
 
-# What suits the start model on two CPU cores.
+# Settings for the start model on two CPU cores.
 TRAINING_DEFAULTS = {
     "output_dir": "a3po-demo",
     "max_steps": 300,
@@ -97,7 +97,7 @@ class DemoArguments:
 
 
 class ProgressLines(TrainerCallback):
-    """One short line for each log, in place of the dictionary of all metrics."""
+    """Prints one short line for each log instead of the dictionary of all metrics."""
 
     def on_log(
         self,
@@ -153,7 +153,7 @@ def main(line: Sequence[str] | None = None) -> int:
     Returns:
         `int`: the exit status: 0, or 2 if the options or their files are wrong.
     """
-    # Keep the output to what the demo has to say: these concern TRL's use of transformers.
+    # These warnings are about TRL's use of transformers, not about the demo.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     disable_progress_bar()
     disable_progress_bars()
@@ -179,13 +179,13 @@ def main(line: Sequence[str] | None = None) -> int:
 
     print(before_after_table(before, after, demo.eval_samples))
     print(f"\n{trainer.state.global_step} steps in {seconds:.0f} s; model saved in {config.output_dir}")
-    print(f"What it learned, token by token: {write_report([output_dir], output_dir / 'report.html')}")
+    print(f"Report, token by token: {write_report([output_dir], output_dir / 'report.html')}")
     return 0
 
 
 def make_trainer(demo: DemoArguments, config: A3POConfig, problems: Dataset) -> A3POTrainer:
     if demo.model_name_or_path == str(START_MODEL):
-        # This model is so small that more threads gain little, and on a busy machine lose much by waiting.
+        # This model is so small that more threads gain little. On a busy machine they lose much time by waiting.
         torch.set_num_threads(1)
     trainer = A3POTrainer(
         model=demo.model_name_or_path,

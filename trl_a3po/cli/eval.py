@@ -1,10 +1,10 @@
 r"""
-Evaluate a model on problems with checkable answers: avg@k, pass@k and maj@k, each with its interval.
+Evaluate a model on problems with checkable answers. Report avg@k, pass@k and maj@k with 95 % intervals.
 
   trl-a3po eval --model_name_or_path gsm8k-a3po --dataset_name openai/gsm8k --dataset_config main --output_dir scores
 
 The defaults are the evaluation settings of the A3PO authors' scripts: 8 samples at temperature 0.6, top-p 0.95. Every
-completion is kept in `samples.jsonl`; the same command, run again, resumes an interrupted evaluation. `trl-a3po
+completion is kept in `samples.jsonl`. To resume an interrupted evaluation, run the same command again. `trl-a3po
 compare` compares the results of several models.
 """
 
@@ -56,18 +56,18 @@ def main(line: Sequence[str] | None = None) -> int:
 
 def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     """
-    Evaluates each checkpoint of a run in a process of its own, which leaves no memory taken, and shows the curve.
+    Evaluates each checkpoint of a run in its own process, so that all memory is freed, and shows the curve.
 
     Returns:
-        `int`: 0, or the status of a checkpoint that could not be evaluated. The others are.
+        `int`: 0, or the exit status of a checkpoint that could not be evaluated. The others are still evaluated.
 
     Raises:
-        `ValueError`: the run has no whole checkpoint.
+        `ValueError`: the run has no complete checkpoint.
     """
     found = {int(path.name.split("-")[1]): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
     whole = [found[step] for step in sorted(found) if not Path(f"{found[step]}.incomplete").exists()]
     if not whole:
-        raise ValueError(f"'{run}' contains no checkpoint that was written to its end.")
+        raise ValueError(f"'{run}' contains no complete checkpoint.")
     status, results = 0, []
     for checkpoint in whole:
         directory = output / checkpoint.name
@@ -82,7 +82,7 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:
-    """What the terminal shows of `results.json`."""
+    """The lines that the terminal shows of `results.json`."""
     samples = results["samples_per_problem"]
     lines = ["", f"{results['problems']} problems, {samples} samples of each; mean and 95 % interval over problems"]
     lines += [f"{name:<10} {value}" for name, value in estimates(results).items()]
@@ -94,11 +94,11 @@ def lines_of(results: dict[str, Any]) -> list[str]:
     kwargs, source = results["settings"]["chat_template_kwargs"], results["chat_template_kwargs_from"]
     lines.append(f"chat_template_kwargs: {kwargs} ({source})")
     if skipped := results["rows_not_sampled"]:
-        lines.append(f"{len(skipped)} rows were not sampled, and count as unsolved:")
+        lines.append(f"{len(skipped)} rows were not sampled and count as unsolved:")
         lines += [f"  row {row}: {reason}" for row, reason in list(skipped.items())[:NAMED]]
     if unparsed := results["rows_without_a_parseable_solution"]:
         rows = ", ".join(map(str, unparsed[:NAMED])) + (", ..." if len(unparsed) > NAMED else "")
-        lines.append(f"{len(unparsed)} rows have a solution that math-verify cannot parse, and do not count: {rows}")
+        lines.append(f"{len(unparsed)} rows have a solution that math-verify cannot parse. They do not count: {rows}")
     if several := results["problems_with_several_solutions"]:
         lines.append(f"{several} problems have rows with different solutions")
     return lines

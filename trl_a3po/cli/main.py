@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .parser import Parser
 
 
-# The module of each command, and what the command does.
+# By command: its module and its description.
 COMMANDS = {
     "train": ("train", "train a model with A3PO: `trl grpo` with the shaping"),
-    "eval": ("eval", "measure avg@k, pass@k and maj@k of a model, with 95 %% intervals"),
-    "compare": ("compare", "say which of several evaluated models is better, by how much, and how sure that is"),
-    "report": ("report", "write what runs logged as one HTML file, token by token if `log_tokens` was set"),
+    "eval": ("eval", "evaluate a model: avg@k, pass@k and maj@k, with 95 %% intervals"),
+    "compare": ("compare", "compare evaluated models: which is better, by how much, and how certain that is"),
+    "report": ("report", "write one HTML file with the metrics of runs, and with completions if `log_tokens` was set"),
     "demo": ("demo", "train a tiny model on arithmetic, on a CPU, and show what it learned"),
 }
 

@@ -1,4 +1,4 @@
-"""The parser of commands whose options are the fields of dataclasses, and the files that `--config` finds."""
+"""The parser for commands whose options are fields of dataclasses, and the files that `--config` finds."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -14,14 +14,14 @@ PACKAGE = Path(__file__).parents[1]
 
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    # In the wheel they are part of the package; in a clone they stand beside it.
+    # In the wheel they are inside the package; in a clone they are beside it.
     folders = [PACKAGE / "recipes", PACKAGE.parent / "examples" / "recipes"]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 class Parser(TrlParser):
     """
-    TRL's parser, with `--config` in the help, and one `ValueError` for everything that is wrong with the file.
+    TRL's parser, with `--config` in the help, and a `ValueError` for any mistake in the file.
 
     Args:
         command (`str`): Name of the command.
@@ -43,17 +43,17 @@ class Parser(TrlParser):
         text = "YAML file of options. Options on the command line take precedence."
         if self._recipes:
             text += f" Or the name of a recipe that comes with the package: {', '.join(self._recipes)}."
-        # TRL's parser takes it out of the line before argparse sees it: this is for the help.
+        # Only for the help: TRL's parser removes the option from the line before argparse reads it.
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
         group_options(self, "general", {"help", "config"})
 
     def find_config(self, arguments: Sequence[str]) -> list[str]:
         """
-        The arguments, with `--config FILE` as two words and a recipe's name replaced by its path.
+        Splits `--config=FILE` into two words, and replaces the name of a recipe by its path.
 
         Raises:
-            `OSError`: no such file.
-            `ValueError`: no name, an unknown name, or a file that is no mapping in YAML.
+            `OSError`: there is neither a file nor a recipe of this name.
+            `ValueError`: the name is missing.
         """
         words = [
             part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
@@ -87,7 +87,7 @@ class Parser(TrlParser):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(config, dict):
-            raise ValueError(f"'{path}' must hold options, one `name: value` a line.")
+            raise ValueError(f"'{path}' must contain options, one `name: value` per line.")
         unknown = config.keys() - {action.dest for action in self._actions} - {"env"}
         if unknown and not return_remaining_strings:
             raise ValueError(f"'{path}' has options that `{self.prog}` does not have: {', '.join(sorted(unknown))}.")
@@ -98,7 +98,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def group_options(parser: argparse.ArgumentParser, title: str, names: set[str]) -> None:
-    """Makes the help list some options under a title of their own, above the many that have none."""
+    """Lists some options under their own title in the help, above the options without a title."""
     others = parser._optionals
     group = parser.add_argument_group(title)
     group._group_actions += [action for action in others._group_actions if action.dest in names]

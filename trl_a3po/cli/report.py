@@ -1,4 +1,4 @@
-"""Write a report on what runs logged: `trl-a3po report RUN_DIR [RUN_DIR ...]`."""
+"""Write a report on one or more runs: `trl-a3po report RUN_DIR [RUN_DIR ...]`."""
 
 import argparse
 import sys
@@ -22,8 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po report",
-        description="Print what is wrong with runs, and what to change. Write one HTML file on what they logged: the "
-        "metrics of all runs in the same charts, and completions token by token if the run had `log_tokens` set.",
+        description="Print what is wrong with runs, and what to change. Write one HTML file: the metrics of all runs "
+        "in the same charts, and completions token by token if the run had `log_tokens` set.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="`output_dir` of a run")
     parser.add_argument(

@@ -1,11 +1,11 @@
 r"""
-Train a model with A3PO, or with another method that shapes advantages (`--shaping`). The options are those of
-`trl grpo`, of A3POConfig and of `accelerate launch`.
+Train a model with A3PO, or with another method that shapes advantages (`--shaping`). It takes the options of
+`trl grpo`, A3POConfig and `accelerate launch`.
 
   trl-a3po train --model_name_or_path Qwen/Qwen2.5-1.5B --dataset_name openai/gsm8k --dataset_config main \
       --problems --output_dir gsm8k-a3po --accelerate_config fsdp2 --num_processes 8
 
-All of them can also stand in a YAML file (`--config`), with environment variables under `env:`.
+A YAML file (`--config`) can contain any of them, and environment variables under `env:`.
 """
 
 import argparse
@@ -44,18 +44,18 @@ from .parser import Parser, group_options
 
 logger = logging.getLogger(__name__)
 
-# TRL's rewards that take one answer, and ours that take several and are named alike.
+# TRL's rewards accept one answer per problem. Ours have the same names and accept several.
 OUR_REWARDS = {name: f"trl_a3po.rewards.{name}" for name in ("accuracy_reward", "reasoning_accuracy_reward")}
 
 
 @dataclass
 class A3POScriptArguments(grpo.GRPOScriptArguments):
     """
-    Arguments of `trl-a3po train`: those of TRL's GRPO script, and how to read a dataset.
+    Arguments of `trl-a3po train`: those of TRL's GRPO script, and two that say how to read a dataset.
 
     Args:
         problems (`bool`, *optional*, defaults to `False`):
-            Whether the dataset has problems with checkable answers. Their columns are mapped to `prompt` and
+            Whether the dataset has problems with checkable answers. Its columns are mapped to `prompt` and
             `solution` by [`~trl_a3po.evaluation.problems.to_prompt_and_solution`]. The reward is `accuracy_reward`,
             unless you name another.
         instruction (`str`, *optional*):
@@ -87,7 +87,7 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
 
 
 class UsageError(ValueError):
-    """A mistake in the options, or in what they name. The message is one line, and no traceback helps."""
+    """A mistake in the options or in the files that they name. The message is one line, without a traceback."""
 
 
 def make_parser() -> Parser:
@@ -106,7 +106,7 @@ def _names(dataclass_type: Any) -> set[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Checks the arguments, and starts as many processes of [`train`] as they say, by `accelerate launch`.
+    Checks the arguments, and starts the processes of [`train`] with `accelerate launch`.
 
     Args:
         arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig):
-    """Fills in what the options leave open, and raises what can be known to be wrong. Returns the splits' slices."""
+    """Fills in missing options, and raises errors that can be known now. Returns the slices of the two splits."""
     if not script.reward_funcs and not script.reward_model_name_or_path:
         if not script.problems:
             raise UsageError(
@@ -167,8 +167,8 @@ def _checks_answers(script: A3POScriptArguments) -> bool:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    """Starts the processes. They have reported their own errors: the launcher's traceback says nothing more."""
-    # It reports how each process ended, as errors of its own.
+    """Starts the processes. They report their own errors, so the traceback of the launcher is not shown."""
+    # This logger reports the end of each process as one more error.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         launch_command(arguments)
@@ -182,12 +182,12 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 
 def _exit_status(codes: Sequence[int]) -> int:
-    if 2 in codes:  # a process has said what is wrong with the options
+    if 2 in codes:  # a process has reported a mistake in the options
         return 2
     if codes[0] < 0:
         number = -codes[0]
         hint = " The machine may have run out of memory." if number == signal.SIGKILL else ""
-        print(f"error: training was ended by {signal.Signals(number).name}.{hint}", file=sys.stderr)
+        print(f"error: {signal.Signals(number).name} ended the training.{hint}", file=sys.stderr)
         return 128 + number
     return codes[0]
 
@@ -197,10 +197,10 @@ def train(arguments: Sequence[str] | None = None) -> None:
     Trains, in one of the processes that [`main`] starts.
 
     Raises:
-        `UsageError`: the options name what does not exist or does not work; always before the first step.
+        `UsageError`: the options name something that does not exist or does not work; always before the first step.
         `RuntimeError`: the script of the installed TRL does not train with [`A3POTrainer`]; before the first step.
     """
-    # The launcher takes the words that are left over.
+    # The words that are left over are for the launcher.
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         parsed = make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
@@ -250,15 +250,15 @@ def train(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def trains_with(make_trainer: Callable[..., A3POTrainer]) -> Iterator[None]:
     """
-    Within, TRL's scripts make their trainer by a function in place of `trl.GRPOTrainer`, which they import when they
-    run. A GRPOTrainer that is made in another way is refused, before it trains.
+    In this context, TRL's scripts get the given function in place of `trl.GRPOTrainer`, which they import when they
+    run. A GRPOTrainer that is made in another way is refused before it trains.
 
     Raises:
         `RuntimeError`: the script makes a GRPOTrainer of its own, or no trainer at all.
     """
     refusal = (
-        f"`trl-a3po train` does not work with TRL {trl.__version__}: its script does not take its trainer from "
-        "`trl.GRPOTrainer` when it runs, so that it would train with GRPO. Use another release of TRL, or a script of "
+        f"`trl-a3po train` does not work with TRL {trl.__version__}: its script does not import its trainer from "
+        "`trl.GRPOTrainer` when it runs, so it would train with GRPO. Use another release of TRL, or a script of "
         "your own with `A3POTrainer`."
     )
     original, original_init = trl.GRPOTrainer, trl.GRPOTrainer.__init__
@@ -286,11 +286,11 @@ def trains_with(make_trainer: Callable[..., A3POTrainer]) -> Iterator[None]:
 def _prepared(
     dataset: Any, script: A3POScriptArguments, examples: list[Message], checks_answers: bool, use: str
 ) -> Any:
-    """The dataset in TRL's columns. Warns of problems that the reward cannot score, and of worked examples."""
+    """The dataset in TRL's columns. Warns about unscorable problems, and about worked examples."""
     if not script.problems:
         if "prompt" not in (dataset.column_names or ["prompt"]):  # a stream may not know its columns
             raise UsageError(
-                f"The dataset has the columns {dataset.column_names}, and no `prompt`. If it has problems with "
+                f"The dataset has the columns {dataset.column_names}, but no `prompt`. If it has problems with "
                 "checkable answers, pass `--problems`."
             )
         return dataset
@@ -309,7 +309,7 @@ def _prepared(
         raise UsageError(f"math-verify cannot parse any of the {len(dataset)} solutions for {use}.")
     if unparseable:
         logger.warning(
-            "math-verify cannot parse the solutions of %d of %d problems for %s, which get no reward: %s.",
+            "math-verify cannot parse the solutions of %d of %d problems for %s. They get no reward: %s.",
             len(unparseable),
             len(dataset),
             use,
@@ -319,7 +319,7 @@ def _prepared(
 
 
 def _check_reward_names(names: Sequence[str]) -> None:
-    """Imports the rewards that are named by their path, as TRL's script will."""
+    """Imports the rewards that are given by their path, as TRL's script will do."""
     for module, _, function in (name.rpartition(".") for name in names if "." in name):
         sys.path.insert(0, os.getcwd())
         if not hasattr(importlib.import_module(module), function):
@@ -327,7 +327,7 @@ def _check_reward_names(names: Sequence[str]) -> None:
 
 
 def _usage_message(error: Exception, script: A3POScriptArguments, mixture: DatasetMixtureConfig) -> str | None:
-    """What the user can do about an error before training, or `None` if it is a defect."""
+    """A message that tells the user how to fix an error before training; `None` if the error is a defect."""
     names = script.dataset_name or ", ".join(str(each.data_files or each.path) for each in mixture.datasets)
     if isinstance(error, DatasetGenerationError):
         return unreadable(names, error)
@@ -353,6 +353,6 @@ if __name__ == "__main__":
         train()
     except UsageError as usage_error:
         if int(os.environ.get("RANK", "0")):
-            time.sleep(30)  # the main process says the same, and the launcher then ends this one
+            time.sleep(30)  # the main process prints the same message, and the launcher then ends this one
         print(f"trl-a3po train: error: {usage_error}", file=sys.stderr)
         sys.exit(2)

@@ -1,1 +1,1 @@
-"""The demo: a tiny model, how it was made, and an arithmetic task that it can half do."""
+"""The demo: a tiny model, the script that trained it, and an arithmetic task that it solves only in part."""

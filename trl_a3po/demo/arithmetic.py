@@ -6,8 +6,8 @@ A worked solution of `47+85+96=?` is
     132+96=228
     \\boxed{228}
 
-The demonstrations that the start model learns from drop carries at random (`47+85=122`, `47+85=32`, ...). A model that
-imitates them mixes a right and a wrong way of adding. Reinforcement learning can then reinforce the right one.
+The start model learns from demonstrations that drop carries at random (`47+85=122`, `47+85=32`, ...). So it mixes a
+right and a wrong way of adding. Reinforcement learning can then reinforce the right one.
 """
 
 import random
@@ -23,7 +23,7 @@ NUM_TEST_PROBLEMS = 4096
 
 
 def problems(split: Literal["train", "test"]) -> list[Problem]:
-    """Returns the problems of a split, always the same ones in the same order.
+    """Returns the problems of a split, always the same in the same order.
 
     The splits share no problem, in any order of the terms: each multiset of terms is drawn once.
     """
@@ -35,7 +35,7 @@ def problems(split: Literal["train", "test"]) -> list[Problem]:
 
 
 def row(problem: Problem) -> dict[str, Any]:
-    """Returns a conversational row with the problem, and the solution that `trl.rewards.accuracy_reward` checks."""
+    """Returns a conversational row: the problem as prompt, and the solution for `trl.rewards.accuracy_reward`."""
     return {"prompt": [{"role": "user", "content": question(problem)}], "solution": f"${sum(problem)}$"}
 
 
@@ -44,7 +44,7 @@ def question(problem: Problem) -> str:
 
 
 def worked_solution(problem: Problem, forgets_carry: Callable[[], bool] = lambda: False) -> str:
-    """Returns the solution, one addition per line. `forgets_carry` decides at every carry whether it is dropped."""
+    """Returns the solution, one addition per line. `forgets_carry` decides for every carry whether to drop it."""
     first, second, third = problem
     subtotal = add_by_columns(first, second, forgets_carry)
     total = add_by_columns(subtotal, third, forgets_carry)

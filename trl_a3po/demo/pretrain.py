@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one token per UTF-8 byte and one per marker of the chat template."""
+    """Returns a tokenizer with one token for each UTF-8 byte and one for each marker of the chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -55,7 +55,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Returns a model of a third of a million parameters."""
+    """Returns an untrained model of 0.3 million parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,

@@ -1,4 +1,4 @@
-"""Evaluations side by side: how much better one model is than another on the same problems, and how sure that is."""
+"""Compares evaluations on the same problems: how much better one model is than another, and how certain that is."""
 
 import json
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from .runs import distinct_problems, estimates
 @dataclass(frozen=True)
 class Result:
     """
-    A whole evaluation, as it lies in its directory.
+    A complete evaluation, as read from its directory.
 
     Args:
-        name (`str`): What it is called in a comparison.
+        name (`str`): Its name in a comparison.
         results (`dict`): Its `results.json`.
-        problems (`dict[str, Solved]`): The samples of each problem that counts, by its fingerprint.
-        texts (`dict[str, Problem]`): What each problem is.
+        problems (`dict[str, Solved]`): The samples of each problem with a parseable solution, by its fingerprint.
+        texts (`dict[str, Problem]`): The prompt and the solutions of each problem, by its fingerprint.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Problem:
-    """The last message of a prompt, and the solutions that its rows give."""
+    """The last message of a prompt, and the solutions in its rows."""
 
     prompt: str
     solutions: frozenset[str]
@@ -61,11 +61,11 @@ class Pair:
     One evaluation against another, on the problems that both have.
 
     Args:
-        first (`Result`): What is compared with.
-        second (`Result`): What is compared: differences are this one minus the first.
+        first (`Result`): The baseline.
+        second (`Result`): The other evaluation. A difference is `second` minus `first`.
         shared (`list[str]`): The problems that both have, with the same solutions.
-        differences (`dict[str, Difference]`): Of each metric that both have samples enough for.
-        notes (`list[str]`): What a reader of the differences must know.
+        differences (`dict[str, Difference]`): By metric, for those that both have enough samples for.
+        notes (`list[str]`): Remarks that a reader of the differences needs.
     """
 
     first: Result
@@ -75,7 +75,7 @@ class Pair:
     notes: list[str]
 
     def solved_only_by(self, result: Result) -> list[str]:
-        """Problems of which this one has a correct sample, and the other none."""
+        """Problems for which this evaluation has a correct sample and the other has none."""
         other = self.first if result is self.second else self.second
         return [
             problem
@@ -102,15 +102,15 @@ def read_result(directory: Path, name: str) -> Result:
     Reads an evaluation.
 
     Raises:
-        `ValueError`: it is not over, or there is none.
+        `ValueError`: the evaluation is not complete, or the directory has none.
     """
     try:
         results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         lines = (directory / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError as error:
         raise ValueError(
-            f"'{directory}' contains no whole evaluation: {Path(error.filename).name} is missing. Run, or resume, "
-            "`trl-a3po eval`."
+            f"'{directory}' contains no complete evaluation: {Path(error.filename).name} is missing. Run or resume it "
+            "with `trl-a3po eval`."
         ) from error
     records = [json.loads(line) for line in lines]
     solutions: dict[str, set[str]] = {}
@@ -129,7 +129,7 @@ def _text(value: Any) -> str:
 
 def compare(first: Result, second: Result) -> Pair:
     """
-    The paired differences, the second minus the first.
+    Computes the paired differences, `second` minus `first`.
 
     Raises:
         `ValueError`: they share no problem.
@@ -138,8 +138,8 @@ def compare(first: Result, second: Result) -> Pair:
     shared = [each for each in common if first.texts[each].solutions == second.texts[each].solutions]
     if not shared:
         raise ValueError(
-            f"'{first.name}' and '{second.name}' share no problem with the same solution. A problem is the same if "
-            "its whole prompt is, with the worked examples and the instruction."
+            f"'{first.name}' and '{second.name}' share no problem with the same solution. Two problems are the "
+            "same if their whole prompts are equal, including worked examples and instruction."
         )
     sides = [[result.problems[problem] for problem in shared] for result in (first, second)]
     numbers = [min(len(problem.correct) for problem in side) for side in sides]
@@ -155,28 +155,28 @@ def _notes(first: Result, second: Result, common: int, shared: int, numbers: lis
     notes = []
     for result in (first, second):
         if others := len(result.problems) - common:
-            notes.append(f"{others} problems are only in {result.name}, and are not compared.")
+            notes.append(f"{others} problems are only in {result.name}. They are not compared.")
     if common > shared:
-        notes.append(f"{common - shared} problems have other solutions in the other evaluation, and are not compared.")
+        notes.append(f"{common - shared} problems have different solutions in the evaluations. They are not compared.")
     if numbers[0] != numbers[1]:
         notes.append(
-            f"{first.name} has {numbers[0]} samples of each problem, {second.name} {numbers[1]}: too few for a k "
-            f"above {min(numbers)}. avg@k is over all samples."
+            f"{first.name} has {numbers[0]} samples of each problem, {second.name} has {numbers[1]}. k is at most "
+            f"{min(numbers)}; avg@k is the mean over all samples."
         )
     before, after = first.results["settings"], second.results["settings"]
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    notes += [f"{name} differs: {before.get(name)!r}, and {after.get(name)!r}." for name in changed]
+    notes += [f"{name} differs: {before.get(name)!r} and {after.get(name)!r}." for name in changed]
     return notes
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many of the last parts as tell them apart."""
+    """The last part of each path, or as many of the last parts as make the names different."""
     parts = [directory.resolve().parts for directory in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError("The same directory was given twice.")
+    raise ValueError("The same directory was given twice. Pass different directories.")
 
 
 def markdown(results: Sequence[Result], pairs: Sequence[Pair]) -> str:
@@ -197,7 +197,7 @@ def markdown(results: Sequence[Result], pairs: Sequence[Pair]) -> str:
         only = [f"{len(pair.solved_only_by(result))} only by {result.name}" for result in (pair.first, pair.second)]
         lines += ["", f"With at least one correct sample: {', '.join(only)}.", *pair.notes]
     if len(pairs) > 1:
-        lines += ["", f"Nothing is corrected for the {len(pairs)} comparisons."]
+        lines += ["", f"The intervals are not corrected for making {len(pairs)} comparisons."]
     return "\n".join(lines)
 
 

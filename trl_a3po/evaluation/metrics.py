@@ -1,9 +1,9 @@
 """
 avg@k, pass@k and maj@k over distinct problems, their intervals, and the paired differences of two models.
 
-Rows with the same prompt are one problem, and all samples of these rows are samples of that problem: a file that has
-each problem 32 times, as published files of AIME do, gives each problem 32 times as many samples, and no narrower
-interval.
+Rows with the same prompt are one problem, and all samples of these rows are samples of that problem. Published files
+of AIME have each problem 32 times. With such a file, each problem has 32 times as many samples, but the interval still
+counts it as one problem.
 """
 
 import math
@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Solved:
-    """The samples of one distinct problem: for each of them its text, and 1 if it is correct, else 0."""
+    """The samples of one distinct problem: the text of each sample, and 1 if it is correct, else 0."""
 
     completions: Sequence[str]
     correct: Sequence[float]
@@ -57,7 +57,7 @@ def pass_at_k(correct: int, samples: int, k: int) -> float:
         `ValueError`: fewer than k samples.
     """
     if samples < k:
-        raise ValueError(f"pass@{k} needs {k} samples of every problem or more, and there are {samples}.")
+        raise ValueError(f"pass@{k} needs at least {k} samples of each problem, but there are {samples}.")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
@@ -66,12 +66,12 @@ def majority_is_correct(completions: Sequence[str], correct: Sequence[float]) ->
     Whether the answer that most completions give is correct.
 
     Answers are equal if math-verify says so. A completion without an answer has no vote. If several answers have the
-    most votes, the one that was given first is taken (our choice).
+    most votes, the answer that was given first counts (our choice).
     """
     return _majority(tuple(completions), tuple(correct))
 
 
-@cache  # a comparison asks again and again
+@cache  # a comparison asks for the same completions several times
 def _majority(completions: tuple[str, ...], correct: tuple[float, ...]) -> float:
     groups: list[list[int]] = []
     answers = [_answer(text) for text in completions]
@@ -90,24 +90,24 @@ def _majority(completions: tuple[str, ...], correct: tuple[float, ...]) -> float
 def _answer(text: str) -> list:
     try:
         return parse(text, [LatexExtractionConfig(boxed_match_priority=0)], "any_match")
-    except Exception:  # any text may come from a model, and one without an answer has no vote
+    except Exception:  # a model may write any text; a text without an answer has no vote
         return []
 
 
 def ks_of(samples: int) -> list[int]:
-    """The k of pass@k: 1, 2, 4, ..., as far as there are samples, and their number."""
+    """The values of k for pass@k: 1, 2, 4, ... up to the number of samples, and that number."""
     return sorted({*(2**i for i in range(samples.bit_length())), samples})
 
 
 def per_problem(problems: Sequence[Solved], samples: int | None = None) -> dict[str, list[float]]:
     """
-    Each metric of each problem.
+    The value of each metric for each problem.
 
     Args:
         problems (`Sequence[Solved]`): Distinct problems.
         samples (`int`, *optional*):
-            The largest k; by default the lowest number of samples that a problem has. Where a problem has more, avg@k
-            is the mean over all of them, pass@k is estimated from all of them, and maj@k takes the first k.
+            The largest k; by default the lowest number of samples that a problem has. If a problem has more, avg@k is
+            the mean over all of them, pass@k is estimated from all of them, and maj@k takes the first k.
     """
     samples = min(len(problem.correct) for problem in problems) if samples is None else samples
     counts = [(int(sum(problem.correct)), len(problem.correct)) for problem in problems]
@@ -127,8 +127,9 @@ def metrics(problems: Sequence[Solved]) -> dict[str, Estimate]:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """
-    The mean over distinct problems and its 95 % interval, by bootstrap: percentiles of the means of problems drawn
-    with replacement. The interval covers the choice of the problems and the sampling of their completions.
+    The mean over distinct problems and its 95 % bootstrap interval: problems are drawn with replacement, and the
+    interval is between percentiles of their means. It covers the choice of the problems and the sampling of their
+    completions.
 
     Args:
         values (`Sequence[float]`): One value for each distinct problem.
@@ -141,14 +142,14 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def share_above_zero(values: Sequence[float]) -> float:
-    """Of the means that the bootstrap draws, the share above 0, with half of those at 0."""
+    """The share of bootstrap means above 0. A mean of exactly 0 counts as half."""
     means = _resampled_means(values)
     return float(np.mean((means > 1e-12) + 0.5 * (np.abs(means) <= 1e-12)))
 
 
 def _resampled_means(values: Sequence[float]) -> np.ndarray:
     array, generator = np.asarray(values, dtype=float), np.random.default_rng(0)
-    # A million numbers at once: those of all resamples take gigabytes for a large dataset.
+    # At most a million numbers at once: for a large dataset, all resamples together would take gigabytes.
     rows = max(1, 1_000_000 // len(array))
     sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
     return np.concatenate([array[generator.integers(len(array), size=(size, len(array)))].mean(1) for size in sizes])

@@ -1,8 +1,8 @@
 """
-The model that is evaluated, as it was trained: its files and fingerprint, its adapter, chat template and end tokens.
+Finds and loads the model to evaluate, as it was trained: files, fingerprint, adapter, chat template, end tokens.
 
-Both engines see an ordinary checkpoint. An adapter is merged into its base model first, in single precision, and the
-merged model is compared with the adapter before anything is sampled.
+Both engines get an ordinary checkpoint. An adapter is first merged into its base model, in single precision. Before
+anything is sampled, the merged model is compared with the adapter.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ from trl.trainer.utils import create_model_from_path
 Prompt = list[dict[str, Any]]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# What of a repository on the Hub a model is made of.
+# The files of a model in a repository on the Hub.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
-# Relative to the largest logit: rounding in single precision is four orders below, and no merge that is wrong was.
+# Relative to the largest logit. Rounding in single precision is four orders of magnitude smaller; no wrong merge was.
 MERGE_TOLERANCE = 1e-3
 
 
@@ -49,12 +49,12 @@ MERGE_TOLERANCE = 1e-3
 @dataclass(frozen=True)
 class ModelFiles:
     """
-    Where a model lies.
+    The directories of a model.
 
     Args:
-        name (`str`): As the user names it.
-        directory (`Path`): What the name stands for: a whole model, or an adapter.
-        base (`Path`): Holds the weights and the configuration. The same directory, unless that is an adapter.
+        name (`str`): The name that the user gave.
+        directory (`Path`): Directory of the model or the adapter.
+        base (`Path`): Directory with the weights and the configuration. It differs from `directory` for an adapter.
     """
 
     name: str
@@ -67,16 +67,16 @@ class ModelFiles:
 
     @property
     def tokenizer(self) -> Path:
-        """The trainer saves the tokenizer beside an adapter. An adapter without one was trained with its base's."""
+        """The trainer saves the tokenizer beside an adapter. If it is missing, the base model's tokenizer was used."""
         return self.directory if (self.directory / "tokenizer_config.json").exists() else self.base
 
 
 def find_model(name: str) -> ModelFiles:
     """
-    Finds a model, or an adapter and its base model, on the disk or else on the Hub.
+    Finds a model, or an adapter and its base model, on the disk or on the Hub.
 
     Raises:
-        `ValueError`: there is none, or an adapter does not name its base model.
+        `ValueError`: the model does not exist, or an adapter does not name its base model.
     """
     directory = _directory(name)
     adapter = _adapter_config(directory)
@@ -84,16 +84,16 @@ def find_model(name: str) -> ModelFiles:
         if not (directory / "config.json").exists():
             raise ValueError(
                 f"'{name}' contains no model: neither `config.json` nor `adapter_config.json`."
-                + (" Its checkpoints: pass `--checkpoints`." if list(directory.glob("checkpoint-*")) else "")
+                + (" Pass `--checkpoints` for its checkpoints." if list(directory.glob("checkpoint-*")) else "")
             )
         return ModelFiles(name, directory, directory)
     base_name = adapter.get("base_model_name_or_path")
     if not base_name:
-        raise ValueError(f"'{name}' is an adapter whose `adapter_config.json` names no `base_model_name_or_path`.")
+        raise ValueError(f"'{name}' is an adapter, but its `adapter_config.json` has no `base_model_name_or_path`.")
     try:
         base = _directory(base_name)
     except ValueError as error:
-        raise ValueError(f"The base model of the adapter '{name}': {error}") from error
+        raise ValueError(f"The base model of the adapter '{name}' was not found: {error}") from error
     if not (base / "config.json").exists():
         raise ValueError(f"The base model of the adapter '{name}', '{base_name}', contains no `config.json`.")
     return ModelFiles(name, directory, base)
@@ -107,7 +107,7 @@ def _directory(name: str) -> Path:
         if not list(directory.glob("*.safetensors")):
             directory = Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"]))
     except (OSError, ValueError) as error:
-        raise ValueError(f"'{name}' is no directory, and no model that can be had from the Hub: {error}") from error
+        raise ValueError(f"'{name}' is not a directory and cannot be loaded from the Hub: {error}") from error
     return directory
 
 
@@ -118,8 +118,8 @@ def _adapter_config(directory: Path) -> dict[str, Any] | None:
 
 def fingerprint(files: ModelFiles) -> dict[str, str]:
     """
-    Hashes of all files that act on a completion, by what they are. A file is read to its end: sizes and times of
-    files say too little, since a training run writes weights of one size again and again.
+    Hashes of all files that affect a completion, by kind. Files are read completely: their sizes and times are not
+    enough, because a training run repeatedly writes weights of the same size.
     """
     parts = {
         "weights": _weights(files.base),
@@ -138,8 +138,8 @@ def _weights(directory: Path) -> list[Path]:
 
 def _tokenizer_files(directory: Path) -> list[Path]:
     """
-    By the names that transformers gives them: a run, and its evaluation, may write other files into the directory. A
-    tokenizer in files of other names is noticed by the tokens that it makes, see [`trl_a3po.evaluation.runs`].
+    Finds the files by the names that transformers gives them: a run or its evaluation may write other files into the
+    directory. A tokenizer in files of other names is recognized by its tokens, see [`trl_a3po.evaluation.runs`].
     """
     return _matching(
         directory,
@@ -160,13 +160,13 @@ def _hash_of(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-# How the model was trained to be talked to
+# The chat template and the tokens of the training
 
 
 def trained_chat_template_kwargs(files: ModelFiles) -> dict[str, Any] | None:
     """
-    `chat_template_kwargs` of the run that made a model, from `training_args.bin` beside it. None if there is no such
-    file, or if it is not that of a GRPO run. No code of the file is run.
+    `chat_template_kwargs` of the run that trained the model, from `training_args.bin` beside it. None if the file is
+    missing or not from a GRPO run. No code in the file is run.
     """
     path = files.directory / "training_args.bin"
     try:
@@ -182,7 +182,7 @@ def trained_chat_template_kwargs(files: ModelFiles) -> dict[str, Any] | None:
 
 
 class _Inert:
-    """In place of every object that a pickle asks for: takes what it is given, and does nothing."""
+    """Replaces every object that a pickle asks for. It accepts all arguments and does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
@@ -224,13 +224,13 @@ class _InertUnpickler(pickle.Unpickler):
 @dataclass(frozen=True)
 class Chat:
     """
-    How prompts become tokens, and tokens become text: as in training.
+    Converts prompts to tokens, and tokens to text, as in training.
 
     Args:
         processor (`PreTrainedTokenizerBase` or `ProcessorMixin`): As the trainer saved it.
-        end_ids (`tuple[int, ...]`): Tokens that end a completion: the tokenizer's and those of the model.
+        end_ids (`tuple[int, ...]`): Tokens that end a completion: those of the tokenizer and of the model.
         suppressed_ids (`tuple[int, ...]`): Tokens that stand for images, which training never samples.
-        context (`int`, *optional*): Most tokens of a prompt with its completion. None where the model has no limit.
+        context (`int`, *optional*): Maximum tokens of a prompt with its completion; None if the model has no limit.
         template_kwargs (`dict`): Passed to the chat template.
     """
 
@@ -265,7 +265,7 @@ class Chat:
         return isinstance(self.processor, ProcessorMixin)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a conversation, up to where the completion starts."""
+        """The tokens of a conversation up to the start of the completion."""
         if self.is_multimodal:
             prompt = prepare_multimodal_messages(prompt, images=[])
         encoded: Any = self.processor.apply_chat_template(
@@ -281,14 +281,14 @@ def load_chat(
     files: ModelFiles, template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> Chat:
     """
-    How to talk to a model.
+    Loads the tokenizer or processor of a model, and the settings of its chat template.
 
     Raises:
-        `ValueError`: the tokenizer has no chat template, or the template reads none of `template_kwargs`.
+        `ValueError`: the tokenizer has no chat template, or the template does not read one of `template_kwargs`.
     """
     config = load_config(files, trust_remote_code)
     directory = files.tokenizer
-    # A tokenizer without a processor beside it: the model was trained as one of text only.
+    # If there is only a tokenizer, the model was trained on text only.
     has_processor = any((directory / f"{name}_config.json").exists() for name in ("processor", "preprocessor"))
     kind = AutoProcessor if has_processor else AutoTokenizer
     options = {"config": config} if has_processor and files.is_adapter else {}
@@ -300,12 +300,12 @@ def load_chat(
     template = processor.chat_template
     if not template:
         raise ValueError(
-            f"The tokenizer of '{files.name}' has no chat template. Save one in its directory, as "
-            "`chat_template.jinja`."
+            f"The tokenizer of '{files.name}' has no chat template. Save one as `chat_template.jinja` in its "
+            "directory."
         )
     unread = [name for name in template_kwargs or {} if name not in str(template)]
     if unread:
-        raise ValueError(f"`chat_template_kwargs`: the chat template of '{files.name}' reads no {', '.join(unread)}.")
+        raise ValueError(f"`chat_template_kwargs`: the chat template of '{files.name}' ignores {', '.join(unread)}.")
     return Chat.of(processor, config, generation_config, template_kwargs)
 
 
@@ -315,15 +315,15 @@ def load_config(files: ModelFiles, trust_remote_code: bool = False) -> Pretraine
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
     """
-    The data type of `"auto"`: that of the configuration, for both engines. vLLM's own `"auto"` turns single precision
-    into half.
+    The data type for both engines. `"auto"` is the data type in the configuration. vLLM's own `"auto"` would turn
+    single precision into half precision.
     """
     if dtype != "auto":
         return dtype
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or "float32"
     name = str(found).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"The model's data type is {name}. Pass `dtype`, one of {', '.join(DTYPES)}.")
+        raise ValueError(f"The model's data type {name} is not supported. Set `dtype` to one of {', '.join(DTYPES)}.")
     return name
 
 
@@ -331,12 +331,12 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
 
 
 def load_model(directory: Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model as TRL loads it for training: of the class that its configuration names."""
+    """Loads the model as TRL does for training, with the class that its configuration names."""
     return create_model_from_path(str(directory), dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def load_adapted_model(files: ModelFiles, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model with an adapter that cannot be merged into it, such as prompt tuning."""
+    """Loads a model with an adapter that cannot be merged into it, such as prompt tuning."""
     from peft import PeftModel
 
     model = load_model(files.base, dtype, trust_remote_code)
@@ -354,17 +354,17 @@ def ordinary_checkpoint(
     files: ModelFiles, dtype: str, scratch: Path, trust_remote_code: bool = False
 ) -> Iterator[Path]:
     """
-    The directory of an ordinary checkpoint: that of the model itself, or for an adapter a temporary one, into which
-    it is merged with its base model.
+    The directory of an ordinary checkpoint. For an adapter, it is a temporary directory with the adapter merged into
+    its base model; otherwise it is the model's own directory.
 
     Args:
         files (`ModelFiles`): The model.
-        dtype (`str`): Data type in which a merged model is written.
-        scratch (`Path`): The temporary directory. Whatever an interrupted evaluation left there is removed.
-        trust_remote_code (`bool`): Whether to run code that the model brings.
+        dtype (`str`): Data type of the merged model.
+        scratch (`Path`): The temporary directory. Files of an interrupted evaluation there are removed.
+        trust_remote_code (`bool`): Whether to run code from the model's repository.
 
     Raises:
-        `ValueError`: merging changes what the model computes.
+        `ValueError`: merging changes the output of the model.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     if not files.is_adapter:
@@ -372,7 +372,7 @@ def ordinary_checkpoint(
         return
     try:
         model = _merged(files, trust_remote_code).to(getattr(torch, dtype))
-        model.generation_config = GenerationConfig()  # what samples reads none
+        model.generation_config = GenerationConfig()  # the samplers read none
         model.save_pretrained(scratch)
         for path in (*files.base.glob("*.py"), *_tokenizer_files(files.tokenizer)):
             shutil.copy(path, scratch)
@@ -392,7 +392,7 @@ def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
     if not _relies_on_tied_weights(adapter):
         _untie(model)
     with warnings.catch_warnings():
-        # PEFT warns that embeddings tied to the output are merged into both. They were just untied.
+        # PEFT warns about merging into tied embeddings. They were just untied.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         adapted = PeftModel.from_pretrained(model, str(files.directory)).eval()
         expected = _some_logits(adapted, model.config)
@@ -406,8 +406,8 @@ def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
     difference = ((computed - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
     if not difference < MERGE_TOLERANCE:
         raise ValueError(
-            f"The adapter '{files.name}' ({adapter.peft_type}) computes something else once it is merged into its "
-            f"base model: logits differ by {difference:.1e} of the largest. It cannot be evaluated."
+            f"The adapter '{files.name}' ({adapter.peft_type}) gives other logits after it is merged into its base "
+            f"model: they differ by {difference:.1e} of the largest. It cannot be evaluated."
         )
     return merged
 
@@ -417,7 +417,7 @@ def _relies_on_tied_weights(adapter: Any) -> bool:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """An adapter of the embeddings is none of the output, and the other way round, though they share their weight."""
+    """Unties embeddings and output: an adapter of one does not adapt the other, although they share their weight."""
     embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is None or output.weight is not embeddings.weight:
         return
@@ -427,7 +427,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _some_logits(model: torch.nn.Module, config: PretrainedConfig) -> torch.Tensor:
-    """Of a few tokens from all over the vocabulary, shape (1, tokens, vocabulary)."""
+    """(1, tokens, vocabulary) logits for a few tokens from the whole vocabulary."""
     ids = torch.linspace(0, config.get_text_config().vocab_size - 1, steps=16).long()[None]
     with torch.inference_mode():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()

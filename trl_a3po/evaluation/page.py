@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that reads nothing else, and runs nothing."""
+"""Writes a comparison as one HTML file, which loads no other file and runs no code."""
 
 from collections.abc import Sequence
 from html import escape
@@ -9,7 +9,7 @@ from .compare import Pair, Problem, Result
 from .metrics import Estimate, Solved
 
 
-SHOWN = 100  # problems of a pair
+SHOWN = 100  # problems per pair of evaluations
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -27,7 +27,7 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 
 
 def write_page(results: Sequence[Result], pairs: Sequence[Pair], path: Path) -> Path:
-    """Writes the comparison: each metric's interval in order, the differences, and the problems that differ."""
+    """Writes the comparison: the interval of each metric, the differences, and the problems that differ."""
     body = ["<h1>Evaluations compared</h1>", *_results(results)]
     for pair in pairs:
         body += _pair(pair)
@@ -60,7 +60,7 @@ def _results(results: Sequence[Result]) -> list[str]:
 
 
 def _interval(value: Estimate, left: float, right: float) -> str:
-    """A line from end to end of an interval, with its mean, on an axis from `left` to `right`."""
+    """Draws an interval and its mean on an axis from `left` to `right`."""
 
     def x(number: float) -> str:
         return f"{5 + 290 * (number - left) / (right - left):.1f}"

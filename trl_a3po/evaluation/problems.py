@@ -1,4 +1,4 @@
-"""Datasets of problems with checkable answers, as they are published, in TRL's columns: `prompt` and `solution`."""
+"""Reads published datasets of problems with checkable answers, and maps them to TRL's `prompt` and `solution`."""
 
 import functools
 import json
@@ -36,11 +36,11 @@ def check_file(name: str) -> None:
     """
     Raises:
         `OSError`: the file does not exist.
-        `ValueError`: it is empty, or of a type that is not read.
+        `ValueError`: the file is empty, or its type is not supported.
     """
     path = Path(name)
     if path.suffix not in LOADERS:
-        raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these.")
+        raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these types.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{name}'.")
     if path.stat().st_size == 0:
@@ -86,7 +86,7 @@ def load_problems(
 
 
 def unreadable(name: str, error: BaseException) -> str:
-    """One line on why `datasets` could not read a dataset. Its own message says only that it could not."""
+    """One line on why `datasets` could not read a dataset. The message of `datasets` does not give the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"Cannot read the dataset '{name}': {' '.join(str(error).split())}"
@@ -94,7 +94,7 @@ def unreadable(name: str, error: BaseException) -> str:
 
 def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
     """
-    All rows but the last `size`, and the last `size`.
+    Splits a dataset into all rows except the last `size`, and the last `size` rows.
 
     Raises:
         `ValueError`: one of the two would be empty.
@@ -123,14 +123,14 @@ def to_prompt_and_solution(
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Any of these. In a stream each `solution` is a string or a list by itself.
+            A dataset with any of these columns. In a stream, each `solution` is a string or a list, row by row.
         instruction (`str`, *optional*):
             Appended to each problem as a line of its own, for example `"Put your final answer within \boxed{}."`.
         worked_examples (`list[dict]`, *optional*):
             Messages that stand before each problem, after its system message if it has one.
 
     Raises:
-        `ValueError`: other columns, which the message names; an answer of an unknown shape; no problem is left.
+        `ValueError`: the dataset has other columns, an answer has an unknown shape, or no problem is left.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     _reader(columns)  # refuses other columns before any row is read
@@ -140,7 +140,7 @@ def to_prompt_and_solution(
     if isinstance(dataset, IterableDataset):
         mapped = dataset.map(convert, remove_columns=columns)
         return mapped.filter(_is_answered, with_indices=True).map(_alone_if_single)
-    # Not from the cache: another version of this package may have filled it.
+    # The cache is not used: another version of this package may have filled it.
     mapped = dataset.map(convert, remove_columns=columns, load_from_cache_file=False)
     if not len(mapped):
         raise ValueError("The dataset has no rows.")
@@ -197,8 +197,8 @@ def _alone_if_single(row: dict[str, Any]) -> dict[str, Any]:
 
 def unparseable_rows(dataset: Dataset) -> list[int]:
     """
-    Rows of [`to_prompt_and_solution`] that `accuracy_reward` cannot score, since math-verify parses none of their
-    accepted answers. It parses each different answer once, in one to ten milliseconds.
+    Rows of [`to_prompt_and_solution`] that `accuracy_reward` cannot score, because math-verify cannot parse any of
+    their accepted answers. Each distinct answer is parsed once, which takes one to ten milliseconds.
     """
     from math_verify import parse  # an extra
 
@@ -225,11 +225,11 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[str]]]:
-    """A function from a row to the problem and its accepted answers."""
+    """Returns a function that reads the problem and its accepted answers from a row."""
     if {"prompt", "reward_model"} <= set(columns):
         return lambda row: (row["prompt"], _verl_answers(row["reward_model"]))
     problem = next((name for name in ("prompt", "question", "problem") if name in columns), None)
-    # Where both exist, `solution` is a derivation and `answer` only its result. Beside `prompt` it is TRL's column.
+    # If both exist, `solution` is a derivation and `answer` is its result. With `prompt`, `solution` is TRL's column.
     answers = [name for name in (("solution",) if problem == "prompt" else ("answer", "solution")) if name in columns]
     if problem is None or not answers:
         raise ValueError(
@@ -273,12 +273,12 @@ def with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> l
 
 def accepted_answers(truth: Any) -> list[str]:
     r"""
-    All answers that a ground truth accepts, each as by [`final_answer`]; none if it is empty.
+    All answers that a ground truth accepts, each in the form of [`final_answer`]; none if the ground truth is empty.
 
-    A list accepts each of its items. A string that holds a list of strings as JSON is that list, as in Skywork-OR1;
-    `"[1, 2]"` stays an interval. A dictionary is what verl's datasets nest beside a copy of the question: its
-    `solution` if that is a derivation with a `\boxed{}`, else its `target`, `answer` or `solution`. The `target` of
-    MATH has lost spaces and line breaks, and so some of its answers.
+    A list accepts each of its items. A string that contains a JSON list of strings is read as that list, as in
+    Skywork-OR1; `"[1, 2]"` stays an interval. verl's datasets nest a dictionary beside a copy of the question. Its
+    answer is `solution` if that is a derivation with a `\boxed{}`, else `target`, `answer` or `solution`. The `target`
+    of MATH has lost spaces and line breaks, so some of its answers are damaged.
 
     Raises:
         `ValueError`: a dictionary with none of these keys.
@@ -298,10 +298,10 @@ def accepted_answers(truth: Any) -> list[str]:
 
 def final_answer(answer: Any) -> str:
     r"""
-    The part of an answer that math-verify has to compare, as LaTeX; empty if there is none.
+    The part of an answer that math-verify compares, as LaTeX; empty if there is none.
 
-    It follows `####` in GSM8K and is the last `\boxed{...}` of a derivation as in MATH. Other answers get dollar
-    signs: without them math-verify would read a bare `\frac{1}{2}` as the number 1.
+    In GSM8K it follows `####`; in MATH it is the last `\boxed{...}` of the derivation. Other answers get dollar
+    signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1.
     """
     if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         return ""
@@ -315,7 +315,7 @@ def final_answer(answer: Any) -> str:
         return text
     if not text.strip("$. "):
         return ""
-    # A dollar sign without a second one is a currency.
+    # A single dollar sign is a currency.
     bare = _DOLLAR.sub(r"\\$", text.removesuffix("."))
     return f"${bare}$"
 
@@ -330,7 +330,7 @@ def _has_box(text: Any) -> bool:
 
 
 def _last_box(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, on one line; empty if it is never closed, None without a box."""
+    r"""The content of the last `\boxed{...}`, on one line; empty if the box is not closed, None if there is no box."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None
@@ -348,7 +348,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _decoded(truth: Any) -> Any:
-    """What a string holds as JSON, if that is a dictionary or a list of strings, else the string."""
+    """Decodes a string that contains a dictionary or a list of strings as JSON. Returns other values unchanged."""
     if not isinstance(truth, str) or not truth.strip().startswith(("{", "[")):
         return truth
     try:

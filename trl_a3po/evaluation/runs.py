@@ -1,4 +1,4 @@
-"""One evaluation of one model in a directory: sampled, scored, resumed, and never mixed with another."""
+"""Samples and scores one evaluation of one model in a directory, resumes it, and never mixes it with another."""
 
 import hashlib
 import json
@@ -59,19 +59,19 @@ class EvaluateArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a dataset on the Hub."})
-    instruction: str | None = field(default=None, metadata={"help": "Appended to each of the problems."})
+    instruction: str | None = field(default=None, metadata={"help": "Text appended to each problem."})
     worked_examples: str | None = field(
         default=None,
         metadata={
-            "help": "A .jsonl, .json or .parquet file of problems with solutions. All its rows stand before each "
-            "problem, as user and assistant turns. None of them may be a problem to evaluate on."
+            "help": "A .jsonl, .json or .parquet file of problems with solutions. All rows are put before each "
+            "problem, as user and assistant turns. No row may be a problem to evaluate on."
         },
     )
     chat_template_kwargs: str | None = field(
         default=None,
         metadata={
-            "help": "Arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'. By default those "
-            "that the model was trained with, if `training_args.bin` is beside it, else none."
+            "help": "Arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'. By default the "
+            "arguments of the training, if `training_args.bin` is beside the model, else none."
         },
     )
     max_problems: int | None = field(default=None, metadata={"help": "Evaluate only the first N problems."})
@@ -79,7 +79,7 @@ class EvaluateArguments:
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 takes the most likely token."})
     top_p: float = field(
         default=0.95,
-        metadata={"help": "Sample only from the most likely tokens that have this total probability; 1 disables it."},
+        metadata={"help": "Sample only from the most likely tokens with this total probability; 1 disables it."},
     )
     top_k: int = field(default=0, metadata={"help": "Sample only from the N most likely tokens; 0 disables it."})
     max_completion_length: int = field(default=4096, metadata={"help": "Maximum tokens per completion."})
@@ -90,17 +90,17 @@ class EvaluateArguments:
     use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM instead of transformers."})
     dtype: str = field(
         default="auto",
-        metadata={"help": "Data type of the model: float32, bfloat16, float16, or auto for that of its config.json."},
+        metadata={"help": "Data type of the model: float32, bfloat16, float16, or auto for that of config.json."},
     )
     max_model_len: int | None = field(
         default=None,
         metadata={
-            "help": "Maximum tokens of a prompt with its completion; by default what the model's config.json says. "
+            "help": "Maximum tokens of a prompt with its completion; by default the limit in the model's config.json. "
             "Problems that do not fit count as unsolved."
         },
     )
     gpu_memory_utilization: float | None = field(
-        default=None, metadata={"help": "Share of the GPU's memory that vLLM takes; by default vLLM's own."}
+        default=None, metadata={"help": "Share of the GPU's memory that vLLM uses; by default that of vLLM."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that comes with the model's repository."}
@@ -117,7 +117,7 @@ class EvaluateArguments:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` must be 0 or more, got {self.temperature}.")
         if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError("`temperature=0` gives the same completion every time. Pass `num_samples=1`.")
+            raise ValueError("`temperature=0` gives the same completion every time. Set `num_samples=1`.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be above 0 and not above 1, got {self.top_p}.")
         if self.top_k < 0:
@@ -156,9 +156,9 @@ class Task:
     Args:
         problem (`str`): Fingerprint of its prompt.
         occurrence (`int`): How many rows with this prompt come before it.
-        prompt_ids (`list[int]`): The tokens of the prompt; none if it cannot be sampled.
-        max_tokens (`int`): Of a completion.
-        not_sampled (`str`, *optional*): Why it cannot be sampled.
+        prompt_ids (`list[int]`): Tokens of the prompt.
+        max_tokens (`int`): Maximum tokens of a completion.
+        not_sampled (`str`, *optional*): Why the row cannot be sampled.
     """
 
     problem: str
@@ -178,7 +178,7 @@ class Completion:
 
 
 def problem_fingerprint(prompt: Prompt) -> str:
-    """What makes a problem the same one in two files: its prompt, with the instruction."""
+    """Identifies a problem by its prompt, including the instruction: two rows with equal prompts are one problem."""
     return _hash(prompt)
 
 
@@ -187,7 +187,7 @@ def _hash(value: Any) -> str:
 
 
 def tasks_of(prompts: Sequence[Prompt], chat: Chat, max_completion_length: int, context: int | None) -> list[Task]:
-    """Each prompt, tokenized. One that the tokenizer refuses, or that leaves no room for a token, is marked."""
+    """Tokenizes each prompt. Marks prompts that the tokenizer refuses or that leave no room for a token."""
     seen: dict[str, int] = {}
     tasks = []
     for prompt in prompts:
@@ -197,19 +197,19 @@ def tasks_of(prompts: Sequence[Prompt], chat: Chat, max_completion_length: int, 
         ids, reason = [], None
         try:
             ids = chat.encode(prompt)
-        except Exception as error:  # whatever a template or tokenizer makes of it, the other problems are evaluated
+        except Exception as error:  # any error of a template or tokenizer; the other problems are still evaluated
             reason = f"it cannot be tokenized: {type(error).__name__}: {error}"
         limit = max_completion_length if context is None else min(max_completion_length, context - len(ids))
         if reason is None and not ids:
             reason = "it has no tokens"
         elif reason is None and limit < 1:
-            reason = f"it has {len(ids)} tokens, and the context {context}"
+            reason = f"it has {len(ids)} tokens, but the context has {context}"
         tasks.append(Task(problem, occurrence, ids, limit, reason))
     return tasks
 
 
 def sample(engine: Engine, chat: Chat, tasks: Sequence[Task], num_samples: int, seed: int) -> list[list[Completion]]:
-    """Completions of each task; empty ones of a task that cannot be sampled."""
+    """Samples completions of each task. A task that cannot be sampled gets empty completions."""
     requests = [
         Request(task.prompt_ids, task.max_tokens, seed_of(seed, task.problem, task.occurrence, index))
         for task in tasks
@@ -235,7 +235,7 @@ def score(texts: Sequence[str], solution: Any) -> list[float | None]:
 def _score(text: str, solution: Any) -> float | None:
     try:
         (correct,) = accuracy_reward([[{"role": "assistant", "content": text}]], [solution])
-    except Exception:  # any text may come from a model, and one that cannot be compared is not correct
+    except Exception:  # a model may write any text; a text that cannot be compared is not correct
         return 0.0
     return correct
 
@@ -245,7 +245,7 @@ def _score(text: str, solution: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and everything that acts on its completions."""
+    """The model to evaluate, and everything that affects its completions."""
 
     files: ModelFiles
     chat: Chat
@@ -257,25 +257,25 @@ class Subject:
 
 def subject_of(arguments: EvaluateArguments) -> Subject:
     """
-    Finds the model and settles what its evaluation leaves open.
+    Finds the model, and fills in the settings that the arguments leave open.
 
     Raises:
-        `ValueError`: there is no such model, it cannot be talked to, or vLLM cannot sample from its adapter.
+        `ValueError`: the model does not exist, has no chat template, or has an adapter that vLLM cannot use.
     """
     files = find_model(arguments.model_name_or_path)
     kwargs, source = _template_kwargs(arguments.chat_template_kwargs), "option"
     if kwargs is None:
         kwargs, source = trained_chat_template_kwargs(files), "training_args.bin"
     if kwargs is None:
-        kwargs, source = {}, "not known: no training_args.bin of GRPO beside the model"
+        kwargs, source = {}, "unknown: no training_args.bin of GRPO beside the model"
     chat = load_chat(files, kwargs, arguments.trust_remote_code)
     context = chat.context if arguments.max_model_len is None else arguments.max_model_len
     if context is not None and chat.context is not None and context > chat.context:
-        raise ValueError(f"`max_model_len` is {context}, and the context of '{files.name}' {chat.context}.")
+        raise ValueError(f"`max_model_len` is {context}, but the context of '{files.name}' is only {chat.context}.")
     if arguments.use_vllm and files.is_adapter and not can_be_merged(files):
         raise ValueError(
-            f"The adapter '{files.name}' cannot be merged into its base model, which vLLM needs. Evaluate it without "
-            "`use_vllm`."
+            f"The adapter '{files.name}' cannot be merged into its base model, and vLLM needs a merged model. "
+            "Evaluate it without `use_vllm`."
         )
     return Subject(
         files=files,
@@ -295,7 +295,7 @@ def subject_of(arguments: EvaluateArguments) -> Subject:
 
 @contextmanager
 def open_engine(arguments: EvaluateArguments, subject: Subject, longest: int | None) -> Iterator[Engine]:
-    """The engine that the arguments ask for; `longest` is the most tokens of a prompt with its completion."""
+    """Opens the engine that the arguments name. `longest` is the maximum tokens of a prompt with its completion."""
     files, dtype, trust = subject.files, subject.dtype, arguments.trust_remote_code
     if files.is_adapter and not can_be_merged(files):
         yield transformers_engine(load_adapted_model(files, dtype, trust), subject.sampling)
@@ -335,7 +335,7 @@ def evaluate(
         worked_examples (`list[dict]`, *optional*): The worked examples in the prompts, for the record.
 
     Raises:
-        `ValueError`: `output_dir` holds samples of another model, of other problems or of other settings; or no
+        `ValueError`: `output_dir` contains samples of another model, of other problems or of other settings; or no
         problem can be sampled, or none has a solution that math-verify can parse.
     """
     subject = subject_of(arguments)
@@ -346,7 +346,7 @@ def evaluate(
     sampled = [task for task in tasks if task.not_sampled is None]
     if not sampled:
         raise ValueError(
-            f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'none is given'}."
+            f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'there is none'}."
         )
     identity = {
         "model": {**fingerprint(subject.files), "tokens of the problems": _hash([task.prompt_ids for task in tasks])},
@@ -357,7 +357,7 @@ def evaluate(
     done = _read_samples(samples)
     _check_identity(directory, identity, done, tasks)
     if len(done) < len(rows):
-        # The results of an evaluation that is not over, under these settings, do not exist.
+        # Old results must not stand beside an evaluation that is not complete.
         (directory / "results.json").unlink(missing_ok=True)
         longest = max(len(task.prompt_ids) + task.max_tokens for task in sampled) if subject.context else None
         with open_engine(arguments, subject, longest) as engine:
@@ -385,7 +385,7 @@ def evaluate(
 
 
 def _settings(arguments: EvaluateArguments, subject: Subject) -> dict[str, Any]:
-    """All that acts on a completion besides the model and the problems."""
+    """All settings that affect a completion, except the model and the problems."""
     return {
         "engine": "vllm" if arguments.use_vllm else "transformers",
         "num_samples": arguments.num_samples,
@@ -432,7 +432,7 @@ def _record(row: dict[str, Any], completions: list[Completion], task: Task | Non
 
 
 def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """What is in the file. A last line that was cut off is removed from it."""
+    """Reads the lines of the file. Removes the last line from the file if it was cut off."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -450,7 +450,7 @@ def _check_identity(
     path = directory / "run.json"
     if not path.exists():
         raise ValueError(
-            f"'{directory}' contains samples, and no `run.json` that says of which model. Choose another `output_dir`."
+            f"'{directory}' contains samples but no `run.json`: their model is unknown. Choose another `output_dir`."
         )
     before = json.loads(path.read_text(encoding="utf-8"))
     changed = [f"the model's {part}" for part in _differing(before["model"], identity["model"])]
@@ -464,11 +464,14 @@ def _check_identity(
         changed += [f"{name} {before['versions'].get(name)}" for name in _differing(before["versions"], now)]
     if changed:
         raise ValueError(
-            f"'{directory}' holds an evaluation of another kind: {', '.join(changed)} differed when it was started. "
-            "Use the same to resume it. To start anew, choose another `output_dir`, or delete this one."
+            f"'{directory}' contains another evaluation: {', '.join(changed)} differed when it was started. "
+            "Use the same to resume it. To start a new evaluation, choose another `output_dir`, or delete this one."
         )
     if [each["problem"] for each in done] != [task.problem for task in tasks[: len(done)]]:
-        raise ValueError(f"'{directory / 'samples.jsonl'}' does not hold these problems in this order. Delete it.")
+        raise ValueError(
+            f"'{directory / 'samples.jsonl'}' does not contain these problems in this order. Delete it, or choose "
+            "another `output_dir`."
+        )
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -497,11 +500,11 @@ def sample_model(
     seed: int = 0,
 ) -> list[list[Completion]]:
     """
-    Completions of each prompt by a model in memory, such as a trainer's, sampled by transformers from its whole
-    distribution.
+    Samples completions of each prompt with transformers from a model in memory, such as that of a trainer, without
+    truncating its distribution.
 
-    Neither the model nor the global random state is changed, and the same seed draws the same random numbers for every
-    model. Prompts that do not fit into the model's context get empty completions.
+    The model and the global random state do not change. The same seed draws the same random numbers for every model.
+    Prompts that do not fit into the model's context get empty completions.
     """
     chat = Chat.of(processor, model.config, model.generation_config)
     tasks = tasks_of(prompts, chat, max_completion_length, chat.context)
@@ -521,7 +524,7 @@ def evaluate_model(
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """
-    The metrics of a model in memory, see [`sample_model`].
+    Computes the metrics of a model in memory, see [`sample_model`].
 
     Raises:
         `ValueError`: math-verify can parse none of the solutions.
@@ -542,7 +545,7 @@ def evaluate_model(
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
-    The metrics of what `samples.jsonl` holds, and what they do not say.
+    Computes the metrics of the records in `samples.jsonl`, and facts that help to read them.
 
     Raises:
         `ValueError`: math-verify can parse none of the solutions.
@@ -570,7 +573,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def distinct_problems(records: Sequence[dict[str, Any]]) -> dict[str, Solved]:
-    """Each distinct problem that has a solution, by its fingerprint: the samples of all its rows."""
+    """The samples of each distinct problem with a parseable solution, by its fingerprint."""
     problems: dict[str, Solved] = {}
     for record in records:
         if None not in record["correct"]:
@@ -582,7 +585,7 @@ def distinct_problems(records: Sequence[dict[str, Any]]) -> dict[str, Solved]:
 
 
 def _with_several_solutions(records: Sequence[dict[str, Any]]) -> int:
-    """How many problems have rows with different solutions: at most one of them can be right."""
+    """Number of problems whose rows have different solutions. At most one of the solutions can be right."""
     solutions: dict[str, set[str]] = {}
     for record in records:
         solutions.setdefault(record["problem"], set()).add(json.dumps(record["solution"]))
@@ -590,5 +593,5 @@ def _with_several_solutions(records: Sequence[dict[str, Any]]) -> int:
 
 
 def estimates(results: dict[str, Any]) -> dict[str, Estimate]:
-    """The metrics of `results.json`."""
+    """Reads the metrics of `results.json`."""
     return {name: Estimate(**value) for name, value in results["metrics"].items()}

@@ -1,8 +1,8 @@
 """
 Two engines that sample completions, transformers and vLLM, behind one interface: token ids in, token ids out.
 
-Each request brings random numbers of its own, so that a sample depends neither on the batch that it is drawn in nor on
-the order of the problems. Nothing is read from the checkpoint's `generation_config.json` but the end tokens.
+Each request has its own random numbers. Therefore a sample does not depend on its batch, nor on the order of the
+problems. Only the end tokens are read from the checkpoint's `generation_config.json`.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ from ..update.model_traits import padding_traits
 @dataclass(frozen=True)
 class Sampling:
     """
-    How to sample. Nothing but this changes the model's probabilities.
+    How to sample. Only these settings change the model's probabilities.
 
     Args:
         temperature (`float`): 0 takes the most likely token.
         top_p (`float`): 1 keeps all tokens.
         top_k (`int`): 0 keeps all tokens.
         end_ids (`tuple[int, ...]`): Tokens that end a completion.
-        suppressed_ids (`tuple[int, ...]`): Tokens that are never sampled: the place holders of images.
+        suppressed_ids (`tuple[int, ...]`): Tokens that are never sampled: the placeholders of images.
     """
 
     temperature: float
@@ -49,14 +49,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw: after which tokens, of how many tokens at most, and with which random numbers."""
+    """One sample to draw: the tokens of its prompt, its maximum number of tokens, and its seed."""
 
     prompt_ids: list[int]
     max_tokens: int
     seed: int
 
 
-# Requests to the tokens of their completions, with the end token if they reached one.
+# Takes requests; returns the tokens of each completion, including the end token if one was sampled.
 Engine = Callable[[Sequence[Request]], list[list[int]]]
 
 
@@ -65,10 +65,10 @@ def seed_of(seed: int, problem: str, occurrence: int, index: int) -> int:
     The seed of one sample, 128 bits.
 
     Args:
-        seed (`int`): That of the evaluation.
+        seed (`int`): Seed of the evaluation.
         problem (`str`): Fingerprint of the problem.
         occurrence (`int`): How many rows with this problem come before this one.
-        index (`int`): Which of the samples of the row it is.
+        index (`int`): Index of the sample within its row.
     """
     digest = hashlib.sha256(f"{seed} {problem} {occurrence} {index}".encode()).digest()
     return int.from_bytes(digest[:16], "big")
@@ -78,7 +78,7 @@ def seed_of(seed: int, problem: str, occurrence: int, index: int) -> int:
 
 
 def transformers_engine(model: PreTrainedModel, sampling: Sampling) -> Engine:
-    """Samples by `generate`. The model is given back as it was, in its mode and with its generation config."""
+    """Samples with `generate`, and restores the mode and the generation config of the model afterwards."""
     traits = padding_traits(model)
     apart = traits.left_padding or traits.company
 
@@ -101,8 +101,9 @@ def transformers_engine(model: PreTrainedModel, sampling: Sampling) -> Engine:
 
 def _groups(requests: Sequence[Request], apart: bool) -> list[list[int]]:
     """
-    Indices of requests that are sampled together: those that may be as long, so that no prompt with its completion
-    outgrows the model's context; and with `apart` only those whose prompts are of one length, without padding.
+    Indices of the requests that are sampled together. All requests of a group have the same maximum length, so that no
+    prompt with its completion exceeds the model's context. With `apart`, their prompts also have the same length, so
+    that there is no padding.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for index, request in enumerate(requests):
@@ -112,15 +113,15 @@ def _groups(requests: Sequence[Request], apart: bool) -> list[list[int]]:
 
 def _generate(model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
     width, limit = max(len(request.prompt_ids) for request in requests), requests[0].max_tokens
-    padding = sampling.end_ids[0] if sampling.end_ids else 0  # masked, so that any token will do
+    padding = sampling.end_ids[0] if sampling.end_ids else 0  # masked, so any token will do
     input_ids = torch.full((len(requests), width), padding)
     attention_mask = torch.zeros_like(input_ids)
     for row, request in enumerate(requests):
         start = width - len(request.prompt_ids)
         input_ids[row, start:] = torch.tensor(request.prompt_ids)
         attention_mask[row, start:] = 1
-    # generate() fills what is unset in its argument from the model's own generation config: neither has a setting but
-    # these. It takes the token with the highest score, after the processors: the one that is sampled.
+    # generate() takes unset fields from the model's own generation config, so both get these settings and no others.
+    # It takes the token with the highest score after the processors, which is the sampled token.
     config = GenerationConfig(
         max_new_tokens=limit,
         do_sample=False,
@@ -153,20 +154,20 @@ def _processors(sampling: Sampling, requests: Sequence[Request], width: int) -> 
 
 
 class RefuseNaN(LogitsProcessor):
-    """Ends an evaluation of a model that computes NaN, which would be tokens without a meaning."""
+    """Ends the evaluation if the model computes NaN, because its tokens would have no meaning."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if scores.isnan().any():
-            raise ValueError("The model's logits are NaN. Its weights, or the data type (`dtype`), cannot be used.")
+            raise ValueError("The model's logits are NaN. Check its weights, or use another data type (`dtype`).")
         return scores
 
 
 class DrawOneToken(LogitsProcessor):
     """
-    Leaves a single token in each row: the one at which the cumulated probabilities exceed the row's random number.
+    Leaves one token in each row: the first at which the cumulative probability exceeds the row's random number.
 
     Args:
-        draws (`torch.Tensor` of shape `(rows, tokens)`): Uniform random numbers from 0 to 1, one for each token.
+        draws (`torch.Tensor` of shape `(rows, tokens)`): Uniform random numbers from 0 to 1, one per token.
         prompt_width (`int`): Number of columns before the first token that is sampled.
     """
 
@@ -177,7 +178,7 @@ class DrawOneToken(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         column = input_ids.shape[1] - self._prompt_width
         self._draws = self._draws.to(scores.device)
-        # In double precision: single rounds away the tail of a large vocabulary.
+        # In double precision, because single precision rounds away the tail of a large vocabulary.
         cumulated = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
         threshold = self._draws[:, column : column + 1] * cumulated[:, -1:]
         token = torch.searchsorted(cumulated, threshold, right=True).clamp(max=scores.shape[1] - 1)
@@ -204,16 +205,16 @@ def vllm_engine(
     is_multimodal: bool = False,
 ) -> Iterator[Engine]:
     """
-    Samples by vLLM, which is shut down at the end of the block.
+    Samples with vLLM, which is shut down at the end of the block.
 
     Args:
-        directory (`str` or `Path`): An ordinary checkpoint, no adapter.
+        directory (`str` or `Path`): An ordinary checkpoint, not an adapter.
         sampling (`Sampling`): How to sample.
         dtype (`str`): Data type of the model.
-        max_model_len (`int`, *optional*): Most tokens of a prompt with its completion; by default the model's context.
-        gpu_memory_utilization (`float`, *optional*): Share of the GPU's memory to take; by default vLLM's own.
-        trust_remote_code (`bool`): Whether to run code that the checkpoint brings.
-        is_multimodal (`bool`): Whether the model also takes images, none of which will come.
+        max_model_len (`int`, *optional*): Maximum tokens of a prompt with its completion; by default the context.
+        gpu_memory_utilization (`float`, *optional*): Share of the GPU's memory to use; by default that of vLLM.
+        trust_remote_code (`bool`): Whether to run code from the checkpoint.
+        is_multimodal (`bool`): Whether the model also takes images. None are passed.
     """
     try:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]  # an extra

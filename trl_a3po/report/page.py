@@ -51,14 +51,14 @@ def _template() -> str:
 
 
 def _fill_in(template: str, data: dict[str, Any]) -> str:
-    # A browser may only run the scripts and apply the styles of the template, whatever else is in the page: the policy
-    # names them by their hashes.
+    # A browser may run only the scripts, and apply only the styles, of the template. The policy names them by their
+    # hashes.
     sources = [
         f"{kind}-src {' '.join(map(_hash, re.findall(f'<{tag}>(.*?)</{tag}>', template, flags=re.DOTALL)))}"
         for kind, tag in (("script", "script"), ("style", "style"))
     ]
     policy = "; ".join(["default-src 'none'", *sources, "base-uri 'none'", "form-action 'none'"])
-    # A string in JSON may escape "<". Then nothing in the data can end the element that contains it.
+    # "<" is escaped in JSON strings, so that nothing in the data can end the element around it.
     embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     before, _, after = template.replace("{{policy}}", policy, 1).partition("{{data}}")
     return f"{before}{embedded}{after}"

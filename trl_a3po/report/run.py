@@ -1,4 +1,4 @@
-"""What a run has left in its directory: metrics over time, and completions token by token."""
+"""Reads the directory of a run: metrics over time, and completions token by token."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,7 @@ from .findings import Finding, find
 
 logger = logging.getLogger(__name__)
 
-# What a report shows of a long run, evenly spaced.
+# Limits for a long run. Points and steps are evenly spaced.
 MAX_POINTS = 1000
 MAX_TOKENS_SHOWN = 200_000
 
@@ -32,14 +32,14 @@ class ReportError(Exception):
 @dataclass(frozen=True)
 class Run:
     """
-    A run, as far as it was logged.
+    The logged data of a run.
 
     Args:
-        directory (`Path`): Where it was logged.
+        directory (`Path`): Directory of the run.
         metrics (`dict[str, list[tuple[int, float]]]`): By name, values at optimizer steps, at most `MAX_POINTS`.
-        completions (`list[LoggedCompletion]`): Those of some steps, in the order they were logged in.
-        logged_steps (`int`): Number of steps of which completions were logged.
-        unreadable_lines (`int`): Lines of the token log that are none.
+        completions (`list[LoggedCompletion]`): Completions of some steps, in the order of the log.
+        logged_steps (`int`): Number of steps with logged completions.
+        unreadable_lines (`int`): Number of unreadable lines of the token log.
         findings (`list[Finding]`, *optional*): What is wrong with the run; `None` if it has no metrics.
     """
 
@@ -58,7 +58,7 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
     Args:
         directory (`Path`): The `output_dir` of the run, or one of its checkpoints.
         steps (sequence of `int`, *optional*):
-            The steps to read completions of; by default as many as have `MAX_TOKENS_SHOWN`.
+            The steps whose completions are read; by default as many as `MAX_TOKENS_SHOWN` allows.
 
     Raises:
         `ReportError`: nothing was logged there.
@@ -67,13 +67,13 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
         raise ReportError(f"There is no directory '{directory}'.")
     (state, torn), tokens = _newest_state(directory), directory / TOKENS_FILE
     if torn and state is None and not tokens.is_file():
-        raise ReportError(f"'{torn[0]}' is not the state of a trainer, or not whole.")
+        raise ReportError(f"'{torn[0]}' is incomplete, or not the state of a trainer.")
     for path in torn:
-        logger.warning("warning: passing over '%s', which was not written to the end.", path)
+        logger.warning("warning: skipping '%s', which is incomplete.", path)
     if state is None and not tokens.is_file():
         raise ReportError(
-            f"'{directory}' holds no log of a run: neither {STATE_FILE}, there or in a checkpoint-N, nor "
-            f"{TOKENS_FILE}. Call `trainer.save_state()` when training is done, or save checkpoints."
+            f"'{directory}' contains no log of a run (looked for {STATE_FILE}, checkpoint-N/{STATE_FILE} and "
+            f"{TOKENS_FILE}). Call `trainer.save_state()` when training is done, or save checkpoints."
         )
     tokens_of_step: Counter[int] = Counter()
     unreadable = 0
@@ -92,13 +92,13 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
 
 def _newest_state(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
     """
-    The state that knows most of the run, and later states that are passed over, since a kill has left them torn.
+    The state that covers most of the run, and the later states that are skipped because a kill has damaged them.
 
-    A torn state is passed over without a mark too, since GRPOTrainer makes none. The state before it only lacks the
-    metrics of the last steps.
+    A damaged state is also skipped if it has no mark, because GRPOTrainer makes no marks. The state before it lacks
+    only the metrics of the last steps.
     """
     checkpoints = checkpoints_in(directory)
-    # A checkpoint that is marked may be from an earlier run: it is used only if there is no other.
+    # A marked checkpoint may be from an earlier run. It is used only if there is no other.
     last = next((path for path in sorted(checkpoints, key=is_marked) if read_state(path / STATE_FILE)), None)
     passed_over = [path / STATE_FILE for path in takewhile(lambda path: path != last, checkpoints)]
     states = [read_state(path / STATE_FILE) for path in (directory, last) if path]
@@ -132,7 +132,7 @@ def _tokens_per_second(by_name: dict[str, dict[int, float]]) -> dict[int, float]
 
 
 def _read_completions(path: Path) -> Iterator[LoggedCompletion | None]:
-    """The lines of a token log, `None` for those that are none."""
+    """The lines of a token log; `None` for unreadable lines."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -147,7 +147,7 @@ def _read_completions(path: Path) -> Iterator[LoggedCompletion | None]:
 
 
 def _evenly(items: Sequence[_Item], most: int) -> list[_Item]:
-    """At most so many of the items, but no less than two: the first and the last are among them."""
+    """At most `most` of the items, evenly spaced, with the first and the last; at least two if there are two."""
     most = max(2, most)
     if len(items) <= most:
         return list(items)

@@ -4,7 +4,7 @@ import unicodedata
 
 
 # Control and formatting characters (some of them reverse the direction of text), halves of surrogate pairs, and
-# separators of lines and paragraphs. They are invisible and change how the text around them looks.
+# separators of lines and paragraphs. They are invisible and change the look of the text around them.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 

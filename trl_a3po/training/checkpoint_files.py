@@ -1,9 +1,9 @@
 """
-Checkpoints as files: which there are, which are whole, which to delete.
+Checkpoints as files: which exist, which are complete, which to delete.
 
-A checkpoint is whole unless its mark, `checkpoint-12.incomplete`, is beside it. While the checkpoint of a step is
-written for a second time, the first one waits as `checkpoint-12.previous`. transformers does not take either name for
-a checkpoint, and does not push it to the Hub.
+A checkpoint is whole (complete) unless its mark, `checkpoint-12.incomplete`, is beside it. While the checkpoint
+of a step is written for a second time, the first one is kept as `checkpoint-12.previous`. transformers does not treat
+either name as a checkpoint, and does not push it to the Hub.
 
 This module imports neither torch nor transformers, because the report reads checkpoints too.
 """
@@ -33,21 +33,21 @@ def mark_of(checkpoint: Path) -> Path:
 
 
 def is_marked(checkpoint: Path) -> bool:
-    """Whether the checkpoint was not written, or not deleted, to the end. The path may be relative, or a link."""
+    """Whether the checkpoint was not completely written or not completely deleted. The path may be a link."""
     return any(mark_of(Path(path)).exists() for path in (os.path.abspath(checkpoint), os.path.realpath(checkpoint)))
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a trainer can resume from it. GRPOTrainer makes no mark, but writes the state last."""
+    """Whether a trainer can resume from it. GRPOTrainer makes no mark, but it writes the state last."""
     return not is_marked(checkpoint) and read_state(checkpoint / STATE_FILE) is not None
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
     """
-    The state of a trainer, or `None` if the file is missing, torn, or something else.
+    The state of a trainer; `None` if the file is missing, damaged, or not the state of a trainer.
 
     Raises:
-        `OSError`: the file is there, but cannot be read.
+        `OSError`: the file exists but cannot be read.
     """
     if not path.is_file():
         return None
@@ -60,19 +60,19 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """All checkpoints, whole or not, the highest step first; then those that wait, which are to be replaced."""
+    """All checkpoints, whole or not, the highest step first; then the `.previous` ones, which will be replaced."""
     paths = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(paths, key=lambda path: (not _waits(path), _step(path)), reverse=True)
 
 
 def previous_of(checkpoint: Path) -> Path:
-    """Where the earlier checkpoint of the same step waits while this one is written."""
+    """Where the earlier checkpoint of the same step is kept while this one is written."""
     return checkpoint.with_name(checkpoint.name + PREVIOUS)
 
 
 def put_back(directory: Path) -> None:
     """
-    Gives the last whole checkpoint its name again if a kill, while it was overwritten, has left no other whole one.
+    Gives a `.previous` checkpoint its name back if a kill has left no other whole checkpoint.
 
     Raises:
         `OSError`: a file cannot be renamed or deleted.
@@ -88,8 +88,9 @@ def outdated(newest: Path, limit: int, best: Path | None = None) -> list[Path]:
     """
     The checkpoints to delete once a new one is whole.
 
-    As in transformers, the newest, the best and the most recent others stay. Those that are not whole are all
-    deleted. A higher step than the newest is from an earlier run, and less recent than any lower step.
+    As in transformers, the newest, the best and the most recent others stay. All checkpoints that are not whole are
+    deleted. A checkpoint of a higher step than the newest is from an earlier run. It counts as older than any of a
+    lower step.
 
     Args:
         newest (`Path`): The last checkpoint of this run. It is whole.
@@ -97,12 +98,12 @@ def outdated(newest: Path, limit: int, best: Path | None = None) -> list[Path]:
         best (`Path`, *optional*): The best checkpoint.
 
     Returns:
-        `list[Path]`: directories beside `newest`; of some there may only be the mark.
+        `list[Path]`: directories beside `newest`. Some may exist only as a mark.
     """
     kept = {path.resolve() for path in (newest, best) if path and path.is_dir()}
     others = [path for path in checkpoints_in(newest.parent) if path.resolve() not in kept]
     useless = [path for path in others if _waits(path) or is_marked(path)]
-    # After a kill there may be a mark and no directory.
+    # After a kill there may be a mark without a directory.
     useless += [path for path in _marked_in(newest.parent) if not path.exists()]
     recent_last = sorted(set(others) - set(useless), key=lambda path: (_step(path) < _step(newest), _step(path)))
     surplus = len(kept) + len(recent_last) - limit
@@ -110,7 +111,7 @@ def outdated(newest: Path, limit: int, best: Path | None = None) -> list[Path]:
 
 
 def delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint, marked until all of it is gone. As transformers does, it leaves what it may not delete."""
+    """Deletes a checkpoint, which is marked until it is gone. Like transformers, skips what it may not delete."""
     with suppress(OSError):  # a full disk may have no room for the mark
         mark_of(checkpoint).touch()
     if checkpoint.is_symlink():
@@ -123,15 +124,15 @@ def delete(checkpoint: Path) -> None:
 
 def flush(path: Path) -> None:
     """
-    Returns when a file or directory is on the disk. For a directory, these are the names in it.
+    Waits until a file, or the list of names in a directory, is on the disk.
 
-    Warns once where the file system, or the user's permissions, do not allow to wait for that.
+    Warns once if the file system or the permissions of the user do not support this.
 
     Raises:
-        `OSError`: what was written is lost, for example because the disk is full.
+        `OSError`: written data is lost, for example because the disk is full.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)  # to flush a file needs no permission to write
+        descriptor = os.open(path, os.O_RDONLY)  # flushing a file needs no permission to write
         try:
             os.fsync(descriptor)
         finally:
@@ -149,7 +150,7 @@ _LOST = {errno.EIO, errno.ENOSPC, errno.EDQUOT}
 @functools.cache
 def _warn_unflushed(reason: str) -> None:
     logger.warning(
-        "Cannot wait until a checkpoint is on the disk (%s). After a power failure, the last one may not be whole.",
+        "Cannot wait until a checkpoint is on the disk (%s). After a power failure, the last one may be incomplete.",
         reason,
     )
 

@@ -1,10 +1,10 @@
 """
-[`ResumableGRPOTrainer`]: a run that is killed, and resumed, ends as one that was not.
+[`ResumableGRPOTrainer`]: a run that is killed and resumed ends like an uninterrupted run.
 
-transformers writes a checkpoint under its final name, and resumes from the one with the highest number, whatever is in
-it. After a kill it stops at a file that is missing, or takes files of two runs, or of some processes, for a whole
-checkpoint. So the file `checkpoint-12.incomplete` is beside a checkpoint while it is written. Older checkpoints are
-deleted only when the new one is whole and on the disk.
+transformers writes a checkpoint under its final name, and resumes from the highest number, even if files are missing.
+After a kill it fails at a missing file, or it mixes files of two runs, or it uses the files of only some processes. So
+the file `checkpoint-12.incomplete` is beside a checkpoint while it is written. Older checkpoints are deleted only when
+the new one is whole and on the disk.
 """
 
 import errno
@@ -46,10 +46,10 @@ logger = logging.getLogger(__name__)
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """
-    The part of [`A3POTrainer`] that is about checkpoints.
+    The part of [`A3POTrainer`] that writes checkpoints and resumes from them.
 
-    Only finite parameters are saved. Once there is a whole checkpoint, there is one at every moment, whatever
-    `save_total_limit`. A run resumes only from a whole one, with the prompts that would have come next.
+    Only finite parameters are saved. After the first whole checkpoint there is always at least one, for any
+    `save_total_limit`. A run resumes only from a whole checkpoint, with the prompts that would have come next.
     """
 
     _resumed_from: str | None = None
@@ -84,7 +84,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         check_parameters(cast(nn.Module, self.model), self.accelerator, outcome)
 
     def save_model(self, *args, **kwargs):
-        # It saves the arguments too.
+        # This method also saves the arguments.
         with _save_total_limit(self.args, self.args.save_total_limit or self._hidden_limit):
             super().save_model(*args, **kwargs)
 
@@ -95,7 +95,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if self._resumed_from:
-            # It draws the order of each epoch when that begins. A new one would begin with that of the first again.
+            # A sampler draws an epoch's order when the epoch begins. A new one would repeat that of the first.
             state = TrainerState.load_from_json(os.path.join(self._resumed_from, TRAINER_STATE_NAME))
             for _ in range(int(state.epoch or 0)):
                 next(iter(sampler), None)
@@ -103,7 +103,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def get_batch_samples(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:
-            # Resumed after the last step. Only at the end of a step does transformers look whether to stop.
+            # Resumed after the last step. transformers checks whether to stop only at the end of a step.
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
@@ -111,9 +111,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
 class KeepsTheBest(TrainerCallback):
     """
-    Deletes all checkpoints but the best, with `save_total_limit=1`, when training has ended.
+    With `save_total_limit=1`, deletes all checkpoints except the best when training has ended.
 
-    transformers does so after the last log. A kill in between would leave halves, and no marks.
+    transformers does so after the last log. A kill during that deletion would leave incomplete checkpoints unmarked.
     """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -124,9 +124,9 @@ class KeepsTheBest(TrainerCallback):
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """
-    As transformers' `get_last_checkpoint`, but passes over checkpoints that were not written to the end.
+    Like transformers' `get_last_checkpoint`, but skips incomplete checkpoints.
 
-    After a kill while the only one was overwritten, it is the one from before, `checkpoint-12.previous`.
+    If a kill interrupted the overwriting of the only one, this is its old version, `checkpoint-12.previous`.
 
     Args:
         output_dir (`str` or `Path`): Where the trainer saves its checkpoints.
@@ -141,12 +141,12 @@ def checkpoint_to_resume_from(
     resume_from_checkpoint: str | bool | None, output_dir: str | Path, accelerator: Accelerator
 ) -> str | None:
     """
-    What `Trainer.train` should resume from, given what it was asked to.
+    The checkpoint from which `Trainer.train` should resume, for the argument that the user gave.
 
-    The first process decides for all: on file systems shared over a network, others may see files of a while ago.
+    The first process decides for all: on a shared network file system, other processes may see outdated files.
 
     Raises:
-        `ValueError`: the checkpoint was not written to the end, or `True` was given and none was.
+        `ValueError`: the checkpoint is incomplete, or `True` was given and there is no whole checkpoint.
     """
     if resume_from_checkpoint is True:
         last = last_whole_checkpoint(output_dir)
@@ -156,20 +156,18 @@ def checkpoint_to_resume_from(
         (last,) = broadcast_object_list([last])
         if last is None:
             raise ValueError(
-                f"There is no whole checkpoint in '{output_dir}' to resume from. Not written to the end: "
-                f"{', '.join(passed_over) or 'none'}. To train from the start, leave out `resume_from_checkpoint`."
+                f"There is no complete checkpoint in '{output_dir}' to resume from. Incomplete ones: "
+                f"{', '.join(passed_over) or 'none'}. To train from the start, do not set `resume_from_checkpoint`."
             )
         if passed_over and accelerator.is_main_process:
-            logger.warning(
-                "Resuming from '%s'. Not written to the end, and passed over: %s.", last, ", ".join(passed_over)
-            )
+            logger.warning("Resuming from '%s'. Skipped incomplete checkpoints: %s.", last, ", ".join(passed_over))
         return last
     if resume_from_checkpoint and not Path(resume_from_checkpoint).exists():
         resume_from_checkpoint = str(resume_from_checkpoint).removesuffix(PREVIOUS)  # it was put back
     if resume_from_checkpoint and is_marked(Path(resume_from_checkpoint)):
         raise ValueError(
-            f"'{resume_from_checkpoint}' was not written to the end. Pass `resume_from_checkpoint=True` to resume "
-            "from the last checkpoint that was."
+            f"'{resume_from_checkpoint}' is incomplete. Pass `resume_from_checkpoint=True` to resume from the last "
+            "complete checkpoint."
         )
     return resume_from_checkpoint or None
 
@@ -177,15 +175,15 @@ def checkpoint_to_resume_from(
 @contextmanager
 def marked_incomplete(checkpoint: Path, accelerator: Accelerator, *, marks: bool) -> Iterator[None]:
     """
-    Marks a checkpoint until all processes have written their part of it, and all of it is on the disk.
+    Marks a checkpoint until all processes have written their part, and the whole checkpoint is on the disk.
 
-    After an error, or a kill, the mark stays until the checkpoint is written again. If there is a whole checkpoint of
-    the same step, it stays until the new one is whole.
+    After an error or a kill, the mark stays until the checkpoint is written again. A whole checkpoint of the same step
+    stays until the new one is whole.
 
     Args:
-        checkpoint (`Path`): The directory that is written in the block. It need not exist yet.
-        accelerator (`Accelerator`): That of the trainer. Every process must enter the block.
-        marks (`bool`): Whether this process is the one that writes what is not split over processes.
+        checkpoint (`Path`): The directory that is written in the block. It may not exist yet.
+        accelerator (`Accelerator`): The trainer's accelerator. Every process must enter the block.
+        marks (`bool`): Whether this process writes the files that are not split over processes.
 
     Raises:
         `OSError`: the disk is full.
@@ -216,19 +214,19 @@ def marked_incomplete(checkpoint: Path, accelerator: Accelerator, *, marks: bool
 
 
 def delete_outdated(newest: Path, limit: int | None, best: str | None) -> None:
-    """Deletes the checkpoints that `save_total_limit` does not keep, see [`outdated`]."""
-    if limit is not None and limit > 0:  # as transformers reads it
+    """Deletes the checkpoints beyond `save_total_limit`, see [`outdated`]."""
+    if limit is not None and limit > 0:  # as in transformers
         for path in outdated(newest, limit, Path(best) if best else None):
             delete(path)
 
 
 def _make_way(checkpoint: Path) -> None:
-    """Sees to it that files of an earlier run do not mix with new ones, and that a whole checkpoint is not lost."""
+    """Moves or removes an old checkpoint: its files must not mix with new ones, and a whole one must not be lost."""
     if is_whole(checkpoint):
         delete(previous_of(checkpoint))
         try:
             checkpoint.rename(previous_of(checkpoint))
-        except OSError as error:  # file systems that stand for object stores may not rename directories
+        except OSError as error:  # file systems over object stores may not rename directories
             logger.warning("Overwriting '%s', which cannot be renamed (%s).", checkpoint, error.strerror)
     elif is_marked(checkpoint) and checkpoint.exists():
         shutil.rmtree(checkpoint)
@@ -236,7 +234,7 @@ def _make_way(checkpoint: Path) -> None:
 
 @contextmanager
 def _telling_of_a_full_disk(checkpoint: Path) -> Iterator[None]:
-    """The libraries that write the files each say it in their own way, torch not at all."""
+    """Raises one clear error. The libraries that write files report a full disk in different ways, or not at all."""
     try:
         yield
     except Exception as error:
@@ -245,16 +243,16 @@ def _telling_of_a_full_disk(checkpoint: Path) -> Iterator[None]:
         if not is_full:
             raise
         last = last_whole_checkpoint(checkpoint.parent)
-        to_resume = f"The last whole one is '{last}'." if last else "There is no whole one yet."
+        to_resume = f"The last complete one is '{last}'." if last else "There is no complete one yet."
         raise OSError(
             number if number in _FULL else errno.ENOSPC,
-            f"No space left on device: the checkpoint '{checkpoint}' was not written to the end. {to_resume} Free "
-            "some space before you resume. `save_total_limit` keeps fewer checkpoints, one more while it saves; "
+            f"No space left on device: the checkpoint '{checkpoint}' is incomplete. {to_resume} Free some space "
+            "before you resume. `save_total_limit` keeps fewer checkpoints (one more during a save). "
             "`save_only_model` makes them smaller, but a run cannot resume from them.",
         ) from error
 
 
-# The errors of a full disk, and of a full quota.
+# The errors of a full disk and of a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

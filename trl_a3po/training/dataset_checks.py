@@ -1,4 +1,4 @@
-"""Whether datasets are large enough for the batches that TRL makes of them."""
+"""Checks that datasets are large enough for TRL's batches."""
 
 from collections.abc import Mapping, Sized
 from typing import Any, cast
@@ -10,21 +10,22 @@ from ..a3po_config import A3POConfig
 
 def check_dataset_sizes(args: A3POConfig, train_dataset: Any, eval_dataset: Any = None) -> None:
     """
-    Refuses datasets of which TRL makes no batch at all.
+    Refuses datasets that do not fill one batch.
 
-    In training, TRL drops the prompts at the end of an epoch that do not fill a generation batch of all processes. Of
-    a smaller dataset it drops everything. In evaluation it drops nothing, unless `dataloader_drop_last` is set.
+    In training, TRL drops the last prompts of an epoch if they do not fill a generation batch of all processes. If the
+    dataset is smaller than that batch, TRL drops everything. In evaluation it drops nothing, unless
+    `dataloader_drop_last` is set.
 
     Args:
         args ([`A3POConfig`]):
             Its `generation_batch_size` counts completions, over all processes.
         train_dataset (`datasets.Dataset` or `torch.utils.data.Dataset`, *optional*):
-            One prompt a row. Streams are not checked: their length is not known.
+            One prompt per row. Streams are not checked, because their length is unknown.
         eval_dataset (the same, or a dictionary of them, *optional*):
             Likewise.
 
     Raises:
-        `ValueError`: a dataset has too few rows. Names the sizes and what to change.
+        `ValueError`: a dataset has too few rows. The message names the sizes and the fix.
     """
     # Never None once constructed.
     generations, batch_size = cast(int, args.num_generations), cast(int, args.generation_batch_size)

@@ -1,10 +1,10 @@
 """
-Dynamic sampling, as functions of rollouts: groups without a learning signal are replaced by groups of fresh prompts.
+Functions for dynamic sampling: they replace groups without a learning signal by groups of fresh prompts.
 
 This is the dynamic sampling of DAPO (arXiv 2503.14476, section 3.2), which samples until the batch is full of groups
-that are neither all right nor all wrong (its equation 11). We chose three things. A group has a learning signal by its
-advantages, not by how many of its completions are right. Fresh prompts are drawn from the whole dataset. After a
-number of rounds the batch is used as it is.
+that are neither all right nor all wrong (its equation 11). Three points are our choice. The advantages decide whether
+a group has a learning signal, not the number of its right completions. Fresh prompts are drawn from the whole dataset.
+After a maximum number of rounds the batch is used as it is.
 
 Shapes: B rows, group after group, each of G completions of one prompt.
 """
@@ -24,7 +24,7 @@ def fresh_prompts(dataset_size: int, seed: int, step: int) -> Iterator[int]:
     The prompts that dynamic sampling draws in an optimizer step, the same on all processes and in a resumed run.
 
     Returns:
-        Iterator over indices, without end: of all prompts in one random order, then in another.
+        Endless iterator over indices: all prompts in one random order, then in another.
     """
     generator = np.random.default_rng([seed, step])
     while True:
@@ -39,11 +39,11 @@ def live_groups(advantages: Tensor, has_gradient: Tensor, num_generations: int) 
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): Advantage of each completion.
-        has_gradient (`torch.Tensor` of shape `(B,)`): Whether the loss can have a gradient in it.
-        num_generations (`int`): Completions of a group.
+        has_gradient (`torch.Tensor` of shape `(B,)`): Whether the completion can have a gradient in the loss.
+        num_generations (`int`): Completions per group.
 
     Returns:
-        `list[bool]` of length B / G: whether advantages of the group differ, and a completion of it has a gradient.
+        `list[bool]` of length B / G: whether the advantages of a group differ and a completion has a gradient.
     """
     groups = advantages.view(-1, num_generations)
     differ = (groups != groups[:, :1]).any(1)
@@ -51,7 +51,7 @@ def live_groups(advantages: Tensor, has_gradient: Tensor, num_generations: int) 
 
 
 def pair_groups(live: Sequence[bool], fresh_live: Sequence[bool]) -> list[tuple[int, int]]:
-    """Pairs each group that is not live with a fresh one that is, in order, for as long as there are both."""
+    """Pairs groups that are not live with fresh groups that are, in order, until one of the two runs out."""
     places = [group for group, is_live in enumerate(live) if not is_live]
     return list(zip(places, [group for group, is_live in enumerate(fresh_live) if is_live], strict=False))
 
@@ -64,21 +64,21 @@ def swap_groups(
     pad_token_id: int,
 ) -> dict[str, Any]:
     """
-    Puts groups of one rollout in the places of groups of another.
+    Replaces groups of a rollout by groups of another rollout.
 
     Args:
-        rollout (`dict`): Tensors and lists with a row for each completion, and what all of them share.
-        fresh (`dict`): The same of other prompts, as many rows, with as many columns as it takes.
-        swaps (sequence of `tuple[int, int]`): Pairs of a group of `rollout` and the group of `fresh` in its place.
-        num_generations (`int`): Completions of a group.
-        pad_token_id (`int`): What token ids are padded with.
+        rollout (`dict`): Tensors and lists with one row per completion, and values that all rows share.
+        fresh (`dict`): A rollout of other prompts with the same number of rows. The number of columns may differ.
+        swaps (sequence of `tuple[int, int]`): Pairs of a group of `rollout` and the group of `fresh` that replaces it.
+        num_generations (`int`): Completions per group.
+        pad_token_id (`int`): Token id for padding.
 
     Returns:
-        `dict`: `rollout` with those groups, as wide as the wider of the two: prompts padded on the left, the rest on
-        the right. What all rows share is that of `rollout`.
+        `dict`: `rollout` with the new groups. It is as wide as the wider of the two: prompts are padded on the left,
+        other tensors on the right. Values that all rows share come from `rollout`.
 
     Raises:
-        `ValueError`: the two do not hold the same.
+        `ValueError`: the two rollouts have different fields.
     """
     if rollout.keys() != fresh.keys():
         raise ValueError(
@@ -90,7 +90,7 @@ def swap_groups(
     for place, group in swaps:
         first, first_fresh = place * num_generations, len(rows) + group * num_generations
         rows[first : first + num_generations] = range(first_fresh, first_fresh + num_generations)
-    # As TRL pads. VESPO reads the ratio of padding, too.
+    # As TRL pads. VESPO also reads the ratio of padding.
     padding = {
         "prompt_ids": pad_token_id,
         "completion_ids": pad_token_id,
@@ -107,7 +107,7 @@ def swap_groups(
 
 
 def _same_width(a: Tensor, b: Tensor, *, on_the_left: bool, value: float) -> list[Tensor]:
-    """Two tensors of shape (B, columns), or (B,), the narrower one padded."""
+    """Pads the narrower of two tensors of shape (B, columns). Tensors of shape (B,) do not change."""
     if a.dim() == 1:
         return [a, b]
     missing = [max(a.shape[1], b.shape[1]) - each.shape[1] for each in (a, b)]

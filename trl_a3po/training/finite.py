@@ -1,7 +1,7 @@
 """
-No NaN goes unnoticed: not in a logged gradient, not in a checkpoint, not at the end of training.
+Checks for NaN in logged gradients, before checkpoints, and at the end of training.
 
-transformers trains on with NaN in its parameters, shows a loss of 0, and lets checkpoints of NaN replace good ones.
+transformers continues with NaN parameters, shows a loss of 0, and replaces good checkpoints by checkpoints of NaN.
 """
 
 import math
@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 
 
 _ADVICE = (
-    "Resume from the last checkpoint, and keep the policy closer to what it learns from: lower `learning_rate`, "
-    "`num_iterations` or `steps_per_generation`. Look for NaN in what your `shape_advantages` returns, and for tokens "
-    "of probability 0 in what your `rollout_func` returns."
+    "Resume from the last checkpoint, and keep the policy closer to its rollouts: lower `learning_rate`, "
+    "`num_iterations` or `steps_per_generation`. If you have a `shape_advantages` of your own, look for NaN in its "
+    "result. If you have a `rollout_func`, look for tokens of probability 0 in its result."
 )
 
 
@@ -26,14 +26,14 @@ def check_parameters(model: nn.Module, accelerator: Accelerator, outcome: str) -
     """
     Ends the training, on all processes alike, if a trained parameter is not finite. Waits for the device once.
 
-    Steps that fp16's loss scaling skips leave the parameters finite. Frozen parameters and buffers are not checked:
-    training does not change them, or, as in a mask of -inf, they may be infinite for a reason. The optimizer's state
-    is not checked: when it becomes NaN, so does the parameter.
+    If fp16's loss scaling skips a step, the parameters stay finite. Frozen parameters and buffers are not checked:
+    training does not change parameters that are frozen, and a buffer, such as a mask of -inf, may be infinite on
+    purpose. The optimizer's state is not checked: if it becomes NaN, the parameter does too.
 
     Args:
-        model (`nn.Module`): The model as it is trained; processes may share its parameters by FSDP or ZeRO-3.
-        accelerator (`Accelerator`): That of the trainer. Every process must call this function.
-        outcome (`str`): What the error says first.
+        model (`nn.Module`): The model in training. Its parameters may be sharded by FSDP or ZeRO-3.
+        accelerator (`Accelerator`): The trainer's accelerator. Every process must call this function.
+        outcome (`str`): The first words of the error.
 
     Raises:
         `FloatingPointError`: a parameter has NaN or infinite values. The error names it.
@@ -46,17 +46,17 @@ def check_parameters(model: nn.Module, accelerator: Accelerator, outcome: str) -
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise FloatingPointError(
-            f"{outcome}: parameters are NaN or infinite, `{names[0]}`{others}. All checkpoints of this run are from "
-            f"before. {_ADVICE}"
+            f"{outcome}: parameters are NaN or infinite, `{names[0]}`{others}. The checkpoints of this run are older "
+            f"and finite. {_ADVICE}"
         )
 
 
 @torch.no_grad()
 def _is_bad(parameter: nn.Parameter) -> Tensor:
-    """Whether values of a parameter, or of the part that this process has, are not finite, as a tensor of shape ()."""
+    """() whether a value of a parameter is not finite, in the part that this process holds."""
     with _whole(parameter):
         values = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if values.numel() == 0:  # the other processes have all of it
+        if values.numel() == 0:  # other processes hold all of it
             return torch.zeros((), dtype=torch.bool)
         # The largest absolute value, or NaN. Unlike `isfinite`, it needs no memory of the parameter's size.
         return ~torch.linalg.vector_norm(values, torch.inf).isfinite()
@@ -71,9 +71,9 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
 
 class NaNGradients(TrainerCallback):
     """
-    Ends the training at the first log of a gradient of NaN, earlier than the next checkpoint would.
+    Ends the training at the first log whose gradient is NaN. The next checkpoint would detect it later.
 
-    With fp16 such steps are normal, and skipped.
+    With fp16, NaN gradients are normal, and their steps are skipped.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -82,5 +82,5 @@ class NaNGradients(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and math.isnan(logs.get("grad_norm", 0.0)) and self._accelerator.mixed_precision != "fp16":
             raise FloatingPointError(
-                f"The gradient of step {state.global_step} is NaN, and so are all parameters from then on. {_ADVICE}"
+                f"The gradient of step {state.global_step} is NaN, so all parameters become NaN. {_ADVICE}"
             )

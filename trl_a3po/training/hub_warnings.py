@@ -1,4 +1,4 @@
-"""[`WarnOfFailedPushes`]: transformers pushes to the Hub in the background, and does not look how that ends."""
+"""[`WarnOfFailedPushes`]: transformers pushes to the Hub in the background without checking for errors."""
 
 import logging
 from concurrent.futures import Future
@@ -35,7 +35,7 @@ class WarnOfFailedPushes(TrainerCallback):
         if not job.cancelled() and job.exception() is not None:
             logger.warning(
                 "A push to %s failed: %s\nTraining continues, and the checkpoints in '%s' are complete. The next save "
-                "pushes again. At the end, `trainer.push_to_hub()` does.",
+                "pushes again; at the end of training, call `trainer.push_to_hub()`.",
                 self._trainer.hub_model_id,
                 job.exception(),
                 self._trainer.args.output_dir,

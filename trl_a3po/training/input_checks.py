@@ -1,4 +1,4 @@
-"""Checks of what users bring into a rollout: prompts, completions of a `rollout_func`, and rewards."""
+"""Checks the parts of a rollout that come from users: prompts, completions of a `rollout_func`, and rewards."""
 
 import functools
 import math
@@ -9,25 +9,25 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 
-# The square of a larger one, summed up over any batch, could overflow in float32.
+# The sum of squares of larger rewards over a batch could overflow in float32.
 LARGEST_REWARD = 1e15
 
 
 def check_rewards(rewards_per_func: Tensor, weights: Tensor, names: Sequence[str], prompts: Sequence[Any]) -> None:
     """
-    Refuses rewards that are infinite, or too large, once weighted.
+    Refuses rewards that are infinite or too large after weighting.
 
-    NaN passes: TRL has it stand for None, of a reward function that does not apply to a completion.
+    NaN is allowed: in TRL it stands for None, the value of a reward function that does not apply to a completion.
 
     Args:
-        rewards_per_func (`torch.Tensor` of shape `(B, F)`): Rewards of all processes by reward function, the same on
-            each process, so that all of them refuse together.
-        weights (`torch.Tensor` of shape `(F,)`): What each reward function is multiplied by.
-        names (sequence of `str`): The reward functions.
+        rewards_per_func (`torch.Tensor` of shape `(B, F)`): Rewards of all processes by reward function. They are the
+            same on each process, so all processes raise the error together.
+        weights (`torch.Tensor` of shape `(F,)`): Weight of each reward function.
+        names (sequence of `str`): Names of the reward functions.
         prompts (sequence): Prompts of the completions of this process.
 
     Raises:
-        `ValueError`: naming the reward function, the reward, the prompt and the fix.
+        `ValueError`: a reward is refused. The message names the function, the prompt and the fix.
     """
     weighted = rewards_per_func * weights.to(rewards_per_func.device)
     too_large = weighted.abs() > LARGEST_REWARD
@@ -36,9 +36,9 @@ def check_rewards(rewards_per_func: Tensor, weights: Tensor, names: Sequence[str
     row, column = too_large.nonzero()[0].tolist()
     raise ValueError(
         f"The reward function '{names[column]}' gave {rewards_per_func[row, column]:g}, weighted {weights[column]:g}, "
-        f"to a completion of the prompt {gather_object(prompts)[row]!r:.500}. Rewards must be finite, and no larger "
-        f"than {LARGEST_REWARD:g}: let the function clip them, or return None for completions that it does not apply "
-        "to."
+        f"to a completion of the prompt {gather_object(prompts)[row]!r:.500}. Rewards must be finite, and at most "
+        f"{LARGEST_REWARD:g} in absolute value: clip them in the function, or return None for completions that it "
+        "does not apply to."
     )
 
 
@@ -56,10 +56,10 @@ def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
 
 def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """
-    Wraps a `rollout_func`. TRL cannot train on a completion without tokens; the error names its prompt.
+    Wraps a `rollout_func` so that completions without tokens are refused. TRL cannot train on them.
 
     Raises:
-        `ValueError`: when called; naming the prompt and the fix.
+        `ValueError`: when the function is called. The message names the prompt and the fix.
     """
 
     @functools.wraps(rollout_func)
@@ -68,8 +68,8 @@ def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Cal
         for prompt, completion_ids in zip(prompts, output.get("completion_ids", []), strict=False):
             if len(completion_ids) == 0:
                 raise ValueError(
-                    f"`rollout_func` returned a completion without tokens for the prompt {prompt!r:.500}. Return one "
-                    "token at least, such as the end-of-sequence token."
+                    f"`rollout_func` returned a completion without tokens for the prompt {prompt!r:.500}. Return at "
+                    "least one token, such as the end-of-sequence token."
                 )
         return output
 
@@ -80,21 +80,21 @@ def check_prompts_fit(
     prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any
 ) -> None:
     """
-    Refuses prompts that leave no room for a completion, in models with learned absolute positions.
+    Refuses prompts that leave no room for a completion in a model with learned absolute positions.
 
     Args:
         prompt_ids (sequence of sequences of `int`): The prompts.
-        max_completion_length (`int`): Tokens of a completion at most.
-        positions (`int`): How many positions the model has.
-        tokenizer: What decodes the prompts.
+        max_completion_length (`int`): Maximum tokens of a completion.
+        positions (`int`): Number of positions of the model.
+        tokenizer: Decodes the prompts.
 
     Raises:
-        `ValueError`: naming the prompt and the fix.
+        `ValueError`: a prompt is refused. The message names the prompt and the fix.
     """
     for ids in prompt_ids:
         if len(ids) + max_completion_length > positions:
             raise ValueError(
-                f"A prompt of {len(ids)} tokens and `max_completion_length={max_completion_length}` are more than the "
-                f"{positions} positions of the model. Remove the prompt, shorten it, or lower "
-                f"`max_completion_length`. It begins {tokenizer.decode(ids[:100])!r:.200}."
+                f"A prompt of {len(ids)} tokens and `max_completion_length={max_completion_length}` need more than "
+                f"the {positions} positions of the model. Remove the prompt, shorten it, or lower "
+                f"`max_completion_length`. It starts with {tokenizer.decode(ids[:100])!r:.200}."
             )

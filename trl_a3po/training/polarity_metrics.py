@@ -1,7 +1,7 @@
 """
-The metrics by polarity, kept as sums on the device until they are logged.
+The metrics by polarity. They are kept as sums on the device until a log.
 
-Sums can be added over micro-batches and processes that have different numbers of tokens. Means cannot.
+Sums can be added over micro-batches and processes with different numbers of tokens. Means cannot.
 """
 
 import math
@@ -27,8 +27,7 @@ def polarity_sums(
     """
     Sums over one batch, by polarity.
 
-    A token counts as selected if its shaped advantage differs from the one that unselected tokens of its completion
-    get.
+    A token counts as selected if its shaped advantage differs from that of the unselected tokens of its completion.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping. Their sign is the polarity.
@@ -37,7 +36,7 @@ def polarity_sums(
         logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
         entropies (`torch.Tensor` of shape `(B, T)`): Entropies, in nats.
         mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the unmasked tokens.
-        sampling_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities that the sampler reported. NaN
+        sampling_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probabilities that the sampler reported, NaN
             where it reported none.
 
     Returns:
@@ -66,13 +65,13 @@ def polarity_sums(
         dim=1,
     )  # (B, 8)
     polarity = torch.stack([advantages > 0, advantages < 0, advantages == 0])  # (3, B)
-    # Not a matrix product: there, a NaN in one completion would spread over all polarities.
+    # Not a matrix product: in a product, a NaN in one completion would spread to all polarities.
     return torch.where(polarity[:, :, None], per_completion, 0.0).sum(1)
 
 
 def polarity_metrics(sums: Tensor) -> dict[str, float]:
     """
-    Computes the metrics from the sums. A metric is missing if there is nothing to average, or if it is not known.
+    Computes the metrics from the sums. A metric is missing if there is nothing to average or if its value is unknown.
 
     Args:
         sums (`torch.Tensor` of shape `(3, 8)`): The sums of all batches and processes, added up.
@@ -90,7 +89,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
           reported and the old one, over the selected tokens. A token without a reported value counts as 0.
 
         and `advantage_ratio`: the sum of |shaped advantage| over the tokens of positive completions, divided by that
-        of negative ones. The paper finds that this ratio rules the dynamics, not the size of the two sums.
+        of negative ones. The paper finds that this ratio controls the dynamics, not the size of the two sums.
     """
     total = _by_name(sums)
     completions = sum(total[polarity]["completions"] for polarity in _POLARITIES)
@@ -114,7 +113,7 @@ def polarity_metrics(sums: Tensor) -> dict[str, float]:
 
 
 def mean_entropy(sums: Tensor) -> float:
-    """Mean entropy over the tokens of the polarities whose entropy is known. NaN if there are none."""
+    """Mean entropy over the tokens of all polarities with a known entropy; NaN if there are none."""
     known = [of for of in _by_name(sums).values() if of["tokens"] and not math.isnan(of["entropy"])]
     tokens = sum(of["tokens"] for of in known)
     return sum(of["entropy"] for of in known) / tokens if tokens else math.nan

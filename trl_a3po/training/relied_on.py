@@ -1,9 +1,9 @@
 """
-What is relied on in TRL, transformers and others that they may change without notice.
+Names of TRL, transformers and other packages that this package needs and that may change without notice.
 
-A renamed method is an override that nobody calls, and a renamed attribute, read with a default, is the default: the
-training would run, and do something else. So every such name stands here once, [`check_relied_on`] looks for it when a
-trainer is constructed, and a test finds every name that the package uses and that is missing here.
+If TRL renames a method, nobody calls our override. If it renames an attribute that is read with a default, the default
+is used. In both cases the training would run but do something else. So every such name is listed here once, and
+[`check_relied_on`] looks for it when a trainer is constructed. A test finds every used name that is missing here.
 
 `python -m trl_a3po.training.relied_on` prints the table of the documentation.
 """
@@ -19,7 +19,7 @@ from transformers import Trainer
 from trl import GRPOTrainer
 
 
-# The newest releases that all tests pass with: what an error says to install.
+# The newest releases with which all tests pass. Errors tell users to install them.
 TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0"}
 
 
@@ -32,10 +32,10 @@ class ReliedOn:
         owner (`str`): The class or the module that has it.
         name (`str`): The name in it.
         used_by (`tuple[str, ...]`): The modules of this package that override it, call it or read it.
-        purpose (`str`): What does not work without it.
-        since (`str`, *optional*): The first release that has it. By default all that are supported.
+        purpose (`str`): The feature that needs it.
+        since (`str`, *optional*): The first release that has it. By default, all supported releases have it.
         until (`str`, *optional*): The first release that no longer has it.
-        later (`bool`, *optional*, defaults to `False`): Whether a trainer gets it only after its construction.
+        later (`bool`, *optional*, defaults to `False`): Whether a trainer has it only after its construction.
     """
 
     owner: str
@@ -405,10 +405,10 @@ def check_relied_on(trainer: Trainer) -> None:
     Fails unless the installed releases have every name that a trainer relies on.
 
     Args:
-        trainer ([`A3POTrainer`]): It is constructed, as far as `GRPOTrainer` constructs it.
+        trainer ([`A3POTrainer`]): The trainer at the end of `GRPOTrainer`'s `__init__`.
 
     Raises:
-        `RuntimeError`: naming the release, the name, what does not work without it, and what to install.
+        `RuntimeError`: a name is missing. The message has the release, the name, its purpose and the fix.
     """
     for each in RELIED_ON:
         if each.in_training and not each.later and each.must_exist and not each.exists(trainer):
@@ -419,7 +419,7 @@ def check_relied_on(trainer: Trainer) -> None:
 
 
 def base_description(trainer: Trainer, package: str = "trl") -> str:
-    """What the trainer is built on, for the start of an error: a release, or the class that has replaced TRL's."""
+    """The base of the trainer, for the start of an error: a release, or the class that has replaced TRL's."""
     replaced = _replaced_base(trainer)
     if replaced is not None:
         return f"`{replaced.__name__}` of the module `{replaced.__module__}`, which has replaced TRL's `GRPOTrainer`,"
@@ -427,7 +427,7 @@ def base_description(trainer: Trainer, package: str = "trl") -> str:
 
 
 def advice(trainer: Trainer, package: str = "trl") -> str:
-    """What to do about an error of the construction check."""
+    """The fix for an error of the construction check."""
     replaced = _replaced_base(trainer)
     if replaced is not None:
         source = replaced.__module__.partition(".")[0]
@@ -439,13 +439,13 @@ def advice(trainer: Trainer, package: str = "trl") -> str:
 
 
 def our_class(trainer: Trainer) -> type[Any]:
-    """The trainer's class as this package defines it, without what a user's subclass changes."""
+    """The trainer's class as this package defines it, without the changes of a user's subclass."""
     package = __name__.partition(".")[0]
     return next(each for each in type(trainer).__mro__ if each.__module__.partition(".")[0] == package)
 
 
 def _replaced_base(trainer: Trainer) -> type | None:
-    """A base of our trainer that neither TRL nor transformers defines: Unsloth puts one in the place of TRL's."""
+    """A base of our trainer that neither TRL nor transformers defines: Unsloth replaces TRL's by its own."""
     known = ("trl_a3po", "trl", "transformers")
     bases = [each for each in our_class(trainer).__mro__ if issubclass(each, Trainer)]
     return next((each for each in bases if each.__module__.partition(".")[0] not in known), None)

@@ -1,4 +1,4 @@
-"""[`RolloutGRPOTrainer`]: the rollouts of [`~trl.GRPOTrainer`], checked, with rewards, and resampled on request."""
+"""[`RolloutGRPOTrainer`]: the rollouts of [`~trl.GRPOTrainer`] with checks, rewards and optional resampling."""
 
 import math
 from collections.abc import Iterator, Sized
@@ -22,7 +22,7 @@ from .token_log import GROUPS
 
 class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     """
-    The part of [`A3POTrainer`] that samples and scores.
+    The part of [`A3POTrainer`] that samples and scores completions.
 
     TRL's rollout gets one more field: `rewards` of shape `(B,)`, the weighted sum over the reward functions. With
     `dynamic_sampling`, groups without a learning signal are replaced by groups of fresh prompts. A round samples one
@@ -38,7 +38,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     num_generations: int
     processing_class: Any
 
-    # The optimizer step, and the prompts that are still to be drawn in it.
+    # The optimizer step, and the prompts that are left to draw in it.
     _fresh_prompts: tuple[int, Iterator[int]] = (-1, iter(()))
 
     _numbered_groups = 0
@@ -65,7 +65,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def _check_model(self):
         super()._check_model()
         if self._traits.left_padding or self._traits.right_padding or self._traits.company:
-            # The log-probabilities of a group would change beside longer prompts than it was sampled with.
+            # If a group moved beside longer prompts, its log-probabilities would change.
             self._refuse_dynamic_sampling(
                 "with models or adapters whose output depends on left padding (learned absolute positions, prompt "
                 "tuning). Use another model"
@@ -84,7 +84,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout of a batch of prompts, with `rewards`, and with the numbers of groups that the log needs."""
+        """TRL's rollout of a batch of prompts, with `rewards`, and with the group numbers that the token log needs."""
         with self._observed_rewards() as observed:
             rollout = self._sample(
                 super()._generate_and_score_completions, inputs, result_is_final=self._rollout_is_ours()
@@ -100,7 +100,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return rollout
 
     def _rollout_is_ours(self) -> bool:
-        """Whether no subclass overrides what makes a rollout."""
+        """Whether no subclass overrides the method that makes a rollout."""
         ours = RolloutGRPOTrainer._generate_and_score_completions
         return type(self)._generate_and_score_completions is ours
 
@@ -120,7 +120,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
             dead, fresh_dead = self._sum_over_processes(live.count(False), fresh_live.count(False))
             rounds, sampled_dead = rounds + 1, sampled_dead + fresh_dead
         if rounds:
-            # As TRL counts since 1.9. Before, it also counted the completions that `mask_truncated_completions` masks.
+            # As TRL counts since 1.9. Earlier releases also count completions that `mask_truncated_completions` masks.
             rollout["num_items_in_batch"] = self.accelerator.gather(loss_mask(rollout).sum()).sum()
         discarded = sampled_dead - dead
         unused = rounds * len(live) * self.accelerator.num_processes - discarded
@@ -130,7 +130,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return rollout
 
     def _number_groups(self, rows: int) -> Tensor:
-        """(B,) a number for each row of a round, the same for completions of one group, new in each round."""
+        """(B,) the number of the group of each row. Every round gets new numbers."""
         first = self.accelerator.process_index * rows
         numbers = torch.arange(first, first + rows, device=self.accelerator.device) // self.num_generations
         numbers += self._numbered_groups
@@ -143,11 +143,11 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         Checks the rewards that TRL is about to train on. Collects their sums, and in training what they say about the
         learning signal, for the rows of this process.
 
-        The method is wrapped on the instance, not overridden: a subclass may change what `_calculate_rewards` returns,
-        and TRL trains on the result of the most derived one.
+        The method is wrapped on the instance, not overridden: a subclass may override `_calculate_rewards`, and TRL
+        trains on the result of that override.
         """
         calculate = self._calculate_rewards
-        before = vars(self).get("_calculate_rewards")  # of a user who assigned one to the instance
+        before = vars(self).get("_calculate_rewards")  # set if a user assigned the method on the instance
         observed: list[tuple[Tensor, Tensor | None]] = []
 
         def calculate_and_observe(inputs, prompts, *args, **kwargs):
@@ -186,7 +186,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return self.accelerator.gather(local).view(-1, len(counts)).sum(0).tolist()
 
     def _draw_inputs(self, rows: int) -> list[dict[str, Any]]:
-        """As many rows of fresh prompts for this process, as the dataloader would return them."""
+        """The given number of rows of fresh prompts for this process, in the form that the dataloader returns."""
         loader, step = cast(Any, self.callback_handler.train_dataloader), self.state.global_step
         if self._fresh_prompts[0] != step:
             self._fresh_prompts = step, fresh_prompts(len(loader.dataset), self.args.seed, step)

@@ -1,4 +1,4 @@
-"""[`TokenLog`]: some of the completions that a log is about, token by token, for a report to show."""
+"""[`TokenLog`]: writes some completions of each logged step, token by token, for the report."""
 
 import math
 import os
@@ -18,24 +18,24 @@ from .token_log_format import MAX_PROMPT_CHARACTERS, MAX_TOKEN_CHARACTERS, MAX_T
 
 COMPLETIONS_PER_POLARITY = 2
 
-# The key under which a rollout carries the number of the group that each row belongs to. The token ids of prompts do
-# not tell groups apart: two pictures may come with the same question. Nor does the position of a row: TRL shuffles.
+# The key of a rollout for the group number of each row. The token ids of prompts do not identify a group: two pictures
+# may have the same question. The position of a row does not either, because TRL shuffles rows.
 GROUPS = "a3po_groups"
 
 
 class TokenLog(TrainerCallback):
     """
-    Writes, at every log, the most positive and the most negative completions of a few prompts to
-    `{output_dir}/tokens.jsonl`, a [`~trl_a3po.training.token_log_format.LoggedCompletion`] a line.
+    At every log, writes the most positive and the most negative completions of a few prompts to
+    `{output_dir}/tokens.jsonl`, one [`~trl_a3po.training.token_log_format.LoggedCompletion`] per line.
 
-    It runs on the main process and covers only the rows of that process: nothing is communicated. During a step it
-    keeps references to tensors of the loss. It waits for the device when it writes, at most four completions a prompt.
-    A resumed run continues where its checkpoint was made: later lines are removed.
+    It runs on the main process and covers only the rows of that process, without communication. During a step it keeps
+    references to tensors of the loss. It waits for the device only when it writes, which is at most four completions
+    per prompt. A resumed run continues from its checkpoint: later lines are removed.
 
     Args:
-        output_dir (`str`): Where the file is.
-        prompts (`int`): Number of prompts a log.
-        processing_class: What the trainer tokenizes with.
+        output_dir (`str`): Directory of the file.
+        prompts (`int`): Number of prompts per log.
+        processing_class: Tokenizer or processor of the trainer.
     """
 
     def __init__(self, output_dir: str, prompts: int, processing_class: Any):
@@ -48,12 +48,12 @@ class TokenLog(TrainerCallback):
         self, inputs: dict[str, Any], advantages: Tensor, shaped: Tensor, logps: Tensor, entropies: Tensor
     ) -> None:
         """
-        Takes note of a micro-batch.
+        Keeps a micro-batch for the next log.
 
         Args:
-            inputs (`dict`): What the loss is computed from, with the `rewards` of shape `(B,)` if they are known, and
-                the number of the group of each row under `GROUPS`, of shape `(B,)`. Without it, rows with the same
-                prompt are taken for one group.
+            inputs (`dict`): The inputs of the loss, with `rewards` of shape `(B,)` if they are known, and the group
+                number of each row under `GROUPS`, of shape `(B,)`. Without group numbers, rows with the same prompt
+                count as one group.
             advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping.
             shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): The advantages after shaping.
             logps (`torch.Tensor` of shape `(B, T)`): Old log-probabilities of the sampled tokens.
@@ -82,7 +82,7 @@ class TokenLog(TrainerCallback):
         self._step.clear()
 
     def write(self, step: int) -> None:
-        """Writes completions of the micro-batches since the step began. Waits for the device."""
+        """Writes completions of the micro-batches of this step. Waits for the device."""
         micro_batches, self._step = self._step, []
         lines = [
             self._completion(step, group, row).to_line()
@@ -120,17 +120,17 @@ class TokenLog(TrainerCallback):
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """
-    What each token adds to the text of those before it.
+    The text that each token adds to the text of the tokens before it.
 
-    Not the text of each token by itself: of a character that is spread over several tokens none has any, and some
-    tokenizers leave out the space in front of a token that comes first.
+    Decoding each token by itself would be wrong: if a character is spread over several tokens, none of them has a text
+    of its own, and some tokenizers drop the space before the first token.
     """
 
     def decode(start: int, end: int) -> str:
         return tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     texts = []
-    context, known = 0, 0  # the tokens between them were the last to complete a character
+    context, known = 0, 0  # the tokens between these two numbers completed the last character
     for end in range(1, len(ids) + 1):
         text = decode(context, end)
         # A character has up to four bytes, each of which may be a token.
@@ -153,7 +153,7 @@ class _Row:
 
 
 def _trained_rows(micro_batches: list[dict[str, Tensor]]) -> list[_Row]:
-    """The rows with an advantage, and a token that has it."""
+    """The rows with a non-zero advantage and at least one unmasked token."""
     rows = []
     for batch in micro_batches:
         prompts = _tokens(batch["prompt_ids"], batch["prompt_mask"])
@@ -171,7 +171,7 @@ def _tokens(ids: Tensor, mask: Tensor) -> list[tuple[int, ...]]:
 
 
 def _most_telling(rows: list[_Row], groups: int) -> Iterator[list[_Row]]:
-    """Of a few groups, those first that have both polarities, different completions of the largest advantages."""
+    """Distinct completions with the largest advantages, for a few groups. Groups with both polarities come first."""
     by_group: dict[Any, dict[bool, dict[tuple[int, ...], _Row]]] = {
         (row.group, row.prompt): {True: {}, False: {}} for row in rows
     }
@@ -191,7 +191,7 @@ def _shorten(text: str) -> str:
 
 
 def _remove_after(path: Path, step: int) -> None:
-    """Keeps the lines of a file up to a step; one that a crash has torn is of no step."""
+    """Removes the lines of later steps from a file, and lines that a crash has damaged."""
     rest = path.with_name(f"{path.name}.partial")
     with path.open("rb") as lines, rest.open("wb") as kept:
         for line in lines:

@@ -1,4 +1,4 @@
-"""[`LoggedCompletion`]: one completion token by token, as a line of the file that training writes and reports read."""
+"""[`LoggedCompletion`]: one completion token by token, as a line of the file that training writes."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 TOKENS_FILE = "tokens.jsonl"
 
-# With these, a line has less than a mebibyte, whatever a model writes; usually it has 35 bytes a token.
+# With these limits, a line is smaller than one mebibyte for any text. Usually it has 35 bytes per token.
 MAX_TOKENS = 1024
 MAX_TOKEN_CHARACTERS = 64
 MAX_PROMPT_CHARACTERS = 2048
@@ -18,20 +18,20 @@ MAX_LINE_BYTES = 2**20
 @dataclass(frozen=True)
 class LoggedCompletion:
     """
-    A completion that was trained on. What is not known, or not finite, is `None`.
+    A completion that was trained on. Values that are unknown or not finite are `None`.
 
     Args:
-        step (`int`): Optimizer steps at the end of the one that the completion was part of.
-        prompt (`str`): Text of the prompt; of a long one, its end.
+        step (`int`): Number of optimizer steps done after the step that trained on the completion.
+        prompt (`str`): Text of the prompt. A long prompt is cut at its start.
         reward (`float` or `None`): Weighted sum over the reward functions.
         advantage (`float`): The advantage of the completion, before shaping.
         length (`int`): Number of tokens of the whole completion.
-        tokens (`list[str]`): Text of each of its first tokens. Empty where a later token completes the character.
+        tokens (`list[str]`): Text of each of the first tokens. It is empty if a later token completes the character.
         weights (`list[float | None]`): Shaped advantage of each token, divided by `advantage`.
         probs (`list[float | None]`): Probability of each token under the old policy.
         entropies (`list[float | None]`): Entropy of the policy at each token, in nats.
-        group (`int`, *optional*, defaults to `0`): Number, within the step, of the group that the completion was
-            sampled in. Files of earlier releases have none.
+        group (`int`, *optional*, defaults to `0`): Number of the completion's group within the step. Files of earlier
+            releases do not have it.
     """
 
     step: int
@@ -46,16 +46,16 @@ class LoggedCompletion:
     group: int = 0
 
     def to_line(self) -> str:
-        """In ASCII, so that no character of a completion ends the line, or is none."""
+        """Writes the line in ASCII, so that no character of a completion ends the line or cannot be encoded."""
         return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
     def from_line(cls, line: str | bytes) -> "LoggedCompletion":
         """
-        Reads what [`~LoggedCompletion.to_line`] wrote.
+        Reads a line of [`~LoggedCompletion.to_line`].
 
         Raises:
-            `ValueError`: the line is something else.
+            `ValueError`: the line is not a logged completion.
         """
         try:
             values = json.loads(line)
@@ -74,7 +74,7 @@ class LoggedCompletion:
             and _are_numbers([completion.advantage, completion.reward])
             and all(_are_numbers(column) and len(column) == len(completion.tokens) for column in columns)
         ):
-            raise ValueError("not a logged completion: a value of another kind")
+            raise ValueError("not a logged completion: a value has the wrong type")
         return completion
 
 

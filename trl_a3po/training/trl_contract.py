@@ -1,13 +1,13 @@
 """
-A check that the installed TRL still does what the hook of [`A3POTrainer`] relies on.
+Checks that the installed TRL still behaves as the hook of [`A3POTrainer`] needs.
 
-The hook overrides two methods of `GRPOTrainer` and copies neither, so that a release of TRL can change what they mean
-without anything failing: advantages averaged to one per completion, or read too early, would train plain GRPO under
-the name of A3PO. Version numbers do not tell. So the check runs the loss of the installed TRL, as the trainer is
+The hook overrides two methods of `GRPOTrainer` and copies neither. A release of TRL can change these methods without
+an error: if it averaged advantages to one per completion, or read them too early, it would train plain GRPO under the
+name of A3PO. A version number does not show this. So the check runs the loss of the installed TRL, as the trainer is
 configured, on a few made-up log-probabilities, and looks at the gradient of each token.
 
-It examines TRL's loss and the classes of this package. A user's subclass may need attributes that its `__init__` has
-not set yet, or fields of a rollout that is not made up: none of its code runs here.
+It examines TRL's loss and the classes of this package, and runs no code of a user's subclass. That code may need
+attributes that its `__init__` has not set yet, or fields that only real rollouts have.
 """
 
 import copy
@@ -28,14 +28,15 @@ def check_contract(trainer: GRPOTrainer) -> None:
     """
     Fails unless TRL has the names that are relied on, and each token's gradient is GRPO's times that token's weight.
 
-    Takes a few milliseconds, touches neither the model nor the trainer, and on several processes runs the collective
-    operations of two loss computations, the same on each.
+    Takes a few milliseconds and changes neither the model nor the trainer. On several processes, each runs the same
+    collective operations, those of two loss computations.
 
     Args:
-        trainer ([`A3POTrainer`]): It is constructed, as far as [`A3POTrainer`] constructs it.
+        trainer ([`A3POTrainer`]): The trainer at the end of [`A3POTrainer`]'s own `__init__`.
 
     Raises:
-        `RuntimeError`: naming the TRL version, or the class that has replaced TRL's, and what does not hold.
+        `RuntimeError`: the check fails. The message has the reason and the TRL version, or the class that has
+            replaced TRL's.
     """
     check_relied_on(trainer)
     try:
@@ -70,16 +71,16 @@ def loss_gradient(
     trainer_class: type[Any] | None = None,
 ) -> Tensor:
     """
-    Gradient of the trainer's loss with respect to log-probabilities that are given, not computed by its model.
+    Gradient of the trainer's loss with respect to given log-probabilities, which replace those of its model.
 
     Args:
-        trainer ([`A3POTrainer`]): It does not change.
+        trainer ([`A3POTrainer`]): The trainer. It does not change.
         inputs (`dict`): A micro-batch of B rows and T tokens.
         per_token_logps (`torch.Tensor` of shape `(B, T)`): The log-probabilities.
         entropies (`torch.Tensor` of shape `(B, T)`): The entropies.
-        shape_advantages (callable, *optional*): Is called in place of the trainer's `shape_advantages`.
+        shape_advantages (callable, *optional*): Replaces the trainer's `shape_advantages`.
         progress (`float`, *optional*, defaults to `0.0`): Share of the optimizer steps that are done.
-        trainer_class (`type`, *optional*): The class whose loss it is, the trainer's own by default.
+        trainer_class (`type`, *optional*): The class whose loss is used; by default that of the trainer.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`.
@@ -88,7 +89,7 @@ def loss_gradient(
     class Probe(trainer_class or type(trainer), _FixedLogps):  # type: ignore[misc]
         pass
 
-    # A shallow copy: what the loss assigns stays on the copy. What it appends to, or reports to, is replaced.
+    # A shallow copy: attributes that the loss assigns stay on the copy. Containers that it changes are replaced.
     probe: Any = copy.copy(trainer)
     probe.__class__ = Probe
     probe.args = copy.copy(trainer.args)
@@ -109,7 +110,7 @@ def loss_gradient(
 
 
 class _FixedLogps(GRPOTrainer):
-    """Stands between the trainer and `GRPOTrainer`, and answers with given log-probabilities in place of a model's."""
+    """Stands between the trainer and `GRPOTrainer`, and returns given log-probabilities instead of a model's."""
 
     _given: tuple[Tensor, Tensor]
 
@@ -121,7 +122,7 @@ class _FixedLogps(GRPOTrainer):
 
 
 def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) gradients of the log-probabilities without and with weights, and the weights, 0 where masked."""
+    """(B, T) each: gradients without weights, gradients with weights, and the weights, 0 where masked."""
     device = trainer.accelerator.device
     advantages = torch.tensor([1.0, -1.0], device=device)
     weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.5, 0.0]], device=device)
@@ -139,13 +140,13 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
 
 def loss_inputs(advantages: Tensor, mask: Tensor, per_token_logps: Tensor) -> dict[str, Any]:
     """
-    A made-up micro-batch: of a rollout that is aligned with the update, of tokens that the model wrote, with rewards
-    of 1 and 0. Its KL term, if there is one, has no gradient.
+    A made-up micro-batch, of a rollout that is aligned with the update. All tokens are from the model, and rewards are
+    1 and 0. The KL term, if there is one, has no gradient.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): One advantage per completion.
         mask (`torch.Tensor` of shape `(B, T)`): 1 on unmasked tokens, else 0.
-        per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities by the reference model and the sampler.
+        per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities of reference model and sampler.
     """
     return {
         "prompt_ids": mask[:, :1],

@@ -1,9 +1,9 @@
 """
 Attention over a packed row ([`PackedLayout`]), for every model that asks transformers for its attention function.
 
-transformers looks the function up by `config._attn_implementation`, each time that an attention layer runs. Here that
-name is replaced while a packed pass runs, forward and backward: gradient checkpointing runs the layers again in the
-backward pass. Between passes the model has its own attention.
+transformers looks the function up by `config._attn_implementation` each time that an attention layer runs. This module
+replaces that name while a packed pass runs. It does so in the backward pass too, where gradient checkpointing runs the
+layers again. Between passes the model has its own attention.
 """
 
 import functools
@@ -30,7 +30,7 @@ except ImportError:  # before torch 2.10
 
 
 class _PackedName(str):
-    """Name of the attention function, with the layout of the pass and the name that it replaces."""
+    """Name of the attention function. It carries the layout of the pass and the name that it replaces."""
 
     layout: PackedLayout
     original: str | None
@@ -44,12 +44,12 @@ def packed_attention(model: torch.nn.Module, layout: PackedLayout) -> Iterator[N
     """
     Gives a model the attention of a packed row while the context lasts.
 
-    Models that share a configuration object share the attention. Outputs have to pass through
-    [`packed_in_backward`], for gradient checkpointing.
+    Models that share a configuration object share the attention. For gradient checkpointing, outputs have to pass
+    through [`packed_in_backward`].
 
     Args:
         model (`torch.nn.Module`): Model of transformers, in any wrapper.
-        layout ([`PackedLayout`]): The layout of the row that it is given.
+        layout ([`PackedLayout`]): The layout of the packed row.
     """
     _switch_on(model, layout)
     try:
@@ -59,7 +59,7 @@ def packed_attention(model: torch.nn.Module, layout: PackedLayout) -> Iterator[N
 
 
 def restore_attention(model: torch.nn.Module) -> None:
-    """Gives a model its own attention back. Needed only after a backward pass that was cut short by an error."""
+    """Gives a model its own attention back. Needed only if an error has interrupted a backward pass."""
     for config in _configs(model):
         if isinstance(config._attn_implementation, _PackedName):
             _set_name(config, config._attn_implementation.original)
@@ -78,7 +78,7 @@ class _PackedInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        # Runs before any layer's backward, as all of them depend on it; the callback after the last.
+        # This runs before the backward of any layer, because all depend on it. The callback runs after the last.
         model = ctx.model
         _switch_on(model, ctx.layout)
         Variable._execution_engine.queue_callback(lambda: restore_attention(model))
@@ -136,10 +136,10 @@ def _attend_packed(
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.positions:
         raise ValueError(
             f"{type(module).__name__} attends from {tuple(query.shape[:3:2])} to {tuple(key.shape[:3:2])} positions "
-            f"in a packed pass of (1, {layout.positions}). Only one pass may run at a time, and no cache be used."
+            f"in a packed pass of (1, {layout.positions}). Run only one pass at a time, without a cache."
         )
     if attention_mask is not None or kwargs.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} makes an attention mask of its own.")
+        raise ValueError(f"{type(module).__name__} makes its own attention mask.")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"{type(module).__name__} does not attend causally.")
     layout.windows.add(sliding_window)
@@ -148,7 +148,7 @@ def _attend_packed(
         return _attend_varlen(query, key, value, layout, scaling, sliding_window), None
     attend = functools.partial(_attend_plainly, softcap=softcap, sinks=s_aux) if plain else _attend_fused
     blocks = layout.blocks
-    # One split, since the gradient of each slice would be as large as the whole row.
+    # One split: the gradient of each separate slice would be as large as the whole row.
     queries, keys, values = (
         each.split([end - start for start, end, *_ in blocks], dim=2) for each in (query, key, value)
     )
@@ -169,7 +169,7 @@ AttentionInterface.register(_NAME, _attend_packed)
 
 
 def _mask(layout: PackedLayout, block: Block, window: int | None, query: Tensor) -> Tensor | None:
-    """What is added to the scores of a block, 0 or minus infinity; `None` where it is causal and no more."""
+    """The mask that is added to the scores of a block, 0 or minus infinity; `None` if the block is only causal."""
     if window is not None and window >= block.end - block.start + block.prefix_end - block.prefix_start:
         window = None
     if block.is_causal and window is None:
@@ -188,7 +188,7 @@ def _attend_fused(
     if query.shape[1] != key.shape[1]:
         if query.device.type == "cpu":
             options = {"enable_gqa": True}
-        else:  # where grouped heads and a mask together have no fast kernel
+        else:  # no fast kernel takes grouped heads together with a mask
             key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     return scaled_dot_product_attention(
         query, key, value, mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, **options
@@ -205,7 +205,7 @@ def _attend_plainly(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with soft-capped scores, or with sinks: one score per head that takes a share and gives nothing."""
+    """Attention with soft-capped scores, or with sinks: one more score per head, whose value is 0."""
     scores = query @ _repeat_heads(query, key).mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -223,7 +223,7 @@ def _repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's kernel for rows of any length takes these tensors."""
+    """Whether torch's kernel for rows of different lengths supports these tensors."""
     return (
         varlen_attn is not None
         and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
@@ -236,7 +236,7 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, window: int | None
 ) -> Tensor:
-    # The kernel takes (N, H, D), and aligns queries that are fewer than the keys with the last of them.
+    # The kernel takes (N, H, D). If there are fewer queries than keys, it aligns them with the last keys.
     kind = _kernel_type(query)
     query, key, value = (each[0].transpose(0, 1).to(kind) for each in (query, key, value))
     starts = layout.starts

@@ -1,4 +1,4 @@
-"""[`EfficientUpdateGRPOTrainer`]: TRL's update, without padding, repeated prompts and rows that cannot matter."""
+"""[`EfficientUpdateGRPOTrainer`]: TRL's update without padding, repeated prompts and rows without a gradient."""
 
 import functools
 import logging
@@ -47,13 +47,13 @@ _SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 class EfficientUpdateGRPOTrainer(GRPOTrainer):
     """
-    The part of [`A3POTrainer`] that is about cost: the update of [`~trl.GRPOTrainer`], from fewer positions.
+    The part of [`A3POTrainer`] that saves work: it computes the update of [`~trl.GRPOTrainer`] from fewer positions.
 
-    With `trim_padding`, every pass over the model computes no padding, and the prompt of a group once. Rows are packed
-    one after another. The rows of an optimizer step are regrouped so that those of one prompt are together, where the
-    loss is the same for any grouping. A model that cannot be packed gets padded rows of like length instead. With
-    `skip_zero_advantage`, the passes of the loss skip rows that cannot have a gradient. Each micro-batch still runs
-    the model once, so that all processes take part in the same collective operations.
+    With `trim_padding`, every pass over the model skips padding and computes the prompt of a group once. Rows are
+    packed one after another. If the loss is the same for any grouping, the rows of an optimizer step are regrouped so
+    that those of one prompt are together. A model that cannot be packed gets padded rows of similar length instead.
+    With `skip_zero_advantage`, the passes of the loss skip rows that cannot have a gradient. Each micro-batch still
+    runs the model once, so that all processes take part in the same collective operations.
 
     A subclass answers two questions: [`~EfficientUpdateGRPOTrainer._signs_without_gradient`] (which rows may be
     skipped?) and [`~EfficientUpdateGRPOTrainer._before_loss_reads`] (which advantages does the loss read?).
@@ -63,9 +63,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     model: torch.nn.Module
     num_generations: int
 
-    # Of the call of TRL's loss that is running.
+    # The scope of the running call of TRL's loss.
     _loss_scope: LossScope | None = None
-    # For the pass for `old_per_token_logps`: whether it is the next one, and does not run; which rows it computes.
+    # For the pass for `old_per_token_logps`: whether it comes next and is skipped; which rows it computes.
     _skips_next_pass: bool = False
     _live_rows: list[bool] | None = None
 
@@ -73,13 +73,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._multiple = int(self.pad_to_multiple_of or 1)
         suited = not (
-            # Images belong to columns, and are not split by rows.
+            # Images belong to columns and cannot be split by rows.
             isinstance(self.processing_class, ProcessorMixin)
-            # Where a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits
-            # for them.
+            # If a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits for
+            # them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
         )
-        # The scale of NEFTune's noise is that of the padded width.
+        # The scale of NEFTune's noise depends on the padded width.
         self._trims = self.args.trim_padding and suited and not self.args.neftune_noise_alpha
         self._may_skip = self.args.skip_zero_advantage and suited
         self._may_skip_old_logps = self.args.skip_old_logps and suited and trl_has_fused_head()
@@ -93,12 +93,12 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self._check_model()
 
     def _check_model(self) -> None:
-        """Runs the model on made-up rows, and turns off what is not exact for it. All processes must call it."""
+        """Runs the model on made-up rows, and turns off savings that are not exact. All processes must call it."""
         self._checks_model = False
         if self._trims:
             self._packing = self._agree_on_packing()
         if self._packing.reason is None and not self.args.dynamic_sampling:
-            return  # attention only, which depends on nothing but a row's own tokens
+            return  # only attention, which depends only on the tokens of a row
         if self._trims or self._may_skip or self.args.dynamic_sampling:
             self._traits = padding_traits(self.model)
         if self._packing.reason is not None:
@@ -112,10 +112,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             return Packing("the router loss counts all positions")
         with self.accelerator.autocast():
             packing = check_packing(self.model)
-        # Numbers may differ between processes, and so may what follows from them.
+        # Numbers may differ between processes, and so may the decision.
         found = torch.tensor([[packing.reason is None, packing.by_column]], device=self.accelerator.device)
         if packing.reason is None and not (self.accelerator.gather(found) == found).all():
-            packing = Packing("another process finds that it cannot be packed, or another way")
+            packing = Packing("another process finds that it cannot be packed, or only in another way")
         if packing.reason is not None:
             logger.info("The rows of an update are padded, not packed: %s.", packing.reason)
         return packing
@@ -124,24 +124,24 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         """
         The signs of advantages (-1, 0 or 1) whose completions have no gradient at this step.
 
-        An empty set says that every row matters, and so does the company of rows in a micro-batch: rows are neither
-        skipped nor regrouped.
+        An empty set means that every row matters, and that it matters which rows share a micro-batch. Then rows are
+        neither skipped nor regrouped.
         """
         return frozenset({0})
 
     def _before_loss_reads(self, scope: LossScope, per_token_logps: Tensor, entropies: Tensor) -> None:
         """
-        Called in each loss between the forward pass and the moment that TRL reads `scope.inputs`.
+        Called in each loss after the forward pass, before TRL reads `scope.inputs`.
 
         Args:
-            scope ([`LossScope`]): Its `inputs` may be changed. The tensors in them may not.
+            scope ([`LossScope`]): The method may change its `inputs`, but not the tensors in them.
             per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities; 0 in rows that are skipped.
             entropies (`torch.Tensor` of shape `(B, T)`): Entropies; NaN in rows that are skipped.
         """
 
     @property
     def _loss_looks_at_all_rows(self) -> bool:
-        """Whether a row, or the company of rows in a micro-batch, matters to the loss beyond its own advantage."""
+        """Whether the loss depends on rows of zero advantage, or on which rows share a micro-batch."""
         return (
             self.top_entropy_quantile < 1.0
             or getattr(self, "_entropy_bonus_enabled", False)  # since TRL 1.8
@@ -163,7 +163,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self.loss_type in (*_MEANS_OVER_ROWS, *_SUMS_OVER_TOKENS)
             and not self._loss_looks_at_all_rows
             and bool(self._signs_without_gradient())
-            and self._loss_is_trls()  # that of a subclass may be a mean over the rows of its micro-batch
+            and self._loss_is_trls()  # a subclass may take a mean over its micro-batch
         )
 
     def _loss_is_trls(self) -> bool:
@@ -178,17 +178,17 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self._check_model()
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # only a backward pass would: TRL sends vLLM the parameters as FSDP2 shards them
+                    module.reshard()  # as a backward pass does: TRL sends vLLM the parameters as FSDP2 shards them
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):
-            return inputs  # a rollout that is used again, or an evaluation, whose batches are as wide as they need
+            return inputs  # a reused rollout, or an evaluation with batches of the needed width
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _plan_update(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         regroups, skipped = self._regroups(), self._skippable_signs()
-        # The most micro-batches that never straddle two optimizer steps, whichever of the two periods is the longer.
+        # The largest number of micro-batches that never span two optimizer steps, whichever period is longer.
         window = math.gcd(len(micro_batches), self.args.gradient_accumulation_steps) if regroups else 1
         rollout = {key: merge_rows([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
         width = rollout["prompt_ids"].shape[1] + rollout["completion_ids"].shape[1]
@@ -199,7 +199,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             live = _has_other_sign(rollout, skipped).tolist()
 
         size = len(micro_batches[0]["prompt_ids"])
-        # Room for two whole groups, and the same on all processes.
+        # Room for two whole groups. The number is the same on all processes.
         most_rows = min(window * size, max(size, 2 * self.num_generations)) if regroups else size
         loss_scale = most_rows / size if self.loss_type in _MEANS_OVER_ROWS else 1.0
         planned = []
@@ -234,7 +234,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return PackedLayout(shapes, shape, self._packing.by_column, self.accelerator.device)
 
     def _lengths(self, prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
-        if not self._trims or self._packing.reason is None:  # then these rows cannot be packed, which is rare
+        if not self._trims or self._packing.reason is None:  # the second: these rows cannot be packed (rare)
             return [(prompt_mask.shape[1], completion_mask.shape[1])] * len(prompt_mask)
         keeps_prompt = self._traits.left_padding
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
@@ -274,16 +274,16 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return output
 
     def _run_planned(self, compute, model, input_ids, attention_mask, logits_to_keep, scope: LossScope):
-        """The rows that are planned, in the shape of all rows of the loss."""
+        """Computes the planned rows. The results have the shape of all rows of the loss."""
         plan = cast(Plan, scope.plan)
         computed, positions = plan.computed, plan.positions
         if not plan.skipped_signs <= self._skippable_signs():
-            # A row that was skipped when the rollout was planned may have a gradient by now: in a subclass that
-            # changes the weights from step to step, or with a hook that was assigned in between.
+            # A row that was skipped in the plan may have a gradient now: a subclass may change the weights from step
+            # to step, or a hook was assigned in the meantime.
             computed, positions = plan.present, plan.positions_of(plan.present)
             if "old_per_token_logps" in scope.inputs and 0 not in self._skippable_signs() and self._may_skip_old_logps:
                 raise RuntimeError(
-                    "`shape_advantages` was assigned while a rollout was in use, whose completions of zero advantage "
+                    "`shape_advantages` was assigned while a rollout was in use. Its completions of zero advantage "
                     "have no old log-probabilities. Assign it before training, or set `skip_old_logps=False`."
                 )
         if isinstance(positions, PackedLayout):
@@ -302,7 +302,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return logps, entropies, *others
 
     def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size=None, live=None):
-        """All rows, or the live ones, in as many passes of at most the positions that TRL's would have."""
+        """Computes all rows, or the live ones, in as many passes as TRL. No pass has more positions than TRL's."""
         prompt_width, rows = input_ids.shape[1] - logits_to_keep, len(input_ids)
         prompt_mask, completion_mask = attention_mask[:, :prompt_width], attention_mask[:, prompt_width:]
         batch_size, live = batch_size or rows, live or [True] * rows
@@ -317,7 +317,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         shared = fill_up(by_prompt(shapes, live, passes, batch_size * input_ids.shape[1], rows), rows)
         parts = []
         for numbers in shared:
-            chosen = numbers or [0]  # the model runs in any case, so that no other process waits
+            chosen = numbers or [0]  # the model always runs, so that no other process waits
             computed = [shapes[row] for row in numbers if live[row]]
             layout = self._layout(computed, (len(chosen), prompt_width, logits_to_keep))
             output = compute(PackedForward(model, layout), input_ids[chosen], attention_mask[chosen], logits_to_keep)
@@ -327,7 +327,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return gather_parts(parts, [row for numbers in shared for row in numbers])
 
     def _forward(self, compute, model, rows_of_trl: int) -> Forward:
-        """What computes padded rows, in company if GRPOTrainer's have it and it makes a difference to the model."""
+        """Computes padded rows; never a single row if GRPOTrainer runs several and the model's output would differ."""
         forward = functools.partial(compute, model)
         return never_alone(forward) if self._traits.alone and rows_of_trl > 1 else forward
 
@@ -343,20 +343,20 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         """
         TRL's rollout, without log-probabilities that nobody needs.
 
-        If the loss runs before the model changes, its own log-probabilities are the old ones, and TRL needs the pass
-        only for the importance ratio of vLLM, which the loss can compute as well. If the loss runs later, the pass
-        runs for the rows with a gradient only. Those are known once the rewards are.
+        If the loss runs before the model changes, its own log-probabilities are the old ones. TRL then needs the pass
+        only for vLLM's importance ratio, which the loss can also compute. If the loss runs later, the pass runs only
+        for the rows with a gradient. These rows are known when the rewards are known.
 
         Args:
             generate (callable): TRL's method.
-            inputs (`list[dict]`): What it is called with.
+            inputs (`list[dict]`): The argument of the method.
             result_is_final (`bool`): Whether no subclass reads the rollout, or changes its advantages, before the
-                update. One that does gets all that TRL computes.
+                update. If a subclass does, it gets everything that TRL computes.
         """
         generate_every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
         trains_aligned = self.args.gradient_accumulation_steps % generate_every == 0
         is_aligned = trains_aligned or self._mode == "eval"
-        # Not those of a polarity of weight 0, which may have a gradient before the rollout is used up.
+        # Not completions of a polarity of weight 0: they may have a gradient before the rollout is used up.
         skipped = self._skippable_signs() & {0}
         sampler = self._sampler
         is_due = sampler is not None or not trains_aligned
@@ -375,7 +375,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self._skips_next_pass = False
         if sampler is not None and not is_known and not (sampler.check(rollout) and is_aligned):
             return rollout
-        # Metrics of rows without a gradient, or of the zeros that took the place of log-probabilities.
+        # These metrics include rows without a gradient, or zeros in place of log-probabilities.
         for name in [name for name in metrics if name.startswith("sampling/")]:
             del metrics[name][before.get(name, 0) :]
         del rollout["old_per_token_logps"]

@@ -1,10 +1,10 @@
 """
-Where each token of a micro-batch lies when its rows are packed: one after another, without padding, each prompt once.
+The position of each token in a packed micro-batch: one row after another, without padding, each prompt once.
 
-GRPO samples several completions of one prompt. For each prompt, the packed row holds its tokens but the last once, the
-*prefix*, and then for each completion its *own* part: the last token of the prompt and all tokens of the completion
-but the last. So the rows part one token before their completions begin: each own position predicts one token of one
-completion. The last token of a completion predicts nothing, and no other token attends to it.
+GRPO samples several completions of one prompt. For each prompt, the packed row first has the *prefix*: all tokens of
+the prompt except the last, once. Then each completion has its *own* part: the last token of the prompt, and all tokens
+of the completion except the last. So each own position predicts one token of one completion. The last token of a
+completion predicts nothing, and no other token attends to it.
 
 Shapes: B rows, P columns of prompt (padded on the left), C of completion (padded on the right), N packed positions.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class RowShape(NamedTuple):
-    """Numbers of tokens of a row, and a number that rows with the same prompt share."""
+    """Numbers of tokens of a row, and the number of its prompt, which rows with the same prompt share."""
 
     prompt: int
     completion: int
@@ -27,7 +27,7 @@ class RowShape(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Positions from `start` to `end`: they attend to those of their prefix, and causally to themselves."""
+    """Positions from `start` to `end`. They attend to their prefix, and causally to one another."""
 
     start: int
     end: int
@@ -37,9 +37,9 @@ class Segment(NamedTuple):
 
 class Block(NamedTuple):
     """
-    Adjacent segments that one call of an attention function computes: a call costs more than a short segment.
+    Adjacent segments that one call of an attention function computes. A call costs more than a short segment.
 
-    Its positions attend to some of a common prefix before the block, and to some of the block itself.
+    Its positions attend to a common prefix before the block, and to parts of the block.
     """
 
     start: int
@@ -57,12 +57,12 @@ class Block(NamedTuple):
         return self.prefix_end > self.prefix_start
 
 
-# Most positions of a block of several segments. Beyond, the scores that nobody needs cost more than further calls.
+# Maximum positions of a block with several segments. In a larger one, unneeded scores cost more than further calls.
 _BLOCK = 128
 
 
 class Starts(NamedTuple):
-    """Segments as kernels for rows of unlike lengths take them: boundaries of queries, and of the keys they gather."""
+    """Segments in the form for variable-length kernels: boundaries of the queries and of the gathered keys."""
 
     of_queries: Tensor  # (segments + 1,), 32 bits
     of_keys: Tensor  # (segments + 1,), 32 bits
@@ -86,7 +86,7 @@ def row_shapes(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor)
     prompt, completion = prompt_mask.bool(), completion_mask.bool()
     _, numbers = torch.where(prompt, prompt_ids, -1).unique(dim=0, return_inverse=True)
     lengths = [prompt.sum(1), completion.sum(1)]
-    # Padding never follows a token of the prompt, nor precedes one of the completion.
+    # Padding must not follow a token of the prompt, and must not precede a token of the completion.
     in_one_piece = (prompt.diff(dim=1, append=torch.ones_like(prompt[:, :1])).sum(1) <= 1) & prompt[:, -1]
     in_one_piece &= completion.diff(dim=1, prepend=torch.ones_like(completion[:, :1])).sum(1) <= 1
     rows = torch.stack([*lengths, numbers, in_one_piece], dim=1).tolist()
@@ -102,15 +102,15 @@ def packed_positions(rows: Sequence[RowShape]) -> int:
 @dataclass(eq=False)
 class PackedLayout:
     """
-    Packed positions of the first `len(rows)` rows of a micro-batch. Built on the host, without waiting for the device.
+    Packed positions of the first `len(rows)` rows of a micro-batch. Built on the host without waiting for the device.
 
-    A layout without any completion token has one position, so that the model runs in any case.
+    A layout without completion tokens has one position, so that the model always runs.
 
     Args:
-        rows (sequence of [`RowShape`]): Shapes of the rows. Rows of an empty completion take no position.
+        rows (sequence of [`RowShape`]): Shapes of the rows. Rows with an empty completion take no position.
         shape (`tuple[int, int, int]`): B, P and C of the padded micro-batch. B may be larger than the number of rows.
         by_column (`bool`, *optional*, defaults to `True`): Whether positions are counted from the first column, as
-            models do that take no notice of padding, or from the first token of the row.
+            models do that ignore padding, or from the first token of the row.
         device (`torch.device`, *optional*): Device of the tensors.
 
     Attributes:
@@ -204,8 +204,8 @@ class PackedLayout:
         Which keys the positions of a block attend to.
 
         Args:
-            block ([`Block`]): Its keys are the K positions of its prefix, and then its own Q.
-            window (`int`, *optional*): Most keys that a position attends to, the last ones and itself.
+            block ([`Block`]): The block. Its keys are the K positions of its prefix, then its own Q.
+            window (`int`, *optional*): Maximum number of keys of a position: itself and the last ones before it.
 
         Returns:
             `torch.Tensor` of shape `(Q, K + Q)`, of booleans.
@@ -222,7 +222,7 @@ class PackedLayout:
 
     @cached_property
     def _bounds(self) -> Tensor:
-        """(3, N) where the segment of each position starts, and where its prefix starts and ends."""
+        """(3, N) for each position: the start of its segment, and the start and the end of its prefix."""
         bounds = torch.tensor([(each.start, each.prefix_start, each.prefix_end) for each in self.segments])
         lengths = torch.tensor([each.end - each.start for each in self.segments])
         return _to_device(bounds.repeat_interleave(lengths, dim=0).T.contiguous(), self.device)
@@ -237,6 +237,6 @@ class PackedLayout:
 
 
 def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    # From pageable memory the copy would wait for the work that is queued on the device.
+    # A copy from pageable memory would wait for the work that is queued on the device.
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)

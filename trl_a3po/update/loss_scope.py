@@ -14,15 +14,15 @@ PLAN = "a3po_plan"
 
 class LossScope:
     """
-    Lives as long as one call of TRL's loss, and holds everything that is true only during that call.
+    Exists as long as one call of TRL's loss, and holds the state of that call.
 
-    TRL's loss first asks for the log-probabilities of its micro-batch, and then reads the advantages. It is given a
-    copy of the micro-batch: the rollout's own dict is used again in later iterations and must not be shaped twice.
+    TRL's loss first asks for the log-probabilities of its micro-batch, and then reads the advantages. It gets a copy
+    of the micro-batch, because the rollout's own dict is reused in later iterations and must not be shaped twice.
 
     Attributes:
         inputs (`dict`): The copy that TRL's loss reads.
-        plan ([`Plan`], *optional*): What is computed of it; `None` for all of it.
-        present (`int`): Rows of the micro-batch. `inputs` may have more, without a token.
+        plan ([`Plan`], *optional*): Which rows are computed; `None` for all.
+        present (`int`): Rows of the micro-batch. `inputs` may have more rows, which have no tokens.
         waits_for_logps (`bool`): Whether TRL's loss has not asked for the log-probabilities yet. A subclass may run
             further passes inside the loss.
     """
@@ -38,7 +38,7 @@ class LossScope:
         self._importance_sampling_level = trainer.importance_sampling_level
 
     def use_token_level_ratio(self) -> None:
-        """Has the loss compute one importance ratio per token, until the scope ends."""
+        """Makes the loss compute one importance ratio per token until the scope ends."""
         self._trainer.importance_sampling_level = "token"
 
     def end(self) -> None:

@@ -1,10 +1,10 @@
 """
-Which rows and columns of a rollout have to be computed, as functions of its tensors.
+Functions of tensors that decide which rows and columns of a rollout are computed.
 
-TRL pads every completion to the longest of the whole generation batch, before it splits the batch into micro-batches,
-and runs completions of zero advantage like the others. Here the rows of an optimizer step are put in order: those with
-something to learn first, by length. So the rows of a micro-batch are of like length and need few columns, and some
-micro-batches need no row at all.
+TRL pads every completion to the longest of the whole generation batch before it splits the batch into micro-batches.
+It runs completions of zero advantage like the others. Here the rows of an optimizer step are sorted: rows with a
+learning signal come first, sorted by length. So the rows of a micro-batch have similar lengths and need few columns,
+and some micro-batches need no rows.
 
 Shapes: B rows, P columns of prompt (padded on the left), C of completion (padded on the right).
 """
@@ -27,9 +27,9 @@ Forward = Callable[[Tensor, Tensor, int], tuple[Any, ...]]
 @dataclass(frozen=True)
 class Extent:
     """
-    What of a batch is computed: its first `rows` rows, the last `prompt` of P and the first `completion` of C columns.
+    The computed part of a batch: the first `rows` rows, the last `prompt` and the first `completion` columns.
 
-    Numbers of the host, so that slicing by them does not wait for the device.
+    The numbers are on the host, so that slicing by them does not wait for the device.
     """
 
     rows: int
@@ -38,14 +38,14 @@ class Extent:
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
-    """(B, C) tensor, non-zero on the tokens of a micro-batch that count in the loss: not padding, not from a tool."""
+    """(B, C) tensor, non-zero on the unmasked tokens of a micro-batch: not padding, not tool output."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
     """
-    Number of columns that each row needs, of prompt and of completion. Waits for the device.
+    Numbers of prompt and completion columns that each row needs. Waits for the device.
 
     Args:
         prompt_mask (`torch.Tensor` of shape `(B, P)`): Non-zero on tokens.
@@ -56,8 +56,8 @@ def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int,
 
 
 def extent_of(lengths: Sequence[tuple[int, int]], multiple: int = 1) -> Extent:
-    """The extent of rows of the given lengths: at least a column of each, rounded up to a multiple."""
-    # A model needs a token to predict from, and one to predict.
+    """The extent of rows of the given lengths: at least one column of each kind, rounded up to a multiple."""
+    # A model needs one token to predict from and one token to predict.
     prompts, completions = zip((1, 1), *lengths, strict=True)
     columns = (math.ceil(max(each) / multiple) * multiple for each in (prompts, completions))
     return Extent(len(lengths), *columns)
@@ -67,7 +67,7 @@ def by_length(
     lengths: Sequence[tuple[int, int]], live: Sequence[bool], batches: int, multiple: int = 1
 ) -> list[list[int]]:
     """
-    Shares the live rows of one optimizer step out over its micro-batches: those of like length together.
+    Distributes the live rows of one optimizer step over its micro-batches. Rows of similar length stay together.
 
     Args:
         lengths (sequence of `tuple[int, int]`): Columns that each row needs, of prompt and of completion.
@@ -88,7 +88,7 @@ def by_length(
 
 def fill_up(shared: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
     """
-    Adds the rows that are not computed to micro-batches with room, so that each row is in one of them.
+    Adds the rows that are not computed to micro-batches with room, so that each row is in one micro-batch.
 
     Args:
         shared (sequence of sequences of `int`): The live rows of each micro-batch.
@@ -101,22 +101,22 @@ def fill_up(shared: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
 
 def share_out(lengths: Sequence[tuple[int, int]], batches: int, size: int, multiple: int = 1) -> list[int]:
     """
-    Number of rows in each of several micro-batches, so that together they compute the fewest positions.
+    Chooses the number of rows of each micro-batch so that all of them together compute the fewest positions.
 
-    The rows keep their order. Where fewer rows are live than there is room for, micro-batches that are not full pad
-    less: all of them run in any case.
+    The rows keep their order. If fewer rows are live than there is room for, micro-batches that are not full have less
+    padding. All micro-batches run in any case.
 
     Args:
         lengths (sequence of `tuple[int, int]`): Columns that each row needs, of prompt and of completion.
         batches (`int`): Number of micro-batches.
-        size (`int`): Most rows of a micro-batch; `batches * size` is at least the number of rows.
+        size (`int`): Maximum rows of a micro-batch; `batches * size` is at least the number of rows.
         multiple (`int`, *optional*, defaults to `1`): What the number of columns is rounded up to.
     """
     rows = len(lengths)
-    # cells[i, s]: positions of a micro-batch of s rows, the first of which is row i.
+    # cells[i, s]: positions of a micro-batch of s rows that starts at row i.
     cells = torch.full((rows + 1, size + 1), torch.inf, dtype=torch.float64)
     cells[:, 0] = 0.0
-    widest = torch.ones(rows, 2, dtype=torch.float64)  # of as many rows as counted so far, columns of both kinds
+    widest = torch.ones(rows, 2, dtype=torch.float64)  # columns of both kinds, over `count` rows from each start
     for count in range(1, min(size, rows) + 1):
         lasts = torch.tensor(lengths[count - 1 :], dtype=torch.float64)
         widest = widest[: len(lasts)].maximum(lasts)
@@ -132,21 +132,21 @@ def share_out(lengths: Sequence[tuple[int, int]], batches: int, size: int, multi
     counts: list[int] = []
     for choice in reversed(choices):
         counts.append(choice[sum(counts)])
-    return sorted(counts, key=bool, reverse=True)  # the empty ones last: where they are makes no difference
+    return sorted(counts, key=bool, reverse=True)  # the empty ones last: their place makes no difference
 
 
 def run_extent(
     forward: Forward, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, extent: Extent
 ) -> tuple[Any, ...]:
     """
-    Computes an extent, and gives its results the shape of the whole.
+    Computes an extent, and returns the results in the shape of the whole batch.
 
-    Where the extent has no row, the columns of the first one are computed, and weigh nothing: the model and its
-    gradients take part as ever, so that no other process waits for this one.
+    If the extent has no rows, the columns of the first row are computed with a weight of 0. So the model and its
+    gradients take part in collective operations, and no other process waits for this one.
 
     Returns:
-        What `forward` returns, with log-probabilities (B, C) and entropies (B, C): 0 and NaN in rows that are not
-        computed, 0 in columns that are not.
+        The outputs of `forward`, with log-probabilities (B, C) and entropies (B, C). In rows that are not computed,
+        log-probabilities are 0 and entropies NaN. In columns that are not computed, both are 0.
     """
     rows, width = input_ids.shape
     prompt_width = width - logits_to_keep
@@ -176,10 +176,10 @@ def run_in_order(
     multiple: int = 1,
 ) -> tuple[Any, ...]:
     """
-    Computes the live rows, those of like length together, in as many passes as it takes for all rows.
+    Computes the live rows, sorted by length, in as many passes as all rows would need.
 
     Returns:
-        What `forward` returns, its rows in the order of `input_ids`, 0 in columns that are padding.
+        The outputs of `forward`, with rows in the order of `input_ids`, and 0 in columns of padding.
     """
     order = _longest_first(lengths, live)
     parts = []
@@ -192,14 +192,14 @@ def run_in_order(
 
 def gather_parts(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> tuple[Any, ...]:
     """
-    Puts the results of several passes together.
+    Joins the results of several passes.
 
     Args:
-        parts (sequence of sequences): What [`Forward`] returned in each pass.
-        rows (sequence of `int`): The rows that were computed, in their order over the passes.
+        parts (sequence of sequences): The outputs of [`Forward`] in each pass.
+        rows (sequence of `int`): The computed rows, in the order of the passes.
 
     Returns:
-        `tuple`: What one pass over all rows, in their own order, would return.
+        `tuple`: The outputs of one pass over all rows in their original order.
     """
     place = torch.tensor(rows).argsort()
     return tuple(_join(part, place) for part in zip(*parts, strict=True))
@@ -214,23 +214,23 @@ def _join(parts: Sequence[Any], place: Tensor) -> Any:
 
 
 def _longest_first(lengths: Sequence[tuple[int, int]], live: Sequence[bool]) -> list[int]:
-    """Live rows first, the longest first: an allocator meets its largest request at once."""
+    """Sorts live rows first, and the longest first, so that the allocator gets its largest request at once."""
     return sorted(range(len(lengths)), key=lambda row: (not live[row], -sum(lengths[row])))
 
 
 def _last_used(mask: Tensor) -> Tensor:
-    """(B,) number of columns up to the last that is not zero."""
+    """(B,) number of columns up to the last non-zero one."""
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return torch.cat([torch.where(mask.bool(), columns, 0), columns.new_zeros(len(mask), 1)], dim=1).amax(1)
 
 
 def _copy(part: Tensor) -> Tensor:
-    """A tensor of its own: a compiled model is compiled anew for each way to lie within a larger one."""
+    """A contiguous copy. A compiled model would be compiled again for each memory layout of a slice."""
     return part.clone(memory_format=torch.contiguous_format)
 
 
 def merge_rows(values: list[Any]) -> Any:
-    """What several batches have under one key, row by row; what they share stays as it is."""
+    """Joins the values of several batches under one key, row by row. Values that rows share do not change."""
     if isinstance(values[0], Tensor) and values[0].dim():
         return torch.cat(values)
     if isinstance(values[0], list):
@@ -239,7 +239,7 @@ def merge_rows(values: list[Any]) -> Any:
 
 
 def take_rows(value: Any, rows: list[int]) -> Any:
-    """Those rows of what a batch has under one key; what its rows share stays as it is."""
+    """Takes rows of a batch's value under one key. Values that rows share do not change."""
     if isinstance(value, Tensor) and value.dim():
         return value[rows]
     return [value[row] for row in rows] if isinstance(value, list) else value
@@ -247,11 +247,11 @@ def take_rows(value: Any, rows: list[int]) -> Any:
 
 def add_rows(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     """
-    A micro-batch with rows of zeros at its end, which have no token, no advantage and no gradient.
+    Adds rows of zeros to the end of a micro-batch. They have no tokens, no advantage and no gradient.
 
     Args:
-        inputs (`dict`): Tensors and lists with a row for each completion, and what its rows share.
-        rows (`int`): Number of rows that its tensors have then.
+        inputs (`dict`): Tensors and lists with one row per completion, and values that rows share.
+        rows (`int`): Number of rows of the result.
     """
     missing = rows - len(inputs["prompt_ids"])
     if missing <= 0:
@@ -259,7 +259,7 @@ def add_rows(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     added = dict(inputs)
     for key, value in inputs.items():
         if isinstance(value, Tensor) and value.dim():
-            # VESPO takes the logarithm of the ratio, of padding too.
+            # VESPO takes the logarithm of the ratio, also of padding.
             filler = 1 if key == "importance_sampling_ratio" else 0
             added[key] = pad(value, [0, 0] * (value.dim() - 1) + [0, missing], value=filler)
     return added

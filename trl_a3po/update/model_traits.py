@@ -1,11 +1,11 @@
 """
-Which savings of the update are exact for a model: what it makes of padding, and of the other rows of a batch.
+Which savings of the update are exact for a model: how its output depends on padding and on other rows of a batch.
 
 TRL passes `input_ids` and `attention_mask` to the model, with prompts padded on the left. The output of a row should
-depend only on its own tokens. Some models break this rule: they look positions up by column (GPT-2), take padding for
+depend only on its own tokens. Some models break this rule: they look positions up by column (GPT-2), treat padding as
 tokens (RecurrentGemma), cut the columns into chunks (Zamba2), or ignore the mask in a batch of one row (LFM2, Mamba2,
-Falcon-H1 and Qwen3-Next before transformers 5.13). It depends on the release of transformers, on the installed
-kernels, and on the mode. So [`padding_traits`] runs the model. Names decide only where a short run shows nothing.
+Falcon-H1 and Qwen3-Next before transformers 5.13). This depends on the release of transformers, on the installed
+kernels and on the mode. So [`padding_traits`] runs the model. The configuration decides if a short run cannot.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ logger = logging.getLogger(__name__)
 
 # Columns of padding in the check. An odd number changes every alignment.
 _PADDING = 5
-# Linear attention is computed in chunks, of 64 tokens where the configuration gives no size. Longer chunks than the
-# second number are not run.
+# Linear attention is computed in chunks, of 64 tokens if the configuration gives no size. The check does not run
+# chunks longer than the second number.
 _CHUNK, _LONGEST_CHUNK = 64, 1024
 
 
 @dataclass(frozen=True)
 class PaddingTraits:
     """
-    What the output of a row depends on, besides its own tokens.
+    What the output of a row depends on, in addition to its own tokens.
 
-    | Trait | What stays exact |
+    | Trait | What the update does then |
     | --- | --- |
     | `left_padding` | prompts keep their padding |
-    | `right_padding` | completions keep theirs, too |
-    | `alone` | a row that had company in GRPOTrainer's batch does not run alone, see [`never_alone`] |
-    | `company` | no row is skipped, and rows stay in the batch they are in |
+    | `right_padding` | completions keep their padding too |
+    | `alone` | a row that shared a batch in GRPOTrainer does not run alone, see [`never_alone`] |
+    | `company` | no row is skipped, and rows stay in their batch |
 
     Attributes:
         left_padding (`bool`): How many columns of padding are to its left, in a batch of any size.
@@ -66,19 +66,19 @@ class PaddingTraits:
 
 def padding_traits(model: torch.nn.Module) -> PaddingTraits:
     """
-    Finds out what the output of a row depends on. A trait is present if the model's configuration says so, or if
-    outputs differ when the model runs on made-up rows.
+    Finds out what the output of a row depends on. A trait is present if the model's configuration says so, or if the
+    model's outputs differ on made-up rows.
 
-    The check runs about a dozen short passes without gradients, over at most three rows: in training mode without
-    dropout, and in evaluation mode, since the code of the two can differ. Modes and random numbers are restored.
+    The check runs about a dozen short passes without gradients, over at most three rows, in training mode without
+    dropout and in evaluation mode: the code of the two can differ. Modes and random numbers are restored.
     Processes that share a model (FSDP, ZeRO-3) must all call this at the same time, once the model is prepared for
     training.
 
-    The check does not see effects below rounding: 3e-5 of the logits in float32, a tenth in half precision or TF32.
+    The check does not detect effects below rounding: 3e-5 of the logits in float32, a tenth in half precision or TF32.
     Such an effect can grow if a model is trained from scratch.
 
     Args:
-        model (`torch.nn.Module`): A causal language model of transformers or PEFT, which can be called.
+        model (`torch.nn.Module`): A causal language model of transformers or PEFT that can be called.
 
     Returns:
         [`PaddingTraits`]: If the model cannot run on the made-up rows, all traits but `right_padding` are assumed, and
@@ -124,7 +124,7 @@ def configured_traits(model: torch.nn.Module) -> PaddingTraits:
 
 
 def observed_traits(model: torch.nn.Module) -> PaddingTraits:
-    """The traits that short runs of a model show. Errors of the model are raised."""
+    """The traits that short runs of a model show. Raises the errors of the model."""
     rows = _made_up_rows(cast(PretrainedConfig, model.config))
     traits = PaddingTraits()
     for training in (True, False):
@@ -140,10 +140,10 @@ def never_alone(forward: Forward) -> Forward:
     Makes a single row run beside a copy of itself.
 
     Args:
-        forward (`Forward`): What computes a batch.
+        forward (`Forward`): Computes a batch.
 
     Returns:
-        `Forward`: The same function, with the same results, for which a batch of one row is a batch of two.
+        `Forward`: The same function, with the same results. It computes a batch of one row as a batch of two.
     """
 
     def in_company(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> tuple[Any, ...]:
@@ -156,14 +156,14 @@ def never_alone(forward: Forward) -> Forward:
 
 
 def has_experts_as_modules(model: torch.nn.Module) -> bool:
-    """Whether experts are modules of their own, as before transformers 5: those without a token have no gradient."""
+    """Whether each expert is a module, as before transformers 5. An expert without a token then has no gradient."""
     return any(
         name.endswith("experts") and isinstance(module, torch.nn.ModuleList) for name, module in model.named_modules()
     )
 
 
 def has_rotary_positions(config: PretrainedConfig) -> bool:
-    """Whether a model rotates its positions, rather than looks them up in a table of limited length."""
+    """Whether a model rotates its positions instead of looking them up in a table of limited length."""
     return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")
 
 
@@ -173,7 +173,7 @@ def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
 
     Args:
         model (`torch.nn.Module`): In the mode to be checked.
-        rows (`torch.Tensor` of shape `(3, P + N)`): N tokens of each after P more, the columns of padding.
+        rows (`torch.Tensor` of shape `(3, P + N)`): P tokens in the columns of padding, then N tokens of the row.
     """
     length = rows.shape[1] - _PADDING
     masked = torch.ones_like(rows)
@@ -200,7 +200,7 @@ def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
 
 
 def _made_up_rows(config: PretrainedConfig) -> Tensor:
-    """(3, P + N) ordinary tokens, in the columns of padding too: the embedding of a padding token may be 0."""
+    """(3, P + N) ordinary tokens, also in the columns of padding: the embedding of a padding token may be 0."""
     text_config = config.get_text_config()
     plain = {"full_attention", "sliding_attention"}.issuperset(_layer_types(text_config)) and not any(
         _chunks(text_config)
@@ -219,7 +219,7 @@ def _made_up_rows(config: PretrainedConfig) -> Tensor:
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Of two tensors of logits (N, V): relative to how much they vary, where four positions in a row differ most."""
+    """Difference of (N, V) logits, relative to their variation, at the four adjacent positions that differ most."""
     b = b.float()
     squares = ((a.float() - b).square().mean(1), (b - b.mean(1, keepdim=True)).square().mean(1))
     difference, scale = (torch.stack([span.mean() for span in each.split(4)]) for each in squares)
@@ -227,7 +227,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _rounding(logits: Tensor) -> float:
-    """The distance of logits that can be rounding, by the precision that they were computed in."""
+    """The largest distance of logits that rounding can cause, for the precision in which they were computed."""
     precisions = [torch.bfloat16, torch.float16]
     # Mixed precision returns float32.
     eps = [torch.finfo(dtype).eps for dtype in precisions if torch.equal(logits, logits.to(dtype).to(logits.dtype))]

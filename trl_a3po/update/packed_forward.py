@@ -1,4 +1,4 @@
-"""A stand-in for the model in TRL's method for log-probabilities, which computes the rows packed."""
+"""Replaces the model in TRL's method for log-probabilities, and computes the rows packed."""
 
 import inspect
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ class PackedForward:
     """
     Takes the place of `model` in [`~trl.GRPOTrainer._get_per_token_logps_and_entropies`].
 
-    TRL calls it with a padded micro-batch. It runs the model once, on the packed row, and gives the results the padded
-    shape. TRL must not divide the micro-batch: `batch_size` is its number of rows.
+    TRL calls it with a padded micro-batch. It runs the model once on the packed row, and returns the results in the
+    padded shape. TRL must not divide the micro-batch: `batch_size` must be its number of rows.
 
     Args:
         model (`torch.nn.Module`): Model with TRL's fused head, in any wrapper.
@@ -42,7 +42,7 @@ class PackedForward:
             fused_lm_head (`bool`): `True`.
 
         Returns:
-            `log_probs` and `entropy` (or `None`), each (B, C): 0 in padding and in rows that the layout does not have.
+            `log_probs` and `entropy` (or `None`), each (B, C): 0 in padding and in rows that are not in the layout.
         """
         layout = self.layout
         with packed_attention(self.model, layout):

@@ -1,4 +1,4 @@
-"""Which rows share a packed pass: those of one prompt, within the positions that a padded micro-batch would take."""
+"""Decides which rows share a packed pass: those of one prompt, with at most the positions of a padded micro-batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from .micro_batches import Extent
 @dataclass
 class Plan:
     """
-    What the loss of a micro-batch computes, decided when the rollout was made.
+    The rows that the loss of a micro-batch computes. This is decided when the rollout is made.
 
     Attributes:
-        computed (`int`): How many rows are computed, the first ones.
-        present (`int`): How many rows the micro-batch has.
-        rows (`int`): How many rows the loss reads, the same on all processes, since TRL gathers them. Those that the
-            micro-batch lacks are added without a token.
-        positions_of (callable): From a number of rows to the positions that the model sees for the first ones.
+        computed (`int`): Number of computed rows. They are the first ones.
+        present (`int`): Number of rows of the micro-batch.
+        rows (`int`): Number of rows that the loss reads. It is the same on all processes, because TRL gathers the
+            rows. Missing rows are added without tokens.
+        positions_of (callable): Takes a number of rows; returns the positions that the model gets for the first ones.
         skipped_signs (`frozenset[int]`): Signs of advantages (-1, 0 or 1) whose rows are not computed.
-        loss_scale (`float`): What the loss is multiplied by, since TRL divides some losses by the number of rows.
+        loss_scale (`float`): Factor of the loss, because TRL divides some losses by the number of rows.
     """
 
     computed: int
@@ -32,7 +32,7 @@ class Plan:
 
     @cached_property
     def positions(self) -> Extent | PackedLayout:
-        """Those of the rows that are computed. A rollout that is used again uses them again."""
+        """The positions of the computed rows. They are kept for a rollout that is used again."""
         return self.positions_of(self.computed)
 
 
@@ -40,18 +40,19 @@ def by_prompt(
     shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, most_rows: int
 ) -> list[list[int]]:
     """
-    Shares the live rows of one optimizer step out over its micro-batches: those of one prompt together, and about as
-    many positions in each micro-batch.
+    Distributes the live rows of one optimizer step over its micro-batches. Rows of one prompt stay together, and all
+    micro-batches have about the same number of positions.
 
-    Groups go, the largest first, to the micro-batch with the fewest positions. A group that fits nowhere is divided.
+    The largest group comes first. Each group goes to the micro-batch with the fewest positions. A group that fits
+    nowhere is divided.
 
     Args:
         shapes (sequence of [`RowShape`]): Lengths and prompts of the rows.
         live (sequence of `bool`): Whether a row has to be computed.
         batches (`int`): Number of micro-batches.
-        budget (`int`): Most positions of a micro-batch: at least the longest row times `len(shapes) / batches`, so
-            that there is room for every row.
-        most_rows (`int`): Most rows of a micro-batch, at least `len(shapes) / batches`.
+        budget (`int`): Maximum positions of a micro-batch. It is at least the longest row times
+            `len(shapes) / batches`, so that there is room for every row.
+        most_rows (`int`): Maximum rows of a micro-batch, at least `len(shapes) / batches`.
 
     Returns:
         `list[list[int]]`: The live rows of each micro-batch, the emptiest micro-batches first.

@@ -1,4 +1,4 @@
-"""Whether a model can be packed: by rule where a short row could not show it, and by numbers on made-up rows."""
+"""Checks whether a model can be packed: by rules for effects that short rows do not show, else on made-up rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from .layout import PackedLayout, RowShape
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
-# Kinds of layers, as configurations name them, whose positions meet in an attention function only.
+# Layer types, as named in configurations, whose positions interact only in an attention function.
 _ATTENTION = {"full_attention", "sliding_attention"}
 
-# Longest window that made-up rows exceed. For longer ones, the argument of the attention function is checked.
+# The longest window that made-up rows exceed. For longer windows, the argument of the attention function is checked.
 _LONGEST_WINDOW = 512
 
 
@@ -28,7 +28,7 @@ class Packing:
     Attributes:
         reason (`str`, *optional*): Why it cannot be packed; `None` if it can.
         by_column (`bool`): How [`PackedLayout`] has to count positions.
-        limit (`int`, *optional*): Most columns P + C for which the check holds; `None` for any number.
+        limit (`int`, *optional*): Maximum columns P + C for which the result is valid; `None` for any number.
     """
 
     reason: str | None = None
@@ -38,11 +38,12 @@ class Packing:
 
 def check_packing(model: torch.nn.Module) -> Packing:
     """
-    Checks whether a model gives packed rows the log-probabilities that it gives them padded.
+    Checks whether a model computes the same log-probabilities for packed rows as for padded rows.
 
-    Models that no rule excludes run four times on made-up rows of some dozen tokens (some hundred with sliding windows
-    of some hundred), without gradients and dropout, whatever the results: all processes run the model as often. An
-    error of the model means that it cannot be packed. Processes have to agree on the result: numbers may differ.
+    Models that no rule excludes run four times on made-up rows of a few dozen tokens (a few hundred if the sliding
+    window is that long), without gradients and dropout. The number of runs does not depend on results, so all
+    processes run the model equally often. If the model raises an error, it cannot be packed. Numbers may differ
+    between processes, so they must agree on the result.
 
     Args:
         model (`torch.nn.Module`): Model with TRL's fused head, in any wrapper, under the autocast of the training.
@@ -63,12 +64,12 @@ def _excluded(model: torch.nn.Module) -> str | None:
                 return "an adapter puts virtual tokens before each row"
     others = set(getattr(_config(model), "layer_types", None) or ()) - _ATTENTION
     if others:
-        return f"it has layers that are no attention ({', '.join(sorted(others))})"
+        return f"it has layers other than attention ({', '.join(sorted(others))})"
     return None
 
 
 def _limit(config: PretrainedConfig) -> int | None:
-    """Columns from which on the rotation of all positions depends on the longest row of a pass."""
+    """Number of columns above which the rotation of all positions depends on the longest row of a pass."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     if {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint({"dynamic", "longrope"}):
@@ -88,7 +89,7 @@ class _Batch:
     columns: int  # C
 
     def score(self, model: Callable[..., Any]) -> Tensor:
-        """(B, C) log-probabilities of the completions, called for as TRL does; 0 in padding."""
+        """(B, C) log-probabilities of the completions, computed with TRL's call; 0 in padding."""
         labels = self.input_ids.masked_fill(self.attention_mask == 0, -100)
         labels[:, : -self.columns] = -100
         outputs = model(
@@ -106,7 +107,7 @@ class _Batch:
 
 
 def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) -> _Batch:
-    """Rows of two prompts, of which the first row needs no padding and exceeds a window."""
+    """Rows of two prompts. The first row needs no padding and is longer than the window."""
     special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
     usable = torch.tensor([token for token in range(1, min(config.vocab_size, 1000)) if token not in special])
     generator = torch.Generator().manual_seed(0)
@@ -154,8 +155,8 @@ def _compare(model: torch.nn.Module) -> Packing:
         error = _distance(packed, padded)
         if not error <= tolerance <= signal / 2:
             reasons.append(
-                f"its log-probabilities differ by {error:.1g}, where padding makes {noise:.1g} of difference "
-                f"and another prompt {signal:.1g}"
+                f"its log-probabilities differ by {error:.1g}; padding changes them by {noise:.1g}, another prompt by "
+                f"{signal:.1g}"
             )
         elif (asked := _expected_windows(config, window)) not in (None, layout.windows):
             reasons.append(f"its attention layers ask for windows of {layout.windows}, its configuration for {asked}")
@@ -177,7 +178,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _expected_windows(config: PretrainedConfig, tried: int) -> set[int | None] | None:
-    """The windows that the layers should ask for, where no row was longer; `None` where the numbers have shown it."""
+    """The windows that the layers should ask for if no row was longer; `None` if the runs have checked the window."""
     window = getattr(config, "sliding_window", None)
     if not window or window <= tried:
         return None
@@ -199,7 +200,7 @@ def _config(model: torch.nn.Module) -> PretrainedConfig:
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module trains as it did."""
+    """Turns dropout off, and restores the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

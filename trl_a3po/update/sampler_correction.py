@@ -3,7 +3,7 @@
 
 TRL computes the ratio after generation, from a forward pass of its own over the whole rollout. If rollout and update
 are aligned, the forward pass of the loss computes the same log-probabilities a moment later. The formulas are those of
-TRL's `vllm_importance_sampling_mode`. The first rollout of a run has the ratios of both, and they are compared.
+TRL's `vllm_importance_sampling_mode`. In the first rollout of a run both ratios are computed and compared.
 
 Shapes: B completions, T token positions.
 """
@@ -25,11 +25,10 @@ logger = logging.getLogger(__name__)
 
 class SamplerCorrection:
     """
-    Computes the ratio for a trainer, and keeps what TRL's `sampling/*` metrics are computed from.
+    Computes the ratio for a trainer, and collects the statistics for TRL's `sampling/*` metrics.
 
     Attributes:
-        is_trls (`bool`, *optional*): Whether the ratio is the one that TRL computes; `None` as long as no rollout has
-            shown it.
+        is_trls (`bool`, *optional*): Whether the ratio equals TRL's; `None` until the first rollout was checked.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -39,27 +38,27 @@ class SamplerCorrection:
         self._statistics: dict[str, tuple[Tensor, Tensor]] = {}
 
     def check(self, rollout: dict[str, Any]) -> bool:
-        """Compares the ratio of TRL in a rollout with that of [`sampler_ratio`]. All processes must call it."""
+        """Compares TRL's ratio in a rollout with that of [`sampler_ratio`]. All processes must call it."""
         expected, found = rollout["importance_sampling_ratio"], self._ratio(rollout, rollout["old_per_token_logps"])
         agrees = expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, equal_nan=True)
         differs = torch.tensor([not agrees], device=expected.device)
         self.is_trls = not bool(self._trainer.accelerator.gather(differs).any())
         if not self.is_trls:
             logger.warning(
-                "TRL %s computes another importance ratio for vLLM than trl-a3po. The pass for `old_per_token_logps` "
-                "runs after every generation: the update is exact but costs more.",
+                "TRL %s computes another importance ratio for vLLM than trl-a3po. Therefore the pass for "
+                "`old_per_token_logps` runs after every generation: the update is exact but costs more.",
                 trl.__version__,
             )
         return self.is_trls
 
     def correct(self, inputs: dict[str, Any], per_token_logps: Tensor, is_computed: Tensor, mode: str) -> Tensor:
         """
-        The ratio of a batch, 1 in rows that are not computed. Notes the mismatch for the next log.
+        The ratio of a batch, 1 in rows that are not computed. Adds the mismatch to the statistics for the next log.
 
         Args:
-            inputs (`dict`): What the loss is computed from, with `sampling_per_token_logps` of shape `(B, T)`.
+            inputs (`dict`): The inputs of the loss, with `sampling_per_token_logps` of shape `(B, T)`.
             per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the policy that is trained.
-            is_computed (`torch.Tensor` of shape `(B,)`): Whether those of a row are known.
+            is_computed (`torch.Tensor` of shape `(B,)`): Whether the log-probabilities of a row are known.
             mode (`str`): `"train"` or `"eval"`.
         """
         ratio = self._ratio(inputs, per_token_logps)
@@ -105,10 +104,10 @@ def sampler_ratio(
     Args:
         per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the policy that is trained.
         sampling_per_token_logps (`torch.Tensor` of shape `(B, T)`): Those that the sampler reported, NaN where it
-            reported none: such a token is not corrected.
+            reported none. Such a token is not corrected.
         mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens of the loss.
         mode (`str`): `"token_truncate"`, `"token_mask"`, `"sequence_truncate"` or `"sequence_mask"`.
-        clip_min, clip_max (`float`, *optional*): The bounds. Beyond them a ratio is truncated to the bound, or 0.
+        clip_min, clip_max (`float`, *optional*): The bounds. A ratio beyond a bound is truncated to it, or set to 0.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, or `(B, 1)` for the sequence modes. It has no gradient.
@@ -129,12 +128,12 @@ def mismatch_statistics(
     per_token_logps: Tensor, sampling_per_token_logps: Tensor, ratio: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
-    What TRL's `sampling/*` metrics are computed from, for a part of a batch.
+    The statistics for TRL's `sampling/*` metrics, for a part of a batch.
 
     Args:
         per_token_logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the policy that is trained.
         sampling_per_token_logps (`torch.Tensor` of shape `(B, T)`): Those of the sampler, NaN where it reported none.
-        ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`): What [`sampler_ratio`] returned.
+        ratio (`torch.Tensor` of shape `(B, T)` or `(B, 1)`): The result of [`sampler_ratio`].
         mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens of the loss.
 
     Returns:
