@@ -130,9 +130,9 @@ def _attend_packed(
         The output of shape (1, N, H, E), and no attention weights.
     """
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if not isinstance(name, _PackedName):
+    layout = getattr(name, "layout", None)
+    if layout is None:
         raise ValueError(f"{type(module).__name__} does not read its attention function from its `config`.")
-    layout = name.layout
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.positions:
         raise ValueError(
             f"{type(module).__name__} attends from {tuple(query.shape[:3:2])} to {tuple(key.shape[:3:2])} positions "
