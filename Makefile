@@ -37,12 +37,13 @@ test-slow: $(VENV)/ready  ## the tests that take minutes each
 test-lowest: $(VENV_LOWEST)/ready  ## the tests of the package, with the oldest supported TRL and transformers
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm and not real" \
 		--ignore tests/project --ignore tests/report
+	$(VENV_LOWEST)/bin/python -m pytest -m slow tests/engines
 
 test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests
 
 test-real: $(VENV)/ready  ## the tests with a pretrained model of 135 million parameters, which is downloaded
-	$(VENV)/bin/python -m pytest -rs -m "real and not vllm" tests/real
+	$(VENV)/bin/python -m pytest --numprocesses auto -rs -m "real and not vllm" tests/real
 
 test-versions: $(VENV_VERSIONS)/ready  ## the tests of everything that relies on TRL, with each of TRL_VERSIONS
 	@failed=; for version in $(TRL_VERSIONS); do \

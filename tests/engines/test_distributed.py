@@ -111,6 +111,7 @@ def test_rounds_are_run_for_the_process_that_needs_them(ranks):
     assert sum(unused) > 0  # what the other sampled meanwhile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "distributed_type"), [("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")]
 )

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from support import processes
 
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("sharded_worker.py")
 
 

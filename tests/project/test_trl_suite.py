@@ -65,6 +65,7 @@ def checkout(tmp_path):
     return tmp_path / "trl"
 
 
+@pytest.mark.slow
 def test_names_are_replaced_and_what_no_longer_passes_is_told(suite, checkout, capfd):
     before = sorted(checkout.rglob("*"))
     assert suite["main"]([str(checkout)]) == 1
@@ -76,6 +77,7 @@ def test_names_are_replaced_and_what_no_longer_passes_is_told(suite, checkout, c
     assert sorted(checkout.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_run_in_which_the_names_are_not_replaced_is_refused(suite, checkout, tmp_path, capfd):
     tests = checkout / "tests" / "test_grpo_trainer.py"
     tests.write_text(tests.read_text().replace("from trl import GRPO", "from trl.trainer import GRPO"))

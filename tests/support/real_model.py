@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,7 +31,9 @@ PROBLEMS = [
 def checkpoint():
     """Its directory. Skips the test if the package cannot be reached."""
     program = runpy.run_path(str(REPOSITORY / "examples" / "smollm2" / "checkpoint.py"))
+    CHECKPOINT.parent.mkdir(exist_ok=True)
     try:
-        return str(program["make_checkpoint"](CHECKPOINT))
+        with FileLock(f"{CHECKPOINT}.lock"):  # processes of one run share it
+            return str(program["make_checkpoint"](CHECKPOINT))
     except program["UnreachableError"] as error:
         pytest.skip(f"no real model: {error}")

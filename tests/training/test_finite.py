@@ -104,6 +104,7 @@ def test_a_frozen_parameter_or_a_mask_may_be_infinite(model_dir, tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
 def test_all_processes_end_alike(kind, model_dir, tmp_path):
     """NaN in the part of the last process: a process that ended alone would leave the others waiting."""

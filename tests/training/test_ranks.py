@@ -16,6 +16,8 @@ from trl_a3po.training.checkpoints import last_whole_checkpoint
 
 pytest.importorskip("math_verify")
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("ranks_worker.py")
 MOST_SECONDS = 30  # from the error of one process to the end of all; it takes about 5
 

@@ -287,7 +287,7 @@ def test_rows_longer_than_a_block_are_exact(name, size, monkeypatch):
     [
         ("bloom", {}, ""),  # its attention asks for no function
         ("bert", {}, "log-probabilities differ"),  # attends to both sides
-        ("doge", {}, "mask of its own"),
+        ("doge", {}, "makes its own attention mask"),
         ("rwkv", {"attention_hidden_size": 32}, ""),
         ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}, ""),
         ("qwen3_next", {}, "linear_attention"),
