@@ -340,7 +340,7 @@ def test_a_killed_evaluation_loses_at_most_a_batch(tmp_path):
     output = tmp_path / "scores"
     process = subprocess.Popen([*line, "--output_dir", str(output)], stdout=subprocess.PIPE, text=True)
     for progress in process.stdout:
-        if progress == "6/24 problems\n":
+        if progress == "6/24 rows\n":
             process.send_signal(signal.SIGKILL)
             break
     process.wait()

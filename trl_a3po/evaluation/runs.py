@@ -372,7 +372,7 @@ def evaluate(
                     file.writelines(json.dumps(each) + "\n" for each in new)
                     file.flush()
                     done += new
-                    print(f"{len(done)}/{len(rows)} problems", flush=True)
+                    print(f"{len(done)}/{len(rows)} rows", flush=True)
     results = {
         **summary(done),
         **identity,
