@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the small bench
 import torch
 from checkpoint import make_checkpoint
 from datasets import Dataset
-from methods import DAPO, METHODS, Method, Stare
+from methods import DAPO, METHODS, Method, peer
 from problems import write
 from run import CURVES, surroundings, written_whole
 
@@ -43,19 +43,14 @@ from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_wh
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
-class StareOfItsAuthors(Stare):
-    """With their target: the entropy of this model is below it from the start."""
-
-    target_entropy = 0.3
-
-
 # Settings and shaping are those of the small benchmark. Five seeds for the methods that are compared with each other,
 # three for controls.
 SEEDS = {
     **dict.fromkeys(["grpo", "dapo", "a3po", "a3po_grpo"], 5),
     **dict.fromkeys(["a3po_constant", "reversed", "random", "stare"], 3),
 }
-CHOSEN = {**{name: METHODS[name] for name in SEEDS}, "stare": Method(trainer=StareOfItsAuthors)}
+# The target of STARE's authors: the entropy of this model is below it from the start.
+CHOSEN = {**{name: METHODS[name] for name in SEEDS}, "stare": peer("stare", target_entropy=0.3)}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     process = run(*options, start_new_session=True)
     checkpoint, deadline = tmp_path / "work/dry/stare-0/model/checkpoint-2", time.monotonic() + 300
     while not (checkpoint.exists() and is_whole(checkpoint)) and time.monotonic() < deadline:
+        assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
