@@ -160,7 +160,7 @@ def _attend_packed(
             prefix = slice(block.prefix_start - blocks[holder].start, block.prefix_end - blocks[holder].start)
             own_keys = torch.cat([keys[holder][:, :, prefix], own_keys], dim=2)
             own_values = torch.cat([values[holder][:, :, prefix], own_values], dim=2)
-        mask = _mask(layout, block, sliding_window, query)
+        mask = _mask(layout, block, sliding_window)
         outputs.append(attend(queries[number], own_keys, own_values, mask, scaling, dropout).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
@@ -168,16 +168,15 @@ def _attend_packed(
 AttentionInterface.register(_NAME, _attend_packed)
 
 
-def _mask(layout: PackedLayout, block: Block, window: int | None, query: Tensor) -> Tensor | None:
-    """The mask that is added to the scores of a block, 0 or minus infinity; `None` if the block is only causal."""
+def _mask(layout: PackedLayout, block: Block, window: int | None) -> Tensor | None:
+    """Mask of a block, true where a position attends to a key; `None` if the block is only causal."""
     if window is not None and window >= block.end - block.start + block.prefix_end - block.prefix_start:
         window = None
     if block.is_causal and window is None:
         return None
-    name = (block, window, query.dtype)
+    name = (block, window)
     if name not in layout.masks:
-        attends = layout.attends(block, window)
-        layout.masks[name] = torch.zeros_like(attends, dtype=query.dtype).masked_fill(~attends, -torch.inf)
+        layout.masks[name] = layout.attends(block, window)
     return layout.masks[name]
 
 
@@ -210,8 +209,8 @@ def _attend_plainly(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
-        mask = scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
-    scores = scores + mask
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
