@@ -1,4 +1,4 @@
-"""The benchmark of the paper's claims: its verifier, its methods, its rules, and that it goes on after a kill."""
+"""The benchmark of the paper's claims: its verifier, its methods, its rules, and that it resumes after a kill."""
 
 import itertools
 import json
@@ -215,7 +215,7 @@ def test_presets_for_gpus_are_the_same_program(tmp_path):
 # A killed run
 
 
-def test_a_killed_program_goes_on(start, tmp_path):
+def test_a_killed_program_resumes(start, tmp_path):
     line = ["--preset", "dry", "--methods", "dapo", "psr", "nsr", "--seeds", "0", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
     program = subprocess.Popen([sys.executable, str(PROGRAM), *line], env=environment)

@@ -750,8 +750,8 @@ RULES: tuple[Rule, ...] = (
         0.0,
         "standard deviation of a reward function that gave 0 or less throughout, if the reward did not rise",
         "one that varies gives a standard deviation above 0 in at least one log",
-        "One of several reward functions gave every completion the same, and no credit. Unless it is a penalty, it "
-        "does not teach anything.",
+        "One of several reward functions gave every completion the same, and no credit. Unless it is a penalty, "
+        "the model learns nothing from it.",
         "Check this function of `reward_funcs` on a completion that should score, and the names of the columns that "
         "it reads.",
         _constant_reward,
@@ -870,7 +870,7 @@ RULES: tuple[Rule, ...] = (
         "tool calls fail",
         0.5,
         "share of tool calls that failed at the end",
-        "most calls teach nothing",
+        "the model learns nothing from most calls",
         "Most calls end in an error.",
         "Describe the `tools` in the prompt, and check which arguments they take.",
         _tools_fail,

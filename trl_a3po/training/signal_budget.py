@@ -374,8 +374,8 @@ class SignalBudget:
         reason = max(shares, key=shares.__getitem__)
         if self._trainer.accelerator.is_main_process:
             logger.warning(
-                "No completion had a learning signal since the last log, at step %d: %.0f %% %s. If this goes on, the "
-                "model does not learn. `trl-a3po report %s` says what to change.",
+                "No completion had a learning signal since the last log, at step %d: %.0f %% %s. If this continues, "
+                "the model does not learn. `trl-a3po report %s` says what to change.",
                 step,
                 100 * shares[reason],
                 REASONS[reason],
