@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 
 from ..a3po_config import A3POConfig
 from ..update.micro_batches import loss_mask
+from ..update.sampler_correction import sampler_ratio
 
 
 logger = logging.getLogger(__name__)
@@ -191,12 +192,11 @@ def mismatch(
         `tuple` of `torch.Tensor` of shape `(B, T)`: the ratio, whether it is outside the bounds, and whether a token
         is compared.
     """
-    difference = logps - sampling_logps
-    compared = mask.bool() & ~difference.isnan()
-    difference = difference.masked_fill(~compared, 0.0)
-    if mode.startswith("sequence"):
-        difference = difference.sum(1, keepdim=True).expand(difference.shape)
-    ratio = difference.float().clamp(-20, 20).exp()
+    compared = mask.bool() & ~(logps - sampling_logps).isnan()
+    level = mode.partition("_")[0]
+    untreated = sampler_ratio(logps, sampling_logps, compared, f"{level}_truncate", clip_min=None, clip_max=None)
+    # Bounded, so that the sum of squares is finite.
+    ratio = untreated.float().clamp(math.exp(-20), math.exp(20)).expand(compared.shape)
     return ratio, (ratio < clip_min) | (ratio > clip_max), compared
 
 
