@@ -361,12 +361,13 @@ def surroundings() -> dict[str, Any]:
 # All runs
 
 
-def is_done(preset: Preset, output: Path, method_name: str, seed: int) -> bool:
+def is_done(preset: Any, output: Path, method_name: str, seed: int) -> bool:
+    """Whether a run has written its result. `preset` is a dataclass of the settings that all runs share."""
     path = output / f"{method_name}-{seed}.json"
     if not path.exists():
         return False
     before = json.loads(path.read_text())["preset"]
-    if before != asdict(preset):
+    if before != json.loads(json.dumps(asdict(preset))):  # in JSON, tuples are lists
         raise ValueError(f"'{path}' was made with another preset: {before}. Pass that one, or another `--output`.")
     return True
 

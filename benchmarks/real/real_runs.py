@@ -31,7 +31,7 @@ from checkpoint import make_checkpoint
 from datasets import Dataset
 from methods import DAPO, METHODS, Method, peer
 from problems import write
-from run import CURVES, surroundings, written_whole
+from run import CURVES, is_done, surroundings, written_whole
 
 from trl_a3po import A3POConfig
 from trl_a3po.evaluation.problems import load_problems
@@ -182,15 +182,6 @@ def write_result(path: Path, preset: Preset, model: str, method_name: str, seed:
         temporary.write_text(json.dumps(result, separators=(",", ":")) + "\n")
 
 
-def is_done(path: Path, preset: Preset) -> bool:
-    if not path.exists():
-        return False
-    before = json.loads(path.read_text())["preset"]
-    if before != json.loads(json.dumps(asdict(preset))):
-        raise ValueError(f"'{path}' was made with another preset: {before}. Pass that one, or another `--output`.")
-    return True
-
-
 def main(line=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
@@ -216,7 +207,7 @@ def main(line=None):
     pairs = [(method, seed) for seed in chosen for method in arguments.methods]
     for method, seed in [(m, s) for m, s in pairs if arguments.seeds is not None or s < SEEDS[m]]:
         path, of_run = output / f"{method}-{seed}.json", work / f"{method}-{seed}"
-        if is_done(path, preset):
+        if is_done(preset, output, method, seed):
             continue
         print(f"{method}, seed {seed}", flush=True)
         if not (of_run / "model" / STATE_FILE).exists():
