@@ -9,12 +9,17 @@ from support import logged_runs
 from support.findings import CASES, FLAT, STEPS, constant, history, late
 
 from trl_a3po.cli.report import main
-from trl_a3po.report.findings import RULES, find
+from trl_a3po.report.findings import NO_SIGNAL, RULES, find
 from trl_a3po.report.run import read_run
+from trl_a3po.training.signal_budget import REASONS
 
 
 def names(log_history):
     return [finding.name for finding in find(log_history)]
+
+
+def test_the_reasons_are_those_that_the_trainer_logs():
+    assert {"signal", *NO_SIGNAL} == set(REASONS)
 
 
 def test_a_healthy_run_has_no_findings():
