@@ -118,7 +118,7 @@ def uninterrupted(model_dir, tmp_path_factory):
     return {adapter: train(adapter) for adapter in (False, True)}
 
 
-def assert_goes_on(checkpoint, model_dir, tmp_path, uninterrupted, adapter=False):
+def assert_resumes(checkpoint, model_dir, tmp_path, uninterrupted, adapter=False):
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
     trainer = make(model_dir, tmp_path, adapter, max_steps=4)
     trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -166,10 +166,10 @@ def test_the_card_that_arrives_says_how_the_model_was_trained(name, commits, out
 
 
 @pytest.mark.parametrize("name", ["full-checkpoint", "adapter-checkpoint"])
-def test_a_run_goes_on_from_the_checkpoint_on_the_hub(name, commits, output, model_dir, tmp_path, uninterrupted):
+def test_a_run_resumes_from_the_checkpoint_on_the_hub(name, commits, output, model_dir, tmp_path, uninterrupted):
     assert "Training in progress, step 2, checkpoint" in [commit.message for commit in commits[name]]
     checkpoint = output / "downloads" / name / "last-checkpoint"
-    assert_goes_on(checkpoint, model_dir, tmp_path, uninterrupted, adapter="adapter" in name)
+    assert_resumes(checkpoint, model_dir, tmp_path, uninterrupted, adapter="adapter" in name)
 
 
 def test_a_commit_that_fails_is_made_up_for_by_the_next(commits, warnings):
@@ -198,7 +198,7 @@ def test_a_hub_that_takes_nothing_stops_the_last_push_alone(
     assert len(errors) == 2
     assert all(ERRORS[name] in error for error in errors)
     assert generate_from(output / name) == reports[name]["completions"] != generate_from(model_dir)
-    assert_goes_on(output / name / "checkpoint-2", model_dir, tmp_path, uninterrupted)
+    assert_resumes(output / name / "checkpoint-2", model_dir, tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("name", FAIL_AT_ONCE)
@@ -219,4 +219,4 @@ def test_a_hub_that_hangs_holds_up_the_end_of_training_and_nothing_before(hub, m
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=3)
         assert "is waiting for a push to the Hub to finish" in (tmp_path / "log").read_text()
-    assert_goes_on(checkpoint, model_dir, tmp_path / "resumed", uninterrupted)
+    assert_resumes(checkpoint, model_dir, tmp_path / "resumed", uninterrupted)
