@@ -289,9 +289,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if isinstance(positions, PackedLayout):
             output = compute(PackedForward(model, positions), input_ids, attention_mask, logits_to_keep)
         else:
-            output = run_extent(
-                self._forward(compute, model, len(input_ids)), input_ids, attention_mask, logits_to_keep, positions
-            )
+            forward = self._forward(compute, model, self.args.per_device_train_batch_size)
+            output = run_extent(forward, input_ids, attention_mask, logits_to_keep, positions)
         logps, entropies, *others = output
         parts = [computed, plan.present - computed, plan.rows - plan.present]
         _, skipped, added = entropies.split(parts)
