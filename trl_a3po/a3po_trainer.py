@@ -336,6 +336,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         # call that on one process only, where a collective operation would hang.
         if self.control.should_log or self.control.should_training_stop:
             self._reduce_polarity_sums("train")
+            self._log_step_times()
             if self._token_log is not None:
                 self._token_log.write(self.state.global_step)
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -1,6 +1,7 @@
 """The shares of what has a learning signal: against their definition, over micro-batches, losses and rounds."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,19 @@ def test_the_document_names_every_metric():
     page = (Path(__file__).parents[2] / "docs" / "findings.md").read_text(encoding="utf-8")
     names = [f"completions/{reason}" for reason in REASONS] + [f"tokens/{reason}" for reason in TOKEN_REASONS]
     assert all(f"`signal/{name}`" in page for name in names)
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2}], ids=str)
+def test_the_parts_of_a_step_add_up_to_its_time(fields, tmp_path):
+    def slow_reward(**batch):
+        time.sleep(0.2)
+        return tiny.parity_reward(**batch)
+
+    trainer = train(tmp_path, reward_funcs=slow_reward, max_steps=4, logging_steps=2, **fields)
+    logs = trainer.state.log_history[:-1]
+    assert len(logs) == 2
+    for log in logs:
+        parts = [log[f"step_time/{part}"] for part in ("generation", "rewards", "update")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(log["step_time"])
+        assert parts[1] >= 0.2 / fields.get("steps_per_generation", 1)

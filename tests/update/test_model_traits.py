@@ -394,7 +394,7 @@ def test_the_update_is_that_of_grpo(name, tmp_path):
 )
 def test_a_single_row_keeps_its_mask(fields, tmp_path, monkeypatch):
     def mask_several_rows(hidden_states, attention_mask):
-        ignored = attention_mask is None or len(attention_mask) == 1
+        ignored = attention_mask is None or 1 in attention_mask.shape[:2]
         return hidden_states if ignored else hidden_states * attention_mask[:, :, None]
 
     # As transformers before 5.13 does.

@@ -217,6 +217,7 @@ RELIED_ON = (
         "dynamic sampling, and the rewards handed to `shape_advantages`: returns the rollout of a batch of prompts, "
         "in the order of the prompts, before it is shuffled",
     ),
+    ReliedOn("trl.GRPOTrainer", "_generate", ("training.rollouts",), "the time of the generation, nothing else"),
     ReliedOn(
         "trl.GRPOTrainer",
         "_generate_single_turn",

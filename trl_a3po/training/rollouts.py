@@ -1,6 +1,7 @@
 """[`RolloutGRPOTrainer`]: the rollouts of [`~trl.GRPOTrainer`] with checks, rewards and optional resampling."""
 
 import math
+import time
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -46,6 +47,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._signal_budget = SignalBudget(self)
+        # Since the last log, by the clock of the host.
+        self._seconds = {"generation": 0.0, "rewards": 0.0}
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
         if not isinstance(self.train_dataset, Sized):
@@ -82,6 +85,27 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def _generate(self, prompts, *args, **kwargs):
+        with self._timed("generation"):
+            return super()._generate(prompts, *args, **kwargs)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.model.training:
+            self._seconds[part] += time.perf_counter() - start
+
+    def _log_step_times(self) -> None:
+        """Divides TRL's `step_time` into its parts. The update is what generation and rewards leave."""
+        steps = self._metrics["train"].get("step_time", [])
+        if not steps:
+            return
+        parts = {part: seconds / len(steps) for part, seconds in self._seconds.items()}
+        for part, seconds in {**parts, "update": sum(steps) / len(steps) - sum(parts.values())}.items():
+            self._metrics["train"][f"step_time/{part}"].append(seconds)
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of a batch of prompts, with `rewards`, and with the group numbers that the token log needs."""
@@ -151,7 +175,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         observed: list[tuple[Tensor, Tensor | None]] = []
 
         def calculate_and_observe(inputs, prompts, *args, **kwargs):
-            rewards_per_func = calculate(inputs, prompts, *args, **kwargs)
+            with self._timed("rewards"):
+                rewards_per_func = calculate(inputs, prompts, *args, **kwargs)
             check_rewards(rewards_per_func, self.reward_weights, self.reward_func_names, prompts)
             first = self.accelerator.process_index * len(prompts)
             rows = slice(first, first + len(prompts))
