@@ -83,13 +83,15 @@ def by_prompt(
             shared[batch] += group
             used[batch] += size
             continue
-        batch = None
+        parts: list[int] = []  # the micro-batches that have this prompt already
         for row in sorted(group, key=lambda row: -shapes[row].completion):
-            if batch is None or not has_room(batch, shapes[row].completion, 1):
-                size = prefix(group) + shapes[row].completion
-                roomy = (each for each in range(batches) if has_room(each, size, 1))
+            completion = shapes[row].completion
+            batch = next((each for each in parts if has_room(each, completion, 1)), None)
+            if batch is None:
+                roomy = (each for each in range(batches) if has_room(each, prefix(group) + completion, 1))
                 batch = min(roomy, key=used.__getitem__)
+                parts.append(batch)
                 used[batch] += prefix(group)
             shared[batch].append(row)
-            used[batch] += shapes[row].completion
+            used[batch] += completion
     return [shared[batch] for batch in sorted(range(batches), key=used.__getitem__)]
