@@ -98,7 +98,7 @@ def theirs(
     logged = sorted(results["samples"]["the_same_problems"], key=lambda each: each["doc_id"])
     completions = [each["resps"][0] for each in logged]
     (output / "completions.json").write_text(json.dumps(completions))
-    return [each["arguments"]["gen_args_0"]["arg_0"] for each in logged], completions
+    return [each["arguments"][0][0] for each in logged], completions
 
 
 def by_last_number(texts: Sequence[str], solution: Any) -> list[float]:
