@@ -111,3 +111,23 @@ def test_finds_what_is_wrong_after_tokens_of_a_tool(holes, tmp_path):
             assert_gradients_follow(trainer, reference)
     else:
         assert_gradients_follow(trainer, reference)
+
+
+class ByDifficulty(A3POTrainer):
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] * inputs["difficulty"]})
+
+
+def test_takes_the_fields_that_a_loss_reads(tmp_path):
+    trainer = make(tmp_path, ByDifficulty, positive_low_scale=1.0, negative_high_scale=1.0)
+    seen = []
+
+    def reference(advantages, **batch):
+        seen.append(advantages.tolist())
+        return advantages
+
+    with pytest.raises(ValueError, match=r"reads 'difficulty', .* fields=\{'difficulty': torch.zeros\(6\)\}"):
+        assert_gradients_follow(trainer, reference)
+    difficulty = torch.tensor([0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
+    assert_gradients_follow(trainer, reference, fields={"difficulty": difficulty})
+    assert seen[-1] == pytest.approx([0.6, -0.7, 0.0, 0.0, -0.5, 0.0])

@@ -1,6 +1,6 @@
 """A check for the tests of your own shaping: each token gets the gradient that you intend."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,13 @@ from .a3po_trainer import A3POTrainer
 from .training.trl_contract import loss_gradient, loss_inputs
 
 
-def assert_gradients_follow(trainer: A3POTrainer, reference: Callable[..., Tensor], *, seed: int = 0) -> None:
+def assert_gradients_follow(
+    trainer: A3POTrainer,
+    reference: Callable[..., Tensor],
+    *,
+    fields: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> None:
     """
     Fails unless each token gets the gradient that TRL's loss gives to the advantage computed by `reference`.
 
@@ -34,6 +40,9 @@ def assert_gradients_follow(trainer: A3POTrainer, reference: Callable[..., Tenso
         reference (callable):
             The same computation, written in another way. It gets the arguments of `shape_advantages` without `self`,
             and returns the advantages, of shape `(B, T)` or `(B,)`. Values where `mask` is 0 have no influence.
+        fields (`dict`, *optional*):
+            Fields that your class adds to its rollouts, if its loss reads them: for 6 completions of 8 tokens. Tensors
+            are copied.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the made-up log-probabilities and entropies.
 
@@ -41,9 +50,10 @@ def assert_gradients_follow(trainer: A3POTrainer, reference: Callable[..., Tenso
         `AssertionError`: a gradient differs. Names the token, its advantage by `reference`, its gradient and the
             expected one.
         `TypeError`, `ValueError`: your method returns something else than advantages, or changes an argument in
-            place.
+            place; or your loss reads a field that is not in `fields`.
     """
     inputs, logps, entropies = _batch(seed, trainer.accelerator.device)
+    inputs.update(fields or {})
     noise = torch.tensor([[-0.6, 0.05, 0.7, -0.1]], device=logps.device).repeat(1, 2)
     for progress in (0.0, 0.25, 0.5, 1.0):
         for case in ({}, {"old_per_token_logps": logps + noise}):
@@ -66,8 +76,17 @@ def _compare(
         return torch.ones_like(advantages)
 
     def of(shape_advantages: Callable[..., Tensor] | None) -> Tensor:
-        copies = {name: value.clone() for name, value in inputs.items()}
-        return loss_gradient(trainer, copies, logps, entropies, shape_advantages, progress)
+        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        try:
+            return loss_gradient(trainer, copies, logps, entropies, shape_advantages, progress)
+        except KeyError as error:
+            name = error.args[0]
+            if name in copies:
+                raise
+            raise ValueError(
+                f"The loss of {type(trainer).__name__} reads {name!r}, which made-up completions do not have. Pass it "
+                f"in `fields`, for 6 completions of 8 tokens: fields={{{name!r}: torch.zeros(6)}}."
+            ) from error
 
     found, positive, negative = of(None), of(unit), of(lambda advantages, **_: -torch.ones_like(advantages))
     if shaped.dim() == 1:
