@@ -60,3 +60,23 @@ def test_problems_need_the_chat_template_of_a_model():
     )
     assert result.returncode == 1
     assert "add --model DIR" in result.stderr
+
+
+def test_the_steps_for_a_gpu_are_run_one_by_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import on_gpu
+
+    names = ("good", "bad", "endless")
+    codes = ("import os; print('figure', os.environ['TEST_DEVICE'])", "1 / 0", "import time; time.sleep(60)")
+    steps = [on_gpu.Step(name, 5, ["-c", code], []) for name, code in zip(names, codes, strict=True)]
+    monkeypatch.setattr(on_gpu, "STEPS", steps)
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--output", str(tmp_path), "--rehearse"])
+    on_gpu.main()
+    good, bad, endless = (tmp_path / "summary.txt").read_text().splitlines()
+    assert re.search(r"^good: ended well after \d s: figure cpu \(", good)
+    assert re.search(r"^bad: exit status 1 after \d s: ZeroDivisionError", bad)
+    assert endless.startswith("endless: stopped at its limit")
+    capsys.readouterr()
+    monkeypatch.setattr(on_gpu, "STEPS", steps[:2])
+    on_gpu.main()
+    assert capsys.readouterr().out.startswith("bad:")  # the good one is not run again

@@ -1,6 +1,7 @@
 """A language model of a few thousand parameters, its tokenizer, prompts and rewards: enough to train for real."""
 
 import gc
+import os
 import re
 
 import torch
@@ -112,7 +113,7 @@ def sometimes_none_reward(completion_ids, **kwargs):
 
 def config(output_dir, config_class=A3POConfig, **fields):
     defaults = {
-        "use_cpu": True,
+        "use_cpu": os.environ.get("TEST_DEVICE", "cpu") == "cpu",  # `benchmarks/on_gpu.py` asks for the GPU
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from trl_a3po.update import attention
 from trl_a3po.update.attention import restore_attention
 from trl_a3po.update.layout import PackedLayout, RowShape, packed_positions, row_shapes
 from trl_a3po.update.packed_forward import PackedForward, trl_has_fused_head
@@ -294,6 +295,76 @@ def test_rows_longer_than_a_block_are_exact(name, size, monkeypatch):
     monkeypatch.setattr("trl_a3po.update.layout._BLOCK", size)
     model = make_model(name, **CHANGES.get(name, {}))
     assert_same(model, make_batch(SHAPES), packing_of(model).by_column)
+
+
+def by_segment(query, key, value, of_queries, of_keys, most_queries, most_keys, *, scale, window_size, enable_gqa):
+    """What torch's kernel for rows of different lengths computes. Queries are aligned with the last keys."""
+    assert (of_queries.diff().max(), of_keys.diff().max()) == (most_queries, most_keys)
+    left, right = window_size
+    assert right == 0
+    segments = []
+    for queries, keys in zip(of_queries.unfold(0, 2, 1).tolist(), of_keys.unfold(0, 2, 1).tolist(), strict=True):
+        segment = [each[slice(*span)].transpose(0, 1) for each, span in ((query, queries), (key, keys), (value, keys))]
+        own, seen = segment[0].shape[1], segment[1].shape[1]
+        distance = torch.arange(seen - own, seen, device=query.device)[:, None] - torch.arange(
+            seen, device=query.device
+        )
+        mask = (distance >= 0) & (distance <= (seen if left < 0 else left))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *segment, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        segments.append(attended.transpose(0, 1))
+    return torch.cat(segments)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # the second with windows
+def test_what_the_kernel_of_a_gpu_gets(name, monkeypatch):
+    """On a CPU, with a plain function in place of the kernel."""
+    calls = []
+
+    def kernel(*args, **kwargs):
+        calls.append(kwargs["window_size"])
+        return by_segment(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_varlen_takes", lambda *_: True)
+    model = make_model(name)
+    assert_same(model, make_batch(SHAPES))
+    window = getattr(model.config, "sliding_window", None)
+    assert set(calls) == {(-1 if window is None else window - 1, 0)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_kernel_of_a_gpu(window):
+    layout = PackedLayout([RowShape(*shape) for shape in SHAPES], (7, 7, 9), True, "cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = [
+        torch.randn(1, heads, layout.positions, 32, generator=generator, device="cuda", requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    weights = torch.randn(1, layout.positions, 4, 32, generator=generator, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert attention._varlen_takes(given[0], given[2])
+        found = attention._attend_varlen(*given, layout, None, window)
+    starts = layout.starts
+    query, key, value = (each[0].transpose(0, 1) for each in given)
+    expected = by_segment(
+        query,
+        key[starts.keys],
+        value[starts.keys],
+        starts.of_queries,
+        starts.of_keys,
+        starts.most_queries,
+        starts.most_keys,
+        scale=None,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=True,
+    )[None]
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    gradients = [torch.autograd.grad((weights * each.float()).sum(), given) for each in (found, expected)]
+    for ours, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize(
