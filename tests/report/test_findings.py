@@ -9,8 +9,10 @@ from support import logged_runs
 from support.findings import CASES, FLAT, STEPS, constant, history, late
 
 from trl_a3po.cli.report import main
-from trl_a3po.report.findings import NO_SIGNAL, RULES, find
+from trl_a3po.report.findings import find
+from trl_a3po.report.rules import RULES
 from trl_a3po.report.run import read_run
+from trl_a3po.report.training_log import NO_SIGNAL
 from trl_a3po.training.signal_budget import REASONS
 
 

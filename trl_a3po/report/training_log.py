@@ -1,0 +1,134 @@
+"""
+The log of a run, and what it says at the start and at the end.
+
+Two words have one meaning throughout. The *end* of a metric is its mean over the last quarter of the logs, three logs
+at least. Its *start* is the mean over the first tenth. One log of a small batch says little, so the end of a run with
+fewer than three logs is known only after ten steps.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import fmean, stdev
+from typing import Any
+
+
+Points = list[tuple[int, float]]
+
+# Shorter runs say nothing, unless they logged the mean of many steps.
+FEWEST_LOGS, FEWEST_STEPS = 3, 10
+# A difference of two means is real if it is larger than this many standard errors.
+ERRORS = 3.0
+# The share of completions without a learning signal from which on nothing is learned.
+MOST = 0.9
+# The reasons why a completion has no learning signal, as `signal/completions/{reason}`.
+SAME_REWARD = ("all_right", "all_wrong", "all_equal")
+NO_SIGNAL = (
+    *SAME_REWARD,
+    "at_mean",
+    "unscored",
+    "unparsable",
+    "truncated",
+    "tools",
+    "weight_zero",
+)
+
+
+class Log:
+    """The metrics of a run: by name, values at optimizer steps. A value that is None or not a number is NaN."""
+
+    def __init__(self, history: Iterable[Any]):
+        by_name: dict[str, dict[int, float]] = {}
+        for entry in history:
+            if not isinstance(entry, dict) or not _is_number(entry.get("step")) or "train_runtime" in entry:
+                continue
+            for name, value in entry.items():
+                if value is None or _is_number(value):
+                    by_name.setdefault(name, {})[int(entry["step"])] = math.nan if value is None else float(value)
+        self._by_name: dict[str, Points] = {name: sorted(values.items()) for name, values in by_name.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __iter__(self):
+        return iter(self._by_name)
+
+    def all(self, name: str) -> Points:
+        return self._by_name.get(name, [])
+
+    def known(self, name: str) -> Points:
+        """Without those that are not finite."""
+        return [(step, value) for step, value in self.all(name) if math.isfinite(value)]
+
+    def start(self, name: str) -> float:
+        points = self.known(name)
+        return mean_value(points[: max(1, len(points) // 10)])
+
+    def end(self, name: str) -> float:
+        """NaN if too little was logged; every comparison with it is false."""
+        return mean_value(last_quarter(self.known(name)))
+
+    def shares(self) -> dict[str, float]:
+        """The end of the share of completions without a signal, by reason; empty if nothing tells."""
+        shares = {reason: self.end(f"signal/completions/{reason}") for reason in NO_SIGNAL}
+        return {reason: share for reason, share in shares.items() if not math.isnan(share)} or self._shares_by_trl()
+
+    def _shares_by_trl(self) -> dict[str, float]:
+        """What `frac_reward_zero_std` and the means of the reward functions say about it."""
+        share = self.end("frac_reward_zero_std")
+        if math.isnan(share):
+            return {}
+        names = [name for name in self if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
+        means = [self.end(name) for name in names]
+        if all(mean in (0, -1) for mean in means):
+            return {"all_wrong": share}
+        return {"all_right" if all(mean == 1 for mean in means) else "all_equal": share}
+
+    def lacks_signal(self) -> bool:
+        """Whether hardly a completion has a learning signal at the end."""
+        return sum(self.shares().values()) >= MOST
+
+    def last_step(self) -> int:
+        return max((points[-1][0] for points in self._by_name.values()), default=0)
+
+    def rise(self, name: str) -> tuple[float, float]:
+        """How much the end is above the start, and the standard error of that."""
+        points = self.known(name)
+        ends = max(1, len(points) // 10), max(1, len(last_quarter(points)))
+        # The scatter of one log, from the differences of neighbours: a trend hardly changes it.
+        steps = [after - before for (_, before), (_, after) in pairwise(points)]
+        scatter = stdev(steps) / math.sqrt(2) if len(steps) > 1 else 0.0
+        return self.end(name) - self.start(name), scatter * math.sqrt(sum(1 / count for count in ends))
+
+    def has_learned(self) -> bool:
+        """Whether the reward has risen by more than chance explains."""
+        rise, error = self.rise("reward")
+        return rise > ERRORS * error and rise > 0.1 * self.spread()
+
+    def has_solved(self) -> bool:
+        """Whether it has learned, and hardly a reward differs from the others any more."""
+        return self.has_learned() and self.end("reward_std") < 0.5 * self.spread()
+
+    def spread(self) -> float:
+        """The standard deviation of rewards at the start, the scale on which a change of the reward is large."""
+        spread = self.start("reward_std")
+        return 0.0 if math.isnan(spread) else spread
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**53
+
+
+def is_enough(points: Sequence[tuple[int, float]]) -> bool:
+    return len(points) >= FEWEST_LOGS or bool(points and points[-1][0] >= FEWEST_STEPS)
+
+
+def last_quarter(points: Points) -> Points:
+    return points[-max(FEWEST_LOGS, len(points) // 4) :] if is_enough(points) else []
+
+
+def mean_value(points: Points) -> float:
+    return fmean(value for _, value in points) if points else math.nan
