@@ -1,6 +1,8 @@
 """A language model of a few thousand parameters, its tokenizer, prompts and rewards: enough to train for real."""
 
+import functools
 import gc
+import importlib.metadata
 import os
 import re
 
@@ -19,6 +21,9 @@ from trl_a3po import A3POConfig
 # of training a model this small.
 gc.collect()
 gc.freeze()
+
+# accelerate asks dozens of times whether a package is installed, and its metadata is parsed each time.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"]
 if Version(trl.__version__) >= Version("1.10.0"):
