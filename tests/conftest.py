@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from support import tiny
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_imported_is_searched_for_garbage():
+    """As in `support.tiny`: tests import more than it does."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
