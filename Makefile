@@ -30,14 +30,14 @@ real: $(VENV)/ready  ## train SmolLM2-135M on sums, on the CPU, and evaluate it 
 test: $(VENV)/ready  ## the tests
 	$(VENV)/bin/python $(PYTEST) -m "not slow and not vllm and not real"
 
-test-slow: $(VENV)/ready  ## the tests that take minutes each
+test-slow: $(VENV)/ready  ## the tests that take long, or start several processes
 	$(VENV)/bin/python $(PYTEST) -m slow
 
 # Reports, benchmarks and documents do not depend on the releases of TRL and transformers.
 test-lowest: $(VENV_LOWEST)/ready  ## the tests of the package, with the oldest supported TRL and transformers
 	$(VENV_LOWEST)/bin/python $(PYTEST) -m "not slow and not vllm and not real" \
 		--ignore tests/project --ignore tests/report
-	$(VENV_LOWEST)/bin/python -m pytest -m slow tests/engines
+	$(VENV_LOWEST)/bin/python $(PYTEST) -m slow tests/engines tests/training/test_hub.py
 
 test-vllm: $(VENV_VLLM)/ready  ## the tests of vLLM, on the CPU
 	$(VENV_VLLM)/bin/python -m pytest -m vllm tests

@@ -537,6 +537,7 @@ def test_the_gate_of_stare_follows_the_log_and_survives_a_resume(model_dir, tmp_
     assert all(torch.equal(value, after[name]) for name, value in tiny.parameters(resumed).items())
 
 
+@pytest.mark.slow
 def test_the_gate_of_stare_is_the_same_on_all_processes(model_dir, tmp_path):
     worker = Path(__file__).with_name("stare_worker.py")
     command = [sys.executable, *processes.torchrun(), str(worker), model_dir, str(tmp_path)]

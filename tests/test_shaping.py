@@ -74,7 +74,7 @@ def shapings(draw):
 CACHED_TOKENS = st.sampled_from([shaping.CACHED_TOKENS, 1, 16])
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(batch=batches(), options=shapings(), dtype=st.sampled_from(DTYPES), cached_tokens=CACHED_TOKENS)
 def test_agrees_with_the_definition(batch, options, dtype, cached_tokens):
     advantages, metric, mask = batch

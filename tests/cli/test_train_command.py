@@ -124,6 +124,7 @@ def test_another_method_with_its_settings(in_file, on_line, settings, file, tmp_
     assert "trained with STARE" in (tmp_path / "output" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_starts_processes_of_its_own(file, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     command = [sys.executable, "-m", "trl_a3po.cli", "train", "--config", file(accelerate_config="single_gpu")]

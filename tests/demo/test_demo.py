@@ -186,6 +186,7 @@ def test_two_steps_of_arithmetic(tmp_path):
     assert "<title>" in (tmp_path / "a3po-demo" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_two_steps_on_a_file_in_gsm8k_format_with_options_from_yaml(tmp_path):
     rows = [
         {"question": f"Ann has {n} 🍎 and buys {n}.", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>\n#### {2 * n}"}

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from support import processes
 
 
+pytestmark = pytest.mark.slow
+
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 PLAIN = {"trim_padding": False, "skip_zero_advantage": False}

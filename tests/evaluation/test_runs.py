@@ -331,6 +331,7 @@ def test_what_a_model_says_is_scored_whatever_it_is(text):
     assert runs.score([text, "\\boxed{2}"], "$2$") == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_loses_at_most_a_batch(tmp_path):
     file = write(
         tmp_path / "problems.jsonl", [arithmetic.row(problem) for problem in arithmetic.problems("test")[:24]]

@@ -215,6 +215,7 @@ def test_presets_for_gpus_are_the_same_program(tmp_path):
 # A killed run
 
 
+@pytest.mark.slow
 def test_a_killed_program_resumes(start, tmp_path):
     line = ["--preset", "dry", "--methods", "dapo", "psr", "nsr", "--seeds", "0", "--output", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}

@@ -123,6 +123,7 @@ def test_the_error_that_shows_a_prompt(text):
         assert len(str(error.value)) < 1000
 
 
+@pytest.mark.slow
 def test_the_demo_prints_nothing_of_its_problems(tmp_path):
     rows = [{"question": text, "answer": f"{text}#### 1"} for text in HOSTILE.values()]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -158,6 +159,7 @@ def test_ten_megabytes_in_one_line():
     assert accuracy_reward([completion], ["$228$"]) == [0.0]
 
 
+@pytest.mark.slow
 def test_code_that_comes_with_a_model_does_not_run(tmp_path):
     """Neither by the trainer nor by the demo, as long as nobody asks for it."""
     for config in (A3POConfig(str(tmp_path), use_cpu=True, bf16=False), ModelConfig()):

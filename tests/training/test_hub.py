@@ -15,6 +15,9 @@ from huggingface_hub import ModelCard
 from support.hub_server import Fault, Hub
 
 
+pytestmark = pytest.mark.slow
+
+
 WORKER = Path(__file__).parent / "hub_worker.py"
 
 ARRIVE = {

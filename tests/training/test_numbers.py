@@ -173,6 +173,7 @@ def message_on(rank, port):
         return str(error)
 
 
+@pytest.mark.slow
 def test_two_processes_refuse_together():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -285,6 +285,7 @@ def test_a_new_run_in_the_directory_starts_anew(tmp_path):
     assert max(Counter(steps).values()) <= 8
 
 
+@pytest.mark.slow
 def test_of_two_processes_the_main_one_writes(model_dir, tmp_path):
     worker = Path(__file__).parents[1] / "engines" / "distributed_worker.py"
     launcher = [sys.executable, *processes.torchrun()]
