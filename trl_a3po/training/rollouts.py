@@ -48,7 +48,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         super().__init__(*args, **kwargs)
         self._signal_budget = SignalBudget(self)
         # Since the last log, by the clock of the host.
-        self._seconds = {"generation": 0.0, "rewards": 0.0}
+        self._step_seconds = {"generation": 0.0, "rewards": 0.0}
         if self.rollout_func is not None:
             self.rollout_func = refuse_empty_completions(self.rollout_func)
         if not isinstance(self.train_dataset, Sized):
@@ -95,17 +95,17 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         start = time.perf_counter()
         yield
         if self.model.training:
-            self._seconds[part] += time.perf_counter() - start
+            self._step_seconds[part] += time.perf_counter() - start
 
     def _log_step_times(self) -> None:
         """Divides TRL's `step_time` into its parts. The update is what generation and rewards leave."""
         steps = self._metrics["train"].get("step_time", [])
         if not steps:
             return
-        parts = {part: seconds / len(steps) for part, seconds in self._seconds.items()}
+        parts = {part: seconds / len(steps) for part, seconds in self._step_seconds.items()}
         for part, seconds in {**parts, "update": sum(steps) / len(steps) - sum(parts.values())}.items():
             self._metrics["train"][f"step_time/{part}"].append(seconds)
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's rollout of a batch of prompts, with `rewards`, and with the group numbers that the token log needs."""

@@ -140,7 +140,7 @@ def _attend_packed(
         )
     if attention_mask is not None or kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} makes its own attention mask.")
-    # Of a single position, causal is the same, and GPT-2 of transformers 4 does not say that it is.
+    # GPT-2 of transformers 4 passes False for a single position, where it makes no difference.
     if kwargs.get("is_causal") is False and layout.positions > 1:
         raise ValueError(f"{type(module).__name__} does not attend causally.")
     layout.windows.add(sliding_window)
