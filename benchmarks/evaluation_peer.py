@@ -103,11 +103,9 @@ def theirs(
 
 def by_last_number(texts: Sequence[str], solution: Any) -> list[float]:
     """Scores completions by the rule of the harness's GSM8K task."""
-
-    def bare(text: str) -> str:
-        return text.replace(",", "").replace("$", "").removesuffix(".")
-
-    return [float(bare(found) == bare(str(solution))) for found in LAST_NUMBER.apply([list(texts)], [{}])[0]]
+    found = LAST_NUMBER.apply([[str(solution), *texts]], [{}])[0]
+    expected, *answers = (number.replace(",", "").replace("$", "").removesuffix(".") for number in found)
+    return [float(answer == expected) for answer in answers]
 
 
 def figure(completions: Completions, problems: Dataset, rule) -> str:

@@ -42,7 +42,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     - The update computes the same gradients from fewer positions: rows are packed, regrouped and skipped. The metric
       `entropy` is then the mean over the completions that are computed.
     - Rewards that are infinite, and parameters that are not finite, raise an error.
-    - Checkpoints are resumed only if they are whole.
+    - Checkpoints are resumed only if they are complete.
 
     The arguments are those of [`~trl.GRPOTrainer`], with an [`A3POConfig`] as `args`. To shape advantages in a way of
     your own, override [`~A3POTrainer.shape_advantages`].

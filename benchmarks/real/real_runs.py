@@ -37,7 +37,7 @@ from trl_a3po import A3POConfig
 from trl_a3po.evaluation.problems import load_problems
 from trl_a3po.evaluation.worked_examples import check_no_overlap, load_worked_examples
 from trl_a3po.rewards import accuracy_reward
-from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_whole
+from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_complete
 
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -113,7 +113,7 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
     )
     with engines():
         trainer = method.trainer(model, accuracy_reward, config, train_dataset=problems)
-        trainer.train(resume_from_checkpoint=any(map(is_whole, checkpoints_in(work / "model"))))
+        trainer.train(resume_from_checkpoint=any(map(is_complete, checkpoints_in(work / "model"))))
     trainer.save_model()
     trainer.save_state()
 

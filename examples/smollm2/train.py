@@ -24,7 +24,7 @@ import torch
 from checkpoint import UnreachableError, make_checkpoint
 from problems import write
 
-from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_whole
+from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_complete
 
 
 HERE = Path(__file__).parent
@@ -66,12 +66,12 @@ def worked_examples(preset, output):
 
 
 def train(preset, model, output, has_vllm, **values):
-    """Trains, unless it has, from the last whole checkpoint."""
+    """Trains, unless it has, from the last complete checkpoint."""
     directory = output / "model"
     if (directory / STATE_FILE).exists():
         return
     files = {"dataset_name": output / "problems" / "train.jsonl"} if preset == "cpu" else {}
-    if any(map(is_whole, checkpoints_in(directory))):
+    if any(map(is_complete, checkpoints_in(directory))):
         values["resume_from_checkpoint"] = True
     if has_vllm:
         values.update(use_vllm=True, vllm_mode="colocate", vllm_max_model_length=1024)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_a3po.training.checkpoint_files import is_whole
+from trl_a3po.training.checkpoint_files import is_complete
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "real"
@@ -35,7 +35,7 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     options = ["--methods", "stare", "--seeds", "0"]
     process = run(*options, start_new_session=True)
     checkpoint, deadline = tmp_path / "work/dry/stare-0/model/checkpoint-2", time.monotonic() + 300
-    while not (checkpoint.exists() and is_whole(checkpoint)) and time.monotonic() < deadline:
+    while not (checkpoint.exists() and is_complete(checkpoint)) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from kill_worker import digests, in_child, name
 from support import tiny
 
 from trl_a3po import A3POTrainer
-from trl_a3po.training.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 # At which change of a file a process dies, by what the change is and the end of the path. `-` is the checkpoint that
@@ -64,7 +64,7 @@ def train(model, output_dir, moment=None):
     )
     trainer = DoomedTrainer(model, tiny.parity_reward, args, tiny.prompts())
     trainer.executioner = Executioner(moment)
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir) is not None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir) is not None)
 
 
 def main(model, output):
@@ -72,8 +72,8 @@ def main(model, output):
     report = {"uninterrupted": in_child(train, model, output / "uninterrupted"), "attempts": {}}
     for moment in [*MOMENTS, "none"]:
         code = in_child(train, model, output / "interrupted", moment)
-        report["attempts"][moment] = {"exit": code, "last": name(last_whole_checkpoint(output / "interrupted"))}
-    report["digests"] = [digests(last_whole_checkpoint(output / each)) for each in ("uninterrupted", "interrupted")]
+        report["attempts"][moment] = {"exit": code, "last": name(last_complete_checkpoint(output / "interrupted"))}
+    report["digests"] = [digests(last_complete_checkpoint(output / each)) for each in ("uninterrupted", "interrupted")]
     report["left"] = sorted(path.name for path in (output / "interrupted").glob("checkpoint-*"))
     (output / "report.json").write_text(json.dumps(report))
 

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from trl_a3po import A3POTrainer
-from trl_a3po.training.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 POINTS = ("rollout", "backward", "optimizer step", "checkpoint", "push")
@@ -147,7 +147,7 @@ def train(model, output_dir, reaper, **fields):
     )
     journal = Journal(output_dir.with_suffix(".jsonl"), reaper)
     trainer = MortalTrainer(reaper, model, journal.parity_reward, args, tiny.prompts(), callbacks=[journal])
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir) is not None)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir) is not None)
 
 
 def in_child(function, *args, **kwargs):
@@ -192,7 +192,7 @@ def main(model, output, kills):
     interrupted = output / "interrupted"
     interrupted.mkdir()
     for kill in [*(Kill(**kill) for kill in json.loads(kills)), None]:
-        last = last_whole_checkpoint(interrupted)
+        last = last_complete_checkpoint(interrupted)
         attempt = {"highest": name(get_last_checkpoint(interrupted)), "last": name(last), "digests": digests(last)}
         attempt["exit"] = in_child(train_until_killed, model, interrupted, kill, calls)
         report["attempts"].append(attempt)

@@ -16,8 +16,8 @@ from support.training import make
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
-from trl_a3po.training.checkpoint_files import delete, flush, is_whole, mark_of, outdated, put_back
-from trl_a3po.training.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoint_files import delete, flush, is_complete, mark_of, outdated, put_back
+from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 def saving_trainer(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
@@ -33,7 +33,7 @@ def names(directory):
 
 class Witness:
     """
-    Looks, before every change of a file, whether the directory holds a whole checkpoint: what a kill would leave.
+    Looks, before every change of a file, whether the directory holds a complete checkpoint: what a kill would leave.
 
     Whole is one that has all files of this step, with the weights and the optimizer in full length.
     """
@@ -59,7 +59,7 @@ class Witness:
             return
         output_dir, self.output_dir = self.output_dir, None
         self.moments += 1
-        last = last_whole_checkpoint(output_dir)
+        last = last_complete_checkpoint(output_dir)
         if last is None or self._files.get(_step(last), self._list(Path(last))) != self._list(Path(last)):
             self.missing.append((event, arguments, last))
         self.output_dir = output_dir
@@ -109,7 +109,7 @@ def witnessed(model_dir, output_dir, **fields):
     ],
     ids=["limit 1", "only model", "best model", "limit 2", "no limit"],
 )
-def test_at_every_moment_there_is_a_whole_checkpoint(fields, model_dir, tmp_path):
+def test_at_every_moment_there_is_a_complete_checkpoint(fields, model_dir, tmp_path):
     trainer = witnessed(model_dir, tmp_path, **fields)
     kept = names(tmp_path)
     assert not any("incomplete" in name or "previous" in name for name in kept)
@@ -135,7 +135,7 @@ def test_half_written_checkpoints_of_a_higher_step_do_not_outlive_whole_ones(mod
     trainer = saving_trainer(model_dir, tmp_path, max_steps=2, save_total_limit=2)
     trainer.train()
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def write(directory, step, *, marked=False, previous=False):
@@ -181,30 +181,30 @@ def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
 def test_a_checkpoint_that_waits_is_the_last_whole_one_and_is_put_back(tmp_path):
     waiting = write(tmp_path, 4, previous=True)
     write(tmp_path, 4, marked=True)
-    assert last_whole_checkpoint(tmp_path) == str(waiting)
+    assert last_complete_checkpoint(tmp_path) == str(waiting)
     put_back(tmp_path)
     assert names(tmp_path) == ["checkpoint-4"]
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
-def test_any_whole_checkpoint_wins_over_one_that_waits(tmp_path):
+def test_any_complete_checkpoint_wins_over_one_that_waits(tmp_path):
     """It may be of another run, which this one was to replace."""
     earlier = write(tmp_path, 2)
     waiting = write(tmp_path, 4, previous=True)
     write(tmp_path, 4, marked=True)
     put_back(tmp_path)
     assert waiting.exists()
-    assert last_whole_checkpoint(tmp_path) == str(earlier)
+    assert last_complete_checkpoint(tmp_path) == str(earlier)
 
 
 def test_a_new_checkpoint_wins_over_the_one_that_waits(tmp_path):
     write(tmp_path, 4, previous=True)
     new = write(tmp_path, 4)
     put_back(tmp_path)
-    assert last_whole_checkpoint(tmp_path) == str(new)
+    assert last_complete_checkpoint(tmp_path) == str(new)
 
 
-@pytest.mark.parametrize("by", ["True", "last_whole_checkpoint", "name"])
+@pytest.mark.parametrize("by", ["True", "last_complete_checkpoint", "name"])
 def test_a_run_resumes_from_the_checkpoint_that_waited(by, model_dir, tmp_path):
     saving_trainer(model_dir, tmp_path, max_steps=2, save_steps=2).train()
     before = digests(tmp_path / "checkpoint-2")
@@ -212,7 +212,7 @@ def test_a_run_resumes_from_the_checkpoint_that_waited(by, model_dir, tmp_path):
     write(tmp_path, 2, marked=True)
     trainer = saving_trainer(model_dir, tmp_path, max_steps=3, save_strategy="no")
     name = str(tmp_path / "checkpoint-2")
-    trainer.train({"True": True, "last_whole_checkpoint": last_whole_checkpoint(tmp_path), "name": name}[by])
+    trainer.train({"True": True, "last_complete_checkpoint": last_complete_checkpoint(tmp_path), "name": name}[by])
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
     assert names(tmp_path) == ["checkpoint-2"]
     assert digests(tmp_path / "checkpoint-2") == before
@@ -224,16 +224,16 @@ def test_a_run_resumes_from_the_checkpoint_that_waited(by, model_dir, tmp_path):
 def test_a_mark_is_found_through_links_and_from_within(tmp_path, monkeypatch):
     marked = write(tmp_path / "run", 4, marked=True)
     (tmp_path / "last").symlink_to(marked)
-    assert not is_whole(tmp_path / "last")
+    assert not is_complete(tmp_path / "last")
     monkeypatch.chdir(marked)
-    assert not is_whole(Path("."))
+    assert not is_complete(Path("."))
 
 
-def test_a_torn_state_without_a_mark_is_not_whole(tmp_path):
+def test_a_torn_state_without_a_mark_is_not_complete(tmp_path):
     """As GRPOTrainer leaves it, killed in its last write."""
     write(tmp_path, 2)
     (write(tmp_path, 4) / "trainer_state.json").write_text('{"global_step": 4, "log_hist')
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 class LeavesOddFiles(A3POTrainer):
@@ -325,10 +325,10 @@ def test_deleting_marks_what_is_half_deleted(tmp_path, monkeypatch):
     """A kill while files go one by one: the state may be the last."""
     checkpoint = write(tmp_path, 4)
     seen = []
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: seen.append(is_whole(path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: seen.append(is_complete(path)))
     delete(checkpoint)
     assert seen == [False]
-    assert not is_whole(checkpoint)  # it is still there
+    assert not is_complete(checkpoint)  # it is still there
     monkeypatch.undo()
     delete(checkpoint)
     assert names(tmp_path) == []
@@ -340,7 +340,7 @@ def test_a_link_is_deleted_and_what_it_stands_for_is_not(tmp_path):
     (tmp_path / "run" / "checkpoint-4").symlink_to(elsewhere)
     delete(tmp_path / "run" / "checkpoint-4")
     assert names(tmp_path / "run") == []
-    assert is_whole(elsewhere)
+    assert is_complete(elsewhere)
 
 
 def fails(error):
@@ -370,7 +370,7 @@ def test_a_full_disk_is_told_plainly(error, model_dir, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device: .*checkpoint-2' is incomplete\.") as caught:
         trainer.train()
     assert f"The last complete one is '{tmp_path / 'checkpoint-1'}'. Free some space" in str(caught.value)
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     assert trainer.args.save_total_limit == 1
 
 

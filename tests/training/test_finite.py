@@ -13,7 +13,7 @@ from support.training import make
 from transformers import TrainerCallback
 
 from trl_a3po import A3POTrainer
-from trl_a3po.training.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 WORKER = Path(__file__).with_name("finite_worker.py")
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_written(value, model_dir, tmp_
     trainer = unseen_trainer(model_dir, tmp_path, Spoils(4, value), save_total_limit=1)
     with pytest.raises(FloatingPointError, match=r"checkpoint-4' was not written: parameters .*`lm_head.weight`"):
         trainer.train()
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert_finite_files(tmp_path)
 
@@ -101,7 +101,7 @@ def test_a_frozen_parameter_or_a_mask_may_be_infinite(model_dir, tmp_path):
     trainer.model.register_parameter("bias", torch.nn.Parameter(torch.tensor([-math.inf]), requires_grad=False))
     trainer.model.register_buffer("mask", torch.tensor([-math.inf]), persistent=False)
     trainer.train()
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.slow
@@ -115,4 +115,4 @@ def test_all_processes_end_alike(kind, model_dir, tmp_path):
     errors = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
     assert errors[0] == errors[1], done.stdout + done.stderr
     assert "checkpoint-2' was not written: parameters are NaN or infinite, `model." in errors[0]
-    assert last_whole_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
+    assert last_complete_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
-from trl_a3po.training.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 WORKER = Path(__file__).with_name("kill_worker.py")
@@ -83,7 +83,7 @@ def test_twenty_kills_take_place(report):
 
 
 @pytest.mark.slow
-def test_every_process_resumes_from_the_last_whole_checkpoint(report, output, journals):
+def test_every_process_resumes_from_the_last_complete_checkpoint(report, output, journals):
     """Whole is what has the bytes that the uninterrupted run wrote at this step."""
     attempts = report["attempts"]
     starts = [entry["start"] for entry in journals["interrupted"] if "start" in entry]
@@ -98,7 +98,7 @@ def test_every_process_resumes_from_the_last_whole_checkpoint(report, output, jo
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(output):
     """To the last bit: parameters, optimizer, schedule and random numbers."""
-    ends = [last_whole_checkpoint(output / name) for name in ("uninterrupted", "interrupted")]
+    ends = [last_complete_checkpoint(output / name) for name in ("uninterrupted", "interrupted")]
     assert [Path(end).name for end in ends] == ["checkpoint-45"] * 2
     assert digests(ends[0]) == digests(ends[1])
     assert sorted(path.name for path in (output / "interrupted").glob("checkpoint-*")) == [
@@ -189,9 +189,9 @@ def half_overwritten(model_dir, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_checkpoint_that_is_not_whole_is_passed_over(half_overwritten, model_dir, caplog):
+def test_a_checkpoint_that_is_not_complete_is_passed_over(half_overwritten, model_dir, caplog):
     assert get_last_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
-    assert last_whole_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-2")
+    assert last_complete_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-2")
     trainer = saving_trainer(model_dir, half_overwritten)
     trainer.train(resume_from_checkpoint=True)
     (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.training.checkpoints")
@@ -199,17 +199,17 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(half_overwritten, model_d
         f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Skipped incomplete checkpoints: checkpoint-4."
     )
     assert trainer.state.global_step == 4
-    assert last_whole_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
+    assert last_complete_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused(half_overwritten, model_dir):
+def test_a_checkpoint_that_is_not_complete_is_refused(half_overwritten, model_dir):
     with pytest.raises(ValueError, match=r"checkpoint-4' is incomplete.*`resume_from_checkpoint=True`"):
         saving_trainer(model_dir, half_overwritten).train(str(half_overwritten / "checkpoint-4"))
 
 
-def test_no_whole_checkpoint_is_an_error(model_dir, tmp_path):
+def test_no_complete_checkpoint_is_an_error(model_dir, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
-    assert last_whole_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path) is None
     with pytest.raises(ValueError, match=r"no complete checkpoint .*Incomplete ones: checkpoint-2\."):
         saving_trainer(model_dir, tmp_path).train(resume_from_checkpoint=True)
 

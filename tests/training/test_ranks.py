@@ -11,7 +11,7 @@ import torch
 from support import processes
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_a3po.training.checkpoints import last_whole_checkpoint
+from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 pytest.importorskip("math_verify")
@@ -72,7 +72,7 @@ def test_an_error_in_one_process_ends_all(failure, error, launch):
         assert "Connection closed by peer" in noted or "Connection reset by peer" in noted
 
 
-def test_a_checkpoint_that_misses_the_part_of_a_process_is_not_whole(launch):
+def test_a_checkpoint_that_misses_the_part_of_a_process_is_not_complete(launch):
     died = launch("saving")
     assert died.exit_code == 1
     checkpoint = died.output / "saving" / "checkpoint-2"
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_misses_the_part_of_a_process_is_not_whole(launch):
     assert get_last_checkpoint(checkpoint.parent) == str(checkpoint)
     assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 2
     assert not (checkpoint / "rng_state_1.pth").exists()
-    assert last_whole_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-1"))
+    assert last_complete_checkpoint(checkpoint.parent) == str(checkpoint.with_name("checkpoint-1"))
 
 
 def test_rewards_that_sleep_print_start_threads_and_time_out_do_no_harm(launch):

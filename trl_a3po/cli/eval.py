@@ -65,11 +65,11 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
         `ValueError`: the run has no complete checkpoint.
     """
     found = {int(path.name.split("-")[1]): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
-    whole = [found[step] for step in sorted(found) if not Path(f"{found[step]}.incomplete").exists()]
-    if not whole:
+    complete = [found[step] for step in sorted(found) if not Path(f"{found[step]}.incomplete").exists()]
+    if not complete:
         raise ValueError(f"'{run}' contains no complete checkpoint.")
     status, results = 0, []
-    for checkpoint in whole:
+    for checkpoint in complete:
         directory = output / checkpoint.name
         own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
         print(f"\n{checkpoint}", flush=True)

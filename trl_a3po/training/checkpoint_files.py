@@ -1,7 +1,7 @@
 """
 Checkpoints as files: which exist, which are complete, which to delete.
 
-A checkpoint is whole (complete) unless its mark, `checkpoint-12.incomplete`, is beside it. While the checkpoint
+A checkpoint is complete unless its mark, `checkpoint-12.incomplete`, is beside it. While the checkpoint
 of a step is written for a second time, the first one is kept as `checkpoint-12.previous`. transformers does not treat
 either name as a checkpoint, and does not push it to the Hub.
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def mark_of(checkpoint: Path) -> Path:
-    """The file that exists while the checkpoint is not whole."""
+    """The file that exists while the checkpoint is not complete."""
     return checkpoint.with_name(f"{checkpoint.name}.incomplete")
 
 
@@ -37,7 +37,7 @@ def is_marked(checkpoint: Path) -> bool:
     return any(mark_of(Path(path)).exists() for path in (os.path.abspath(checkpoint), os.path.realpath(checkpoint)))
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether a trainer can resume from it. GRPOTrainer makes no mark, but it writes the state last."""
     return not is_marked(checkpoint) and read_state(checkpoint / STATE_FILE) is not None
 
@@ -60,7 +60,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """All checkpoints, whole or not, the highest step first; then the `.previous` ones, which will be replaced."""
+    """All checkpoints, complete or not, the highest step first; then the `.previous` ones, which will be replaced."""
     paths = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(paths, key=lambda path: (not _waits(path), _step(path)), reverse=True)
 
@@ -72,12 +72,12 @@ def previous_of(checkpoint: Path) -> Path:
 
 def put_back(directory: Path) -> None:
     """
-    Gives a `.previous` checkpoint its name back if a kill has left no other whole checkpoint.
+    Gives a `.previous` checkpoint its name back if a kill has left no other complete checkpoint.
 
     Raises:
         `OSError`: a file cannot be renamed or deleted.
     """
-    last = next(filter(is_whole, checkpoints_in(directory)), None)
+    last = next(filter(is_complete, checkpoints_in(directory)), None)
     if last is not None and _waits(last):
         checkpoint = last.with_suffix("")
         delete(checkpoint)
@@ -86,14 +86,14 @@ def put_back(directory: Path) -> None:
 
 def outdated(newest: Path, limit: int, best: Path | None = None) -> list[Path]:
     """
-    The checkpoints to delete once a new one is whole.
+    The checkpoints to delete once a new one is complete.
 
-    As in transformers, the newest, the best and the most recent others stay. All checkpoints that are not whole are
+    As in transformers, the newest, the best and the most recent others stay. All checkpoints that are not complete are
     deleted. A checkpoint of a higher step than the newest is from an earlier run. It counts as older than any of a
     lower step.
 
     Args:
-        newest (`Path`): The last checkpoint of this run. It is whole.
+        newest (`Path`): The last checkpoint of this run. It is complete.
         limit (`int`): How many checkpoints stay, at least 1. The best one stays in any case.
         best (`Path`, *optional*): The best checkpoint.
 

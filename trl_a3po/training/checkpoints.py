@@ -4,7 +4,7 @@
 transformers writes a checkpoint under its final name, and resumes from the highest number, even if files are missing.
 After a kill it fails at a missing file, or it mixes files of two runs, or it uses the files of only some processes. So
 the file `checkpoint-12.incomplete` is beside a checkpoint while it is written. Older checkpoints are deleted only when
-the new one is whole and on the disk.
+the new one is complete and on the disk.
 """
 
 import errno
@@ -31,8 +31,8 @@ from .checkpoint_files import (
     checkpoints_in,
     delete,
     flush,
+    is_complete,
     is_marked,
-    is_whole,
     mark_of,
     outdated,
     previous_of,
@@ -48,8 +48,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
     """
     The part of [`A3POTrainer`] that writes checkpoints and resumes from them.
 
-    Only finite parameters are saved. After the first whole checkpoint there is always at least one, for any
-    `save_total_limit`. A run resumes only from a whole checkpoint, with the prompts that would have come next.
+    Only finite parameters are saved. After the first complete checkpoint there is always at least one, for any
+    `save_total_limit`. A run resumes only from a complete checkpoint, with the prompts that would have come next.
     """
 
     _resumed_from: str | None = None
@@ -122,7 +122,7 @@ class KeepsTheBest(TrainerCallback):
             delete_outdated(Path(best), 1, best)
 
 
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
     Like transformers' `get_last_checkpoint`, but skips incomplete checkpoints.
 
@@ -134,7 +134,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: The path of the checkpoint, if there is one.
     """
-    return next((str(path) for path in checkpoints_in(Path(output_dir)) if is_whole(path)), None)
+    return next((str(path) for path in checkpoints_in(Path(output_dir)) if is_complete(path)), None)
 
 
 def checkpoint_to_resume_from(
@@ -146,12 +146,12 @@ def checkpoint_to_resume_from(
     The first process decides for all: on a shared network file system, other processes may see outdated files.
 
     Raises:
-        `ValueError`: the checkpoint is incomplete, or `True` was given and there is no whole checkpoint.
+        `ValueError`: the checkpoint is incomplete, or `True` was given and there is no complete checkpoint.
     """
     if resume_from_checkpoint is True:
-        last = last_whole_checkpoint(output_dir)
+        last = last_complete_checkpoint(output_dir)
         passed_over = [
-            path.name for path in takewhile(lambda path: not is_whole(path), checkpoints_in(Path(output_dir)))
+            path.name for path in takewhile(lambda path: not is_complete(path), checkpoints_in(Path(output_dir)))
         ]
         (last,) = broadcast_object_list([last])
         if last is None:
@@ -175,10 +175,10 @@ def checkpoint_to_resume_from(
 @contextmanager
 def marked_incomplete(checkpoint: Path, accelerator: Accelerator, *, marks: bool) -> Iterator[None]:
     """
-    Marks a checkpoint until all processes have written their part, and the whole checkpoint is on the disk.
+    Marks a checkpoint until all processes have written their part, and the complete checkpoint is on the disk.
 
-    After an error or a kill, the mark stays until the checkpoint is written again. A whole checkpoint of the same step
-    stays until the new one is whole.
+    After an error or a kill, the mark stays until the checkpoint is written again. An older complete checkpoint of the
+    same step stays until then.
 
     Args:
         checkpoint (`Path`): The directory that is written in the block. It may not exist yet.
@@ -221,8 +221,8 @@ def delete_outdated(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def _make_way(checkpoint: Path) -> None:
-    """Moves or removes an old checkpoint: its files must not mix with new ones, and a whole one must not be lost."""
-    if is_whole(checkpoint):
+    """Moves or removes an old checkpoint. Its files must not mix with new ones. A complete one must not be lost."""
+    if is_complete(checkpoint):
         delete(previous_of(checkpoint))
         try:
             checkpoint.rename(previous_of(checkpoint))
@@ -242,7 +242,7 @@ def _telling_of_a_full_disk(checkpoint: Path) -> Iterator[None]:
         is_full = number in _FULL or "No space left" in str(error) or _free_bytes(checkpoint.parent) < 2**20
         if not is_full:
             raise
-        last = last_whole_checkpoint(checkpoint.parent)
+        last = last_complete_checkpoint(checkpoint.parent)
         to_resume = f"The last complete one is '{last}'." if last else "There is no complete one yet."
         raise OSError(
             number if number in _FULL else errno.ENOSPC,
