@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import processes
+from support.training import is_time
 
 
 pytestmark = pytest.mark.slow
@@ -40,10 +41,6 @@ def assert_same_end(output, expected_output):
 
 def log_without_times(output):
     history = json.loads((output / "end" / "trainer_state.json").read_text())["log_history"]
-
-    def is_time(key):
-        return key.startswith("step_time") or key.endswith(("_runtime", "_per_second"))
-
     return [
         {key: value for key, value in entry.items() if not is_time(key)}
         for entry in history

@@ -76,6 +76,11 @@ def assert_same_update(a, b):
     assert_same_parameters(a, b)
 
 
+def is_time(metric):
+    """Whether a metric is a time, or depends on one. No two runs have the same."""
+    return metric.startswith("step_time") or metric.endswith(("_time", "_runtime", "_per_second"))
+
+
 def largest_difference(ours, theirs):
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - value).abs().max()) for name, value in theirs.items())
