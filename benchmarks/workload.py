@@ -76,7 +76,7 @@ def parser(description):
 def start(args):
     """Says what is measured on what."""
     if args.problems and not args.model:
-        raise SystemExit("--problems are tokenised with the chat template of a model: add --model DIR.")
+        raise SystemExit("--problems are tokenized with the chat template of a model: add --model DIR.")
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
     logging.disable_progress_bar()

@@ -131,3 +131,32 @@ def test_takes_the_fields_that_a_loss_reads(tmp_path):
     difficulty = torch.tensor([0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
     assert_gradients_follow(trainer, reference, fields={"difficulty": difficulty})
     assert seen[-1] == pytest.approx([0.6, -0.7, 0.0, 0.0, -0.5, 0.0])
+
+
+def test_says_that_the_class_does_not_override_the_hook(tmp_path):
+    class Misspelled(A3POTrainer):
+        def shape_advantage(self, advantages, **batch):
+            return advantages * 2
+
+    with pytest.raises(AssertionError, match="Misspelled does not override `shape_advantages`"):
+        assert_gradients_follow(make(tmp_path, Misspelled), lambda advantages, **batch: advantages * 2)
+
+
+def test_says_that_the_hook_has_no_such_argument(tmp_path):
+    class Misspelled(A3POTrainer):
+        def shape_advantages(self, advantages, **batch):
+            return advantages[:, None] * batch["entropy"]
+
+    with pytest.raises(ValueError, match=r"reads 'entropy', which is not an argument of the hook.* entropies"):
+        assert_gradients_follow(make(tmp_path, Misspelled), as_meant)
+
+
+@pytest.mark.parametrize("returned", [None, torch.ones(3)], ids=["nothing", "shape"])
+def test_refuses_what_is_not_a_reference(returned, tmp_path):
+    with pytest.raises(ValueError, match=r"`reference` must return .* \(6, 8\) or \(B,\) = \(6,\), got"):
+        assert_gradients_follow(make(tmp_path, Twice), lambda advantages, **batch: returned)
+
+
+def test_refuses_what_is_not_a_trainer():
+    with pytest.raises(TypeError, match="`trainer` must be an `A3POTrainer`"):
+        assert_gradients_follow(Twice, as_meant)

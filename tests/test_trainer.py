@@ -95,6 +95,47 @@ def test_mistakes_that_would_train_something_else_are_refused(shape, message, tm
         train(tmp_path, Mistaken)
 
 
+def test_a_hook_that_cannot_take_its_arguments_is_refused_at_once(tmp_path):
+    class Misspelled(A3POTrainer):
+        def shape_advantages(self, advantages, *, entropy, **batch):
+            return advantages[:, None] * entropy
+
+    class NoRest(A3POTrainer):
+        def shape_advantages(self, advantages, *, mask):
+            return advantages[:, None] * mask
+
+    for trainer_class, reason in ((Misspelled, "'entropy'"), (NoRest, "unexpected keyword argument")):
+        with pytest.raises(
+            TypeError, match=rf"shape_advantages` cannot be called .*{reason}.* entropies, mask.*batch"
+        ):
+            make(tmp_path, trainer_class)
+
+
+@pytest.mark.parametrize(
+    ("calls_super", "settings", "said"),
+    [
+        (False, {}, None),
+        (False, {"positive_low_scale": 1.0}, None),
+        (
+            False,
+            {"positive_low_scale": 5.0, "token_metric": "entropy"},
+            "positive_low_scale=5.0, token_metric='entropy'",
+        ),
+        (False, {"shaping": "aepo"}, "shaping='aepo'"),
+        (True, {"positive_low_scale": 5.0}, None),
+    ],
+)
+def test_settings_that_a_hook_leaves_unused_are_said_once(calls_super, settings, said, tmp_path, caplog):
+    class Own(A3POTrainer):
+        def shape_advantages(self, advantages, **batch):
+            return super().shape_advantages(advantages, **batch) if calls_super else advantages
+
+    train(tmp_path, Own, max_steps=2, **settings)
+    warned = [record.getMessage() for record in caplog.records if "did not call `super()`" in record.getMessage()]
+    assert len(warned) == (said is not None)
+    assert all(f"no effect: {said}." in message for message in warned)
+
+
 def test_what_a_subclass_returns_where_masked_makes_no_difference(tmp_path):
     class Infinite(A3POTrainer):
         def shape_advantages(self, advantages, *, mask, **batch):

@@ -29,9 +29,9 @@ class A3POConfig(GRPOConfig):
     [`A3POConfig`] inherits every parameter of [`~trl.GRPOConfig`], with its default. It adds the parameters of the
     advantage shaping of "Rethinking Sample Polarity in Reinforcement Learning with Verifiable Rewards" (arXiv
     2512.21625). With all scales and both weights 1, training is GRPO: to rounding, and to the last bit if
-    `trim_padding` and `skip_zero_advantage` are off.
+    `trim_padding`, `skip_zero_advantage` and `skip_old_logps` are off.
 
-    The paper's A3PO decides which of the four token ends are on by default. Ratio 0.2 and scale 2 are from the example
+    The paper's A3PO decides which of the four token ends are on by default. Ratio 0.2 and scale 2 are from the
     scripts in the authors' released code. The shape and length of the decay are our choice, see
     [`~trl_a3po.schedules.decay_scale`]. The paper speaks of an initial scale rho and a rate alpha per step. The linear
     decay has alpha = (rho - 1) / `scale_decay_steps`, so set `scale_decay_steps` to (rho - 1) / alpha to get a rate.
@@ -49,7 +49,7 @@ class A3POConfig(GRPOConfig):
             `"forking_tokens"`, `"clip_cov"`, `"steer_exponential"`, `"steer_linear"`, `"gtpo_simplified"`, `"aepo"`,
             `"stare"`. The options of A3PO's shaping have no effect with another method, and must keep their defaults.
         shaping_args (`dict` or `str`, *optional*, defaults to `None`):
-            Settings of another method than A3PO, for example `{"top_ratio": 0.2}`: the parameters of its function that
+            Settings of a method other than A3PO, for example `{"top_ratio": 0.2}`: the parameters of its function that
             are numbers with defaults. A dictionary, or one in JSON.
 
         > Parameters that control the token-level advantage shaping
@@ -110,12 +110,13 @@ class A3POConfig(GRPOConfig):
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
-            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or another method than
+            term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a method other than
             A3PO. While completions are skipped, the metric `entropy` is the mean over the others.
         skip_old_logps (`bool`, *optional*, defaults to `True`):
             Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
             forward pass. GRPOTrainer runs it after each generation with vLLM, and when rollouts are reused. If it
-            cannot be skipped, it runs only for completions with an advantage. The update is the same to rounding.
+            cannot be skipped, it runs only for completions whose advantage is not zero. The update is the same to
+            rounding.
             While it is skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for
             models with images, and with TRL before 1.15.
 
@@ -141,7 +142,7 @@ class A3POConfig(GRPOConfig):
     shaping_args: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Settings of another method than A3PO, for example `{'top_ratio': 0.2}`: the parameters of its "
+            "help": "Settings of a method other than A3PO, for example `{'top_ratio': 0.2}`: the parameters of its "
             "function that are numbers with defaults. A dictionary, or one in JSON."
         },
     )
@@ -252,8 +253,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether the loss skips completions whose advantage is zero, such as those of groups that are all "
             "right or all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: "
-            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or another "
-            "method than A3PO. While completions are skipped, the metric `entropy` is the mean over the "
+            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
+            "method other than A3PO. While completions are skipped, the metric `entropy` is the mean over the "
             "others."
         },
     )
@@ -262,7 +263,7 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether the forward pass for the old log-probabilities is skipped if the loss can take them "
             "from its own forward pass. GRPOTrainer runs it after each generation with vLLM, and when "
-            "rollouts are reused. If it cannot be skipped, it runs only for completions with an advantage. "
+            "rollouts are reused. If it cannot be skipped, it runs only for completions whose advantage is not zero. "
             "The update is the same to rounding. While it is skipped, the metrics `sampling/*` cover the "
             "completions that the loss computes. Ignored for models with images, and with TRL before 1.15."
         },
@@ -330,18 +331,15 @@ class A3POConfig(GRPOConfig):
 
     def _check_other_method(self) -> None:
         shaping = f"`shaping={self.shaping!r}`"
-        defaults = {each.name: each.default for each in fields(self)}
-        for name in (*_SHAPING_SETTINGS, "token_metric", "scale_decay", "scale_decay_steps"):
-            value, off = getattr(self, name), {"ratio": 0, "scale": 1}.get(name.rpartition("_")[2])
-            if value not in (off, defaults[name]):
-                raise ValueError(
-                    f"`{name}={value!r}` has no effect because {shaping} replaces A3PO. Leave `{name}` at its default "
-                    f"of {defaults[name]!r}, or set `shaping='a3po'`."
-                )
+        for name, (value, default) in self.changed_settings.items():
+            raise ValueError(
+                f"`{name}={value!r}` has no effect because {shaping} replaces A3PO. Leave `{name}` at its default "
+                f"of {default!r}, or set `shaping='a3po'`."
+            )
         generate_every = cast(int, self.steps_per_generation) * self.num_iterations
         if self.shaping in ("aspo", "fipo") and self.gradient_accumulation_steps % generate_every == 0:
             raise ValueError(
-                f"{shaping} has no effect because each rollout serves one optimizer step, so that every importance "
+                f"{shaping} has no effect because each rollout serves one optimizer step, so every importance "
                 f"ratio is 1. Set `num_iterations=2` or more, or `steps_per_generation` (here "
                 f"{self.steps_per_generation}) above `gradient_accumulation_steps` (here "
                 f"{self.gradient_accumulation_steps})."
@@ -404,6 +402,20 @@ class A3POConfig(GRPOConfig):
     def shaping_settings(self) -> dict[str, float]:
         """The ratios, initial scales and weights, as arguments of [`~trl_a3po.shape_advantages`]."""
         return {name: getattr(self, name) for name in _SHAPING_SETTINGS}
+
+    @property
+    def changed_settings(self) -> dict[str, tuple[Any, Any]]:
+        """Values and defaults of A3PO's settings that differ from their defaults and do not turn a token end off."""
+        settings = (*_SHAPING_SETTINGS, "token_metric", "scale_decay", "scale_decay_steps")
+        values = {
+            each.name: (getattr(self, each.name), each.default) for each in fields(self) if each.name in settings
+        }
+        off = {"ratio": 0, "scale": 1}
+        return {
+            name: (value, default)
+            for name, (value, default) in values.items()
+            if value not in (default, off.get(name.rpartition("_")[2]))
+        }
 
     @property
     def peer_settings(self) -> dict[str, float | None]:

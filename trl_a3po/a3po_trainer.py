@@ -1,7 +1,9 @@
 """[`A3POTrainer`]: what A3PO is, where it enters TRL's loss, and what it logs."""
 
 import functools
+import inspect
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ from .update.efficient_update import EfficientUpdateGRPOTrainer
 from .update.micro_batches import loss_mask
 
 
+logger = logging.getLogger(__name__)
+
+
 class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOTrainer, GRPOTrainer):
     """
     Trainer for A3PO, Adaptive and Asymmetric token-level Advantage shaping for Policy Optimization.
@@ -42,7 +47,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     - The update computes the same gradients from fewer positions: rows are packed, regrouped and skipped. The metric
       `entropy` is then the mean over the completions that are computed.
     - Rewards that are infinite, and parameters that are not finite, raise an error.
-    - Checkpoints are resumed only if they are complete.
+    - A checkpoint that was not written to its end is refused. `resume_from_checkpoint=True` skips such checkpoints.
 
     The arguments are those of [`~trl.GRPOTrainer`], with an [`A3POConfig`] as `args`. To shape advantages in a way of
     your own, override [`~A3POTrainer.shape_advantages`].
@@ -69,12 +74,17 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     ```
 
     Raises:
-        `TypeError`: `args` is not an [`A3POConfig`].
+        `TypeError`: `args` is not an [`A3POConfig`], or a subclass's `shape_advantages` cannot take the arguments of
+            the hook.
         `ValueError`: an option of TRL does not work with advantages of single tokens; in training, a reward is
             infinite, or a completion has no tokens.
         `FloatingPointError`: in training, gradients or parameters are not finite.
         `RuntimeError`: the installed TRL no longer computes the loss from the advantages of single tokens.
     """
+
+    # Whether training called `A3POTrainer.shape_advantages`, and whether it was said that it did not.
+    _settings_were_used: bool = False
+    _warned_of_settings: bool = False
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012
     _name, _paper = METHODS[A3PO]
@@ -89,6 +99,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 "GRPOConfig: change the name and keep the rest of your script."
             )
         self._check_compatible(args)
+        self._check_arguments_of_hook()
         if args.shaping != A3PO and self._paper is A3POTrainer._paper:  # a subclass may cite its own
             self._tag_names = ["trl", args.shaping]
             self._name, self._paper = METHODS[args.shaping]
@@ -138,6 +149,17 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 "term. Set `use_bias_correction_kl=False`, `beta=0.0` or `importance_sampling_level='token'`."
             )
 
+    def _check_arguments_of_hook(self) -> None:
+        try:
+            inspect.signature(self.shape_advantages).bind(None, **dict.fromkeys(peers.HOOK_ARGUMENTS))
+        except TypeError as error:
+            arguments = list(inspect.signature(A3POTrainer.shape_advantages).parameters)
+            raise TypeError(
+                f"`{type(self).__name__}.shape_advantages` cannot be called with the arguments of the hook: {error}. "
+                f"They are {', '.join(arguments[:2])}, and by name {', '.join(arguments[2:])}. Name those that you "
+                "use, and take the rest as `**batch`."
+            ) from error
+
     def shape_advantages(
         self,
         advantages: Tensor,
@@ -184,6 +206,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             `torch.Tensor` of shape `(B, T)`, or of shape `(B,)` if all tokens of a completion share one advantage.
             A3PO's own result is always `(B, T)` when a subclass calls it, and 0 where `mask` is 0.
         """
+        self._settings_were_used |= self.is_in_train
         if self.args.shaping != A3PO:
             return peer(self.args.shaping)(
                 advantages,
@@ -303,10 +326,26 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         if changed:
             raise ValueError(
                 f"`shape_advantages` changed {', '.join(changed)} in place. These tensors are reused in later "
-                "iterations: return a new tensor, for example `advantages * 2`."
+                "iterations. Return a new tensor instead."
             )
         # TRL multiplies by the mask, and 0 times NaN is NaN.
         return shaped if shaped.dim() == 1 else shaped.where(mask.bool(), 0.0)
+
+    def _warn_of_settings_without_effect(self) -> None:
+        """After the first step: a hook that does not call `super()` leaves the settings unused."""
+        if self._warned_of_settings or self._settings_were_used or not self._overrides_shaping:
+            return
+        self._warned_of_settings = True
+        changed = [f"{name}={value!r}" for name, (value, _) in self.args.changed_settings.items()]
+        if self.args.shaping != A3PO:
+            changed.append(f"shaping={self.args.shaping!r}")
+        if changed and self.is_world_process_zero():
+            logger.warning(
+                "`shape_advantages` of %s did not call `super()`, so these settings have no effect: %s. Call "
+                "`super().shape_advantages`, or leave them at their defaults.",
+                type(self).__name__,
+                ", ".join(changed),
+            )
 
     # What it logs
 
@@ -334,6 +373,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         # All processes come here at the end of each step, after all callbacks. They do not all come to `log`: users
         # call that on one process only, where a collective operation would hang.
+        self._warn_of_settings_without_effect()
         if self.control.should_log or self.control.should_training_stop:
             self._reduce_polarity_sums("train")
             self._log_step_times()
@@ -382,5 +422,5 @@ class _CheckDecayEnds(TrainerCallback):
 
 
 def _ratio_has_gradient(args: A3POConfig) -> bool:
-    """Whether the loss's gradient runs through the importance ratio. CISPO's and VESPO's is the log-probability's."""
+    """Whether the loss's gradient runs through the importance ratio. Not with CISPO and VESPO."""
     return args.loss_type not in ("cispo", "vespo")

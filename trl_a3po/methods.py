@@ -233,10 +233,10 @@ def read_settings(settings: Mapping[str, Any] | str | None) -> dict[str, Any]:
     `shaping_args` as a dictionary, from JSON if it is a string.
 
     Raises:
-        `ValueError`: it is no dictionary.
+        `ValueError`: it is not a dictionary.
     """
     if isinstance(settings, str):
-        with suppress(json.JSONDecodeError):  # then it is still a string, and no dictionary
+        with suppress(json.JSONDecodeError):  # it is still a string then
             settings = json.loads(settings)
     if not isinstance(settings, Mapping | None):
         raise ValueError(
@@ -270,7 +270,7 @@ def check_shaping(shaping: Any, settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name not in defaults:
             raise ValueError(
-                f"`shaping_args` has `{name}`, which is no setting of `shaping={shaping!r}`. Its settings (and their "
+                f"`shaping_args` has `{name}`, which is not a setting of `shaping={shaping!r}`. Its settings (and their "
                 f"defaults) are {listed}."
             )
     # A method checks its settings when it is called.

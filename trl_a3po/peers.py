@@ -97,7 +97,7 @@ def w_reinforce(
     if rewards is None:
         raise ValueError(
             "`w_reinforce` needs `rewards`, got None: the trainer overrides the method of TRL that scores "
-            "completions, so that the hook has no rewards. Pass them: `w_reinforce(advantages, rewards=...)`."
+            "completions, so the hook has no rewards. Pass them: `w_reinforce(advantages, rewards=...)`."
         )
     return torch.where(rewards > correct_above, positive_weight, -1.0).masked_fill(rewards.isnan(), 0.0)
 
@@ -444,7 +444,7 @@ def entropy_change(
     """
     STEER's estimate of how much an update on one token only would change the entropy at its position (2510.10150).
 
-    Ω = abs(A / p_old p (1 - p) (ln p + H)). It is no method by itself: [`steer_exponential`] and [`steer_linear`] use
+    Ω = abs(A / p_old p (1 - p) (ln p + H)). It is not a method by itself: [`steer_exponential`] and [`steer_linear`] use
     it.
 
     Source: zz-haooo/STEER at b31df71, read: the formula; no probability is below 1e-8, and an Ω that is not finite

@@ -57,7 +57,7 @@ def shape_advantages(
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`):
-            Group-normalised advantage of each completion.
+            Group-normalized advantage of each completion.
         token_metric (`torch.Tensor` of shape `(B, T)`):
             Metric that ranks the tokens, in any floating dtype: the log-probability of each sampled token under the
             old policy (ordered as the probability), or the entropy at its position.
@@ -225,7 +225,7 @@ def select_lowest(metric: Tensor, counts: Tensor, most: int) -> Tensor:
     """
     Selects the `counts` (B,) lowest values in each row of `metric` (B, T), never a NaN, as a boolean tensor (B, T).
 
-    `most` is an upper bound of the counts that the host knows.
+    `most` is a number on the host, at least as large as every count.
     """
     # The threshold of a row is its `counts`-th lowest metric. Top-k takes one k for all rows, so a row that selects
     # fewer than `most` tokens gets columns of -inf for the difference. Unsorted top-k takes linear time.

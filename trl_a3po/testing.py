@@ -1,5 +1,6 @@
 """A check for the tests of your own shaping: each token gets the gradient that you intend."""
 
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .a3po_trainer import A3POTrainer
+from .peers import HOOK_ARGUMENTS
 from .training.trl_contract import loss_gradient, loss_inputs
 
 
@@ -25,7 +27,7 @@ def assert_gradients_follow(
 
     - The advantages are positive, negative and zero. Those of zero are from groups that are all right or all wrong.
     - One completion has no reward, one is masked as a whole, and in three of them a single token is masked.
-    - The update is aligned with its rollout, or a later one, in which ratios are clipped.
+    - Some updates are aligned with their rollout. In the others, ratios are clipped.
     - The training is at its beginning, after a quarter, after half and at its end.
 
     The expected gradient of a token is GRPO's gradient for the advantage 1 or -1, times |A_t|. This also holds for
@@ -46,12 +48,19 @@ def assert_gradients_follow(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the made-up log-probabilities and entropies.
 
+    Choose the settings of your method so that both sides of each of its conditions occur here: entropies are between
+    0 and 3 nats, log-probabilities between -4 and 0, completions have at most 8 tokens, and rewards are 0 or 1, or NaN
+    where a completion has none.
+
     Raises:
         `AssertionError`: a gradient differs. Names the token, its advantage by `reference`, its gradient and the
             expected one.
-        `TypeError`, `ValueError`: your method returns something else than advantages, or changes an argument in
-            place; or your loss reads a field that is not in `fields`.
+        `TypeError`, `ValueError`: your method or the reference returns something else than advantages; your method
+            changes an argument in place, or reads one that the hook does not have; or your loss reads a field that is
+            not in `fields`.
     """
+    if not isinstance(trainer, A3POTrainer):
+        raise TypeError(f"`trainer` must be an `A3POTrainer`, got {trainer!r}.")
     inputs, logps, entropies = _batch(seed, trainer.accelerator.device)
     inputs.update(fields or {})
     noise = torch.tensor([[-0.6, 0.05, 0.7, -0.1]], device=logps.device).repeat(1, 2)
@@ -83,12 +92,20 @@ def _compare(
             name = error.args[0]
             if name in copies:
                 raise
+            if any(frame.name == "shape_advantages" for frame in traceback.extract_tb(error.__traceback__)):
+                raise ValueError(
+                    f"`{type(trainer).__name__}.shape_advantages` reads {name!r}, which is not an argument of the "
+                    f"hook. Its arguments are advantages, {', '.join(sorted(HOOK_ARGUMENTS))}."
+                ) from error
             raise ValueError(
                 f"The loss of {type(trainer).__name__} reads {name!r}, which made-up completions do not have. Pass it "
                 f"in `fields`, for 6 completions of 8 tokens: fields={{{name!r}: torch.zeros(6)}}."
             ) from error
 
     found, positive, negative = of(None), of(unit), of(lambda advantages, **_: -torch.ones_like(advantages))
+    if not isinstance(shaped, Tensor) or shaped.shape not in (logps.shape, logps.shape[:1]):
+        got = tuple(shaped.shape) if isinstance(shaped, Tensor) else type(shaped).__name__
+        raise ValueError(f"`reference` must return a tensor of shape (B, T) = (6, 8) or (B,) = (6,), got {got}.")
     if shaped.dim() == 1:
         shaped = shaped[:, None].expand_as(logps)
     shaped = shaped.to(logps.dtype).where(inputs["completion_mask"].bool(), 0.0)
@@ -96,11 +113,12 @@ def _compare(
     for row, token in (~torch.isclose(found, expected, rtol=1e-4, atol=1e-7)).nonzero().tolist():
         is_aligned = "old_per_token_logps" not in inputs
         case = "update aligned with its rollout" if is_aligned else "update after others on the same rollout"
+        hint = "" if trainer._overrides_shaping else f" {type(trainer).__name__} does not override `shape_advantages`."
         raise AssertionError(
             f"Token {token} of completion {row} (advantage {inputs['advantages'][row]:g}, reward "
             f"{inputs['rewards'][row]:g}) has the gradient {found[row, token]:g}. Expected "
             f"{expected[row, token]:g}, because its advantage by the reference is {shaped[row, token]:g} ({case}; "
-            f"progress {progress:g})."
+            f"progress {progress:g}).{hint}"
         )
 
 

@@ -352,11 +352,8 @@ def test_errors_of_training_keep_their_traceback(file, tmp_path):
     assert not isinstance(error.value, train.UsageError)
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [["--num_processes", "1", "--cpu"], pytest.param(["--num_processes", "2"], marks=pytest.mark.slow)],
-    ids=["one", "two"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["--num_processes", "1", "--cpu"], ["--num_processes", "2"]], ids=["one", "two"])
 def test_a_mistake_ends_in_one_line_without_a_traceback(launcher, file, tmp_path):
     (tmp_path / "problems.jsonl").write_text('{"question": 1\n')
     config = file(accelerate_config="single_gpu" if "--cpu" in launcher else "fsdp2")

@@ -11,6 +11,7 @@ from support.demo_program import REPOSITORY, SMALL, START_MODEL, run_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
+from trl_a3po.cli.main import main
 from trl_a3po.demo import arithmetic
 from trl_a3po.evaluation.runs import evaluate_model, sample_model
 
@@ -173,8 +174,11 @@ def assert_table_and_saved_model(output: str, directory: Path, steps: int) -> No
     assert AutoTokenizer.from_pretrained(directory)("1+1").input_ids
 
 
-def test_help(tmp_path):
-    output = run_demo(tmp_path, "--help")
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--help"])
+    assert end.value.code == 0
+    output = capsys.readouterr().out
     assert "--dataset_name" in output
     assert "--num_generations" in output
 

@@ -52,6 +52,7 @@ def test_tensorboard_keeps_the_metrics(tmp_path):
     assert of_interest(kept) == pytest.approx(of_interest(logged(history)), rel=1e-6)  # it keeps single precision
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_keeps_the_metrics(tmp_path, monkeypatch):
     # Where it keeps them, trackio reads when it is imported, and TRL imports it: hence a process of its own.

@@ -1,1 +1,1 @@
-"""The command line, `trl-a3po`: one file per command, which parses and prints. Other rooms do the work."""
+"""The command line, `trl-a3po`: one file per command, which parses and prints. Other folders do the work."""

@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "file, which also shows the problems that the models solve differently.",
     )
     parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="`output_dir` of `trl-a3po eval`")
-    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="file to write (comparison.html)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), help="file to write (default: comparison.html)"
+    )
     parsed = parser.parse_args(arguments)
     if len(parsed.directories) < 2:
         parser.error("pass at least two directories")

@@ -144,7 +144,7 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
             )
         script.reward_funcs = ["accuracy_reward"]
     if _checks_answers(script) and importlib.util.find_spec("math_verify") is None:
-        raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl-a3po[math-verify]'")
+        raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl[math-verify]'")
     return resolve_datasets(script, mixture, config.eval_strategy != "no", config.max_steps)
 
 

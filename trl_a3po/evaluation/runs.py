@@ -453,9 +453,9 @@ def _check_identity(
             f"'{directory}' contains samples but no `run.json`: their model is unknown. Choose another `output_dir`."
         )
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"the model's {part}" for part in _differing(before["model"], identity["model"])]
+    changed = [f"different {part} of the model" for part in _differing(before["model"], identity["model"])]
     if before["dataset"] != identity["dataset"]:
-        changed.append("the problems")
+        changed.append("different problems")
     changed += [
         f"{name}={before['settings'].get(name)!r}" for name in _differing(before["settings"], identity["settings"])
     ]
@@ -464,8 +464,8 @@ def _check_identity(
         changed += [f"{name} {before['versions'].get(name)}" for name in _differing(before["versions"], now)]
     if changed:
         raise ValueError(
-            f"'{directory}' contains another evaluation: {', '.join(changed)} differed when it was started. "
-            "Use the same to resume it. To start a new evaluation, choose another `output_dir`, or delete this one."
+            f"'{directory}' contains another evaluation. It was started with {', '.join(changed)}. Pass the same to "
+            "resume it. To start a new evaluation, choose another `output_dir`, or delete this one."
         )
     if [each["problem"] for each in done] != [task.problem for task in tasks[: len(done)]]:
         raise ValueError(

@@ -219,13 +219,13 @@ def vllm_engine(
     try:
         from vllm import LLM, SamplingParams  # type: ignore[import-not-found]  # an extra
     except ImportError as error:
-        raise ValueError("`use_vllm` needs vLLM. Install it: pip install 'trl-a3po[vllm]'") from error
+        raise ValueError("`use_vllm` needs vLLM. Install it: pip install 'trl[vllm]'") from error
 
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "generation_config": "vllm"}
     if gpu_memory_utilization is not None:
         options["gpu_memory_utilization"] = gpu_memory_utilization
     if not torch.cuda.is_available():
-        # Where vLLM splits a prompt over two passes, it rewinds the seed of its request, which a CPU's cannot be.
+        # If vLLM splits a prompt over two passes, it resets the request's generator, which fails on a CPU.
         options["enable_chunked_prefill"] = False
     if is_multimodal:
         options["limit_mm_per_prompt"] = {"image": 0, "video": 0}

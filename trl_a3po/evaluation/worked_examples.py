@@ -27,14 +27,14 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
         name (`str`): A local .jsonl, .json or .parquet file.
         instruction (`str`, *optional*): Appended to each problem, as to the problems of the dataset.
         checks_answers (`bool`, *optional*, defaults to `True`):
-            Whether each solution must get the reward of `accuracy_reward`, as a completion that copies its form would.
+            Whether `accuracy_reward` must score each solution as right. A completion of the same form then is too.
 
     Returns:
         `list[dict]`: two messages a row.
 
     Raises:
         `OSError`: there is no such file.
-        `ValueError`: it cannot be read, has no rows, or has a row that is no worked example; the message names it.
+        `ValueError`: it cannot be read, has no rows, or has a row that is not a worked example; the message names it.
     """
     check_file(name)
     try:
@@ -60,7 +60,7 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
             )
         if checks_answers and not _is_rewarded(text, answers):
             raise ValueError(
-                f"{this} has a solution that `accuracy_reward` does not score as correct, so that completions like it "
+                f"{this} has a solution that `accuracy_reward` does not score as correct, so completions like it "
                 f"get no reward: {text!r}. Write the final answer within \\boxed{{}}."
             )
         user = {"role": "user", "content": prompt}
@@ -100,8 +100,8 @@ def check_no_overlap(prompts: Iterable[list[Message]], examples: Sequence[Messag
         row, example, text = found[0]
         others = f", and {len(found) - 1} more" if len(found) > 1 else ""
         raise ValueError(
-            f"Row {row} (counted from 0) of the problems {use} is row {example} of the worked examples{others}: "
-            f"{text!r}. The prompt would contain its solution. Take it out of `worked_examples`."
+            f"Row {row} (counted from 0) of the problems {use} is row {example} of the worked examples: "
+            f"{text!r}{others}. The prompt would contain its solution. Take it out of `worked_examples`."
         )
 
 

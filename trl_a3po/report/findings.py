@@ -18,7 +18,7 @@ class Finding:
     Args:
         name (`str`): The name of the rule.
         metric (`str`): The metric that shows it.
-        since (`int`): The optimizer step since when it is so.
+        since (`int`): The first optimizer step at which it holds.
         seen (`str`): The figures.
         means (`str`): Why that matters.
         change (`str`): Which options to change.
@@ -38,8 +38,8 @@ def find(log_history: Iterable[Any]) -> list[Finding]:
 
     Args:
         log_history (iterable of `dict`):
-            The logs, as in `trainer.state.log_history` of `A3POTrainer` or `GRPOTrainer`. Entries that are no logs are
-            passed over.
+            The logs, as in `trainer.state.log_history` of `A3POTrainer` or `GRPOTrainer`. Other entries are passed
+            over.
 
     Returns:
         `list[Finding]`: Symptoms of another finding are left out.

@@ -449,7 +449,7 @@ RULES: tuple[Rule, ...] = (
         0.05,
         "share of completions of such problems in the whole run",
         "a few broken rows do no harm; one in twenty is worth a look",
-        "math-verify cannot read the gold answer, so that no completion of the problem has a reward.",
+        "math-verify cannot read the gold answer, so no completion of the problem has a reward.",
         "Correct the column `solution` of `train_dataset`, for example `$42$` with dollar signs, or remove the rows.",
         _unparsable,
         (*_SYMPTOMS, *_OF_NO_SIGNAL, "completions that no reward function scores"),
@@ -496,7 +496,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "completions run into the limit",
         0.5,
-        "share of truncated completions at the end, below half of that at the start, while lengths grew by half",
+        "share of truncated completions at the end, from below 0.25 at the start, while lengths grew by half",
         "most completions have lost their end",
         "The model learned to write until it is cut.",
         "Raise `max_completion_length`, set `mask_truncated_completions=True`, or add a reward for length such as "
@@ -535,7 +535,7 @@ RULES: tuple[Rule, ...] = (
     _without_signal(
         "all wrong",
         "all_wrong",
-        means="Every completion of a group fails, so that none is better than the others. The task is too hard for "
+        means="Every completion of a group fails, so none is better than the others. The task is too hard for "
         "this model, or the answer is not found in the completion.",
         change="Read some completions (`log_completions=True`). Then train on easier problems, show the answer's form "
         "in the prompt, raise `num_generations`, or set `dynamic_sampling`.",
@@ -558,14 +558,14 @@ RULES: tuple[Rule, ...] = (
     _without_signal(
         "rewards at the mean of the group",
         "at_mean",
-        means="Their reward is the mean of their group, so that their advantage is 0.",
+        means="The reward of these completions is the mean of their group, so their advantage is 0.",
         change="Raise `num_generations`, or check `reward_funcs`.",
     ),
     _without_signal(
         "masked",
         "truncated",
         "tools",
-        means="No token of them is trained on: they were truncated, or tools wrote all of it.",
+        means="No token of these completions is trained on: they were truncated, or tools wrote all of them.",
         change="Raise `max_completion_length`, or set `mask_truncated_completions=False`; check the `env_mask` of "
         "`rollout_func`.",
     ),
@@ -618,7 +618,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "mismatch grows",
         3.0,
-        "the mean distance of log-probabilities to vLLM at the end, relative to the start, from 0.05 nats",
+        "the mean distance of log-probabilities to vLLM at the end, if above 0.05 nats, relative to the start",
         "our choice: differences of arithmetic do not grow threefold; smaller ones than 0.05 nats hardly matter",
         "Trainer and vLLM drift apart.",
         "Lower `steps_per_generation` or `num_iterations`, load the same precision in vLLM, and lower "
@@ -633,7 +633,7 @@ RULES: tuple[Rule, ...] = (
         "half of the tokens then count for nothing",
         "vLLM samples from another distribution than the one that is trained.",
         "Load the same precision in vLLM, set `vllm_importance_sampling_correction=True`, and check that weights are "
-        "sent after each step (`vllm_mode`, quantisation).",
+        "sent after each step (`vllm_mode`, quantization).",
         _mismatch_large,
     ),
     Rule(
@@ -651,7 +651,7 @@ RULES: tuple[Rule, ...] = (
         "the mean length at the end, relative to the start, if the reward did not rise (or a length of 1.5 tokens)",
         "our choice; one token is only the end of the sequence",
         "The model learned to stop early.",
-        "Lower `learning_rate`, and check `reward_funcs` for an advantage of short or empty completions.",
+        "Lower `learning_rate`, and check whether `reward_funcs` reward short or empty completions.",
         _lengths_to_nothing,
         ("reward flat",),
     ),

@@ -15,7 +15,7 @@ _RAISED = {"positive": "black on bright_cyan", "negative": "black on bright_yell
 
 def print_tokens(completions: Sequence[LoggedCompletion], console: Console) -> None:
     """
-    Prints completions of one prompt. Tokens with a weight above 1 are coloured and listed in a table.
+    Prints completions of one prompt. Tokens with a weight above 1 are colored and listed in a table.
 
     Neither rich nor the terminal interprets text written by a model.
 

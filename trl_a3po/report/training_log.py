@@ -20,7 +20,7 @@ Points = list[tuple[int, float]]
 FEWEST_LOGS, FEWEST_STEPS = 3, 10
 # A difference of two means is real if it is larger than this many standard errors.
 ERRORS = 3.0
-# The share of completions without a learning signal from which on nothing is learned.
+# From this share of completions without a learning signal on, nothing is learned.
 MOST = 0.9
 # The reasons why a completion has no learning signal, as `signal/completions/{reason}`.
 SAME_REWARD = ("all_right", "all_wrong", "all_equal")
@@ -70,12 +70,12 @@ class Log:
         return mean_value(last_quarter(self.known(name)))
 
     def shares(self) -> dict[str, float]:
-        """The end of the share of completions without a signal, by reason; empty if nothing tells."""
+        """The end of the share of completions without a signal, by reason; empty if the log does not say."""
         shares = {reason: self.end(f"signal/completions/{reason}") for reason in NO_SIGNAL}
         return {reason: share for reason, share in shares.items() if not math.isnan(share)} or self._shares_by_trl()
 
     def _shares_by_trl(self) -> dict[str, float]:
-        """What `frac_reward_zero_std` and the means of the reward functions say about it."""
+        """The shares by reason, from metrics of TRL: `frac_reward_zero_std` and the means of the reward functions."""
         share = self.end("frac_reward_zero_std")
         if math.isnan(share):
             return {}
@@ -96,7 +96,7 @@ class Log:
         """How much the end is above the start, and the standard error of that."""
         points = self.known(name)
         ends = max(1, len(points) // 10), max(1, len(last_quarter(points)))
-        # The scatter of one log, from the differences of neighbours: a trend hardly changes it.
+        # The scatter of one log, from the differences of neighbors: a trend hardly changes it.
         steps = [after - before for (_, before), (_, after) in pairwise(points)]
         scatter = stdev(steps) / math.sqrt(2) if len(steps) > 1 else 0.0
         return self.end(name) - self.start(name), scatter * math.sqrt(sum(1 / count for count in ends))

@@ -35,7 +35,7 @@ def check_dataset_sizes(args: A3POConfig, train_dataset: Any, eval_dataset: Any 
         raise ValueError(
             f"The training dataset has {_rows(rows)}, fewer than the {prompts} prompts of a generation batch "
             f"(`generation_batch_size={batch_size}` completions, `num_generations={generations}`), so "
-            f"that there is nothing to train on. Use at least {prompts} rows, or lower `per_device_train_batch_size`, "
+            f"there is nothing to train on. Use at least {prompts} rows, or lower `per_device_train_batch_size`, "
             "`steps_per_generation` (by default `gradient_accumulation_steps`) or `generation_batch_size`."
         )
     named = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}

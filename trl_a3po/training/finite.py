@@ -46,8 +46,8 @@ def check_parameters(model: nn.Module, accelerator: Accelerator, outcome: str) -
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise FloatingPointError(
-            f"{outcome}: parameters are NaN or infinite, `{names[0]}`{others}. The checkpoints of this run are older "
-            f"and finite. {_ADVICE}"
+            f"{outcome}: parameters are NaN or infinite, `{names[0]}`{others}. Earlier checkpoints of this run "
+            f"are finite. {_ADVICE}"
         )
 
 

@@ -397,7 +397,8 @@ RELIED_ON = (
         "`trl-a3po eval`: problems of text for models with images",
     ),
     ReliedOn("transformers.utils.logging", "disable_progress_bar", ("cli.demo",), "the output of `trl-a3po demo`"),
-    ReliedOn("trl.rewards", "accuracy_reward", ("cli.demo",), "the scores"),
+    ReliedOn("trl.rewards", "accuracy_reward", ("rewards",), "the rewards by math-verify"),
+    ReliedOn("trl.rewards", "reasoning_accuracy_reward", ("rewards",), "the same, after the reasoning"),
 )
 
 

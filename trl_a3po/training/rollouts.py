@@ -70,8 +70,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         if self._traits.left_padding or self._traits.right_padding or self._traits.company:
             # If a group moved beside longer prompts, its log-probabilities would change.
             self._refuse_dynamic_sampling(
-                "with models or adapters whose output depends on left padding (learned absolute positions, prompt "
-                "tuning). Use another model"
+                "with models or adapters whose output depends on padding or on the other rows of a batch (for example "
+                "learned absolute positions, prompt tuning). Use another model"
             )
 
     def get_train_dataloader(self):

@@ -75,7 +75,7 @@ def reward_reasons(
         reward_weights (`torch.Tensor` of shape `(F,)`): The weights of the functions.
         parses (sequence of `bool`): For each function, what [`parses_solutions`] returns.
         num_generations (`int`): G. Rows are in the order of the groups.
-        by_function (`bool`): Whether TRL normalises each function by itself, so that one that differs is enough.
+        by_function (`bool`): Whether TRL normalizes each function by itself, so that one that differs is enough.
 
     Returns:
         `torch.Tensor` of shape `(B,)`: numbers of `REASONS`.

@@ -29,7 +29,7 @@ class TokenLog(TrainerCallback):
     `{output_dir}/tokens.jsonl`, one [`~trl_a3po.training.token_log_format.LoggedCompletion`] per line.
 
     It runs on the main process and covers only the rows of that process, without communication. During a step it keeps
-    references to tensors of the loss. It waits for the device only when it writes, which is at most four completions
+    references to tensors of the loss. It waits for the device only when it writes, and writes at most four completions
     per prompt. A resumed run continues from its checkpoint: later lines are removed.
 
     Args:

@@ -65,7 +65,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     # The scope of the running call of TRL's loss.
     _loss_scope: LossScope | None = None
-    # For the pass for `old_per_token_logps`: whether it comes next and is skipped; which rows it computes.
+    # For the pass for `old_per_token_logps`: whether it comes next and is skipped; which rows it computes (None: all).
     _skips_next_pass: bool = False
     _live_rows: list[bool] | None = None
 
@@ -178,7 +178,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self._check_model()
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # as a backward pass does: TRL sends vLLM the parameters as FSDP2 shards them
+                    module.reshard()  # as after a backward pass: TRL sends vLLM sharded parameters
         rollout = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):

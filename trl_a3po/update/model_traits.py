@@ -5,7 +5,7 @@ TRL passes `input_ids` and `attention_mask` to the model, with prompts padded on
 depend only on its own tokens. Some models break this rule: they look positions up by column (GPT-2), treat padding as
 tokens (RecurrentGemma), cut the columns into chunks (Zamba2), or ignore the mask in a batch of one row (LFM2, Mamba2,
 Falcon-H1 and Qwen3-Next before transformers 5.13). This depends on the release of transformers, on the installed
-kernels and on the mode. So [`padding_traits`] runs the model. The configuration decides if a short run cannot.
+kernels and on the mode. So [`padding_traits`] runs the model. Where a short run cannot show a dependence, the configuration decides.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class PaddingTraits:
     | `company` | no row is skipped, and rows stay in their batch |
 
     Attributes:
-        left_padding (`bool`): How many columns of padding are to its left, in a batch of any size.
-        right_padding (`bool`): How many columns of padding are to its right.
-        alone (`bool`): Whether it is the only row of its batch.
-        company (`bool`): Which other rows are in its batch.
+        left_padding (`bool`): Whether it depends on the padding to its left, in a batch of any size.
+        right_padding (`bool`): Whether it depends on the padding to its right.
+        alone (`bool`): Whether it depends on being the only row of its batch.
+        company (`bool`): Whether it depends on the other rows of its batch.
     """
 
     left_padding: bool = False
