@@ -407,15 +407,9 @@ class A3POConfig(GRPOConfig):
     def changed_settings(self) -> dict[str, tuple[Any, Any]]:
         """Values and defaults of A3PO's settings that differ from their defaults and do not turn a token end off."""
         settings = (*_SHAPING_SETTINGS, "token_metric", "scale_decay", "scale_decay_steps")
-        values = {
-            each.name: (getattr(self, each.name), each.default) for each in fields(self) if each.name in settings
-        }
+        found = {each.name: (getattr(self, each.name), each.default) for each in fields(self) if each.name in settings}
         off = {"ratio": 0, "scale": 1}
-        return {
-            name: (value, default)
-            for name, (value, default) in values.items()
-            if value not in (default, off.get(name.rpartition("_")[2]))
-        }
+        return {name: both for name, both in found.items() if both[0] not in (both[1], off.get(name.split("_")[-1]))}
 
     @property
     def peer_settings(self) -> dict[str, float | None]:

@@ -270,8 +270,8 @@ def check_shaping(shaping: Any, settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name not in defaults:
             raise ValueError(
-                f"`shaping_args` has `{name}`, which is not a setting of `shaping={shaping!r}`. Its settings (and their "
-                f"defaults) are {listed}."
+                f"`shaping_args` has `{name}`, which is not a setting of `shaping={shaping!r}`. Its settings (and "
+                f"their defaults) are {listed}."
             )
     # A method checks its settings when it is called.
     token, number = torch.zeros(1, 1), 0.0

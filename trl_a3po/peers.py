@@ -444,8 +444,8 @@ def entropy_change(
     """
     STEER's estimate of how much an update on one token only would change the entropy at its position (2510.10150).
 
-    Ω = abs(A / p_old p (1 - p) (ln p + H)). It is not a method by itself: [`steer_exponential`] and [`steer_linear`] use
-    it.
+    Ω = abs(A / p_old p (1 - p) (ln p + H)). It is not a method by itself: [`steer_exponential`] and [`steer_linear`]
+    use it.
 
     Source: zz-haooo/STEER at b31df71, read: the formula; no probability is below 1e-8, and an Ω that is not finite
     is 0.

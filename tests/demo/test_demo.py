@@ -183,6 +183,7 @@ def test_help(capsys):
     assert "--num_generations" in output
 
 
+@pytest.mark.slow
 def test_two_steps_of_arithmetic(tmp_path):
     output = run_demo(tmp_path, "--max_steps", "2", "--eval_size", "8", *SMALL)
     assert "step    2/2   reward" in output

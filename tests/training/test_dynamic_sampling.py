@@ -415,7 +415,7 @@ def test_evaluation_takes_what_comes(tmp_path):
 
 @pytest.mark.parametrize("fields", [tiny.PLAIN, {"num_iterations": 2}], ids=["plain", "reused"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(fields, model_dir, tmp_path):
-    fields = {"max_steps": 10, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **fields}
+    fields = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "optim": "adamw_torch", **fields}
     whole = sampled(tmp_path / "whole", arguments={"model": model_dir}, **fields)
     sampled(tmp_path / "parts", arguments={"model": model_dir, "callbacks": [StopAfter(4)]}, **fields)
     resumed = sampler(tmp_path / "parts", arguments={"model": model_dir}, **fields)

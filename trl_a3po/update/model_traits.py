@@ -5,7 +5,8 @@ TRL passes `input_ids` and `attention_mask` to the model, with prompts padded on
 depend only on its own tokens. Some models break this rule: they look positions up by column (GPT-2), treat padding as
 tokens (RecurrentGemma), cut the columns into chunks (Zamba2), or ignore the mask in a batch of one row (LFM2, Mamba2,
 Falcon-H1 and Qwen3-Next before transformers 5.13). This depends on the release of transformers, on the installed
-kernels and on the mode. So [`padding_traits`] runs the model. Where a short run cannot show a dependence, the configuration decides.
+kernels and on the mode. So [`padding_traits`] runs the model. Where a short run cannot show a dependence,
+the configuration decides.
 """
 
 import contextlib
