@@ -59,6 +59,10 @@ CASES = {
         {"learning_rate": lambda t: 1e-6 if t <= 0.5 else 1.1e-9},
     ),
     "learning rate tiny": ({"learning_rate": 1e-8}, {"learning_rate": 1.1e-8}),
+    "warm-up longer than the run": (
+        {"learning_rate": lambda t: 1e-6 * t},
+        {"learning_rate": lambda t: 1e-6 * min(t, 0.9)},
+    ),
     "solutions that cannot be parsed": (signal(unparsable=0.05), signal(unparsable=0.049)),
     "completions that no reward function scores": (signal(unscored=0.5), signal(unscored=0.49)),
     "gradient of 0": (

@@ -83,6 +83,11 @@ FAULTS = {
     ),
     "schedule": ("learning rate at 0", {"learning_rate": 0.0, "reward_funcs": every_other}, True),
     "tiny rate": ("learning rate tiny", {"learning_rate": 1e-12, "reward_funcs": every_other}, True),
+    "warm-up": (
+        "warm-up longer than the run",
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1000, "reward_funcs": every_other},
+        True,
+    ),
     "frozen": ("gradient of 0", {"model": frozen, "reward_funcs": every_other}, True),
     "own shaping": ("no signal: weight 0", {"trainer_class": NoGradient, "reward_funcs": every_other}, False),
     "cut": ("most completions truncated", {"reward_funcs": nothing, "generation_kwargs": NEVER_ENDS}, True),

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import correlation, fmean, median
 from typing import NamedTuple
 
@@ -89,6 +90,16 @@ def _learning_rate_tiny(log: Log, bound: float) -> Seen | None:
     if not is_enough(points) or not 0 < highest <= bound:
         return None
     return Seen("learning_rate", points[0][0], f"the learning rate is {_n(highest)} at most")
+
+
+def _warm_up(log: Log, bound: float) -> Seen | None:
+    points = log.known("learning_rate")
+    if not log.has_ended or not is_enough(points):
+        return None
+    rises = [after > before for (_, before), (_, after) in pairwise(points)]
+    if sum(rises) < bound * max(1, len(rises)):
+        return None
+    return Seen("learning_rate", points[0][0], f"the learning rate rose in every log, to {_n(points[-1][1])}")
 
 
 def _unscored(log: Log, bound: float) -> Seen | None:
@@ -442,6 +453,16 @@ RULES: tuple[Rule, ...] = (
         "The model hardly changes.",
         "Raise `learning_rate`: 1e-6 is usual for all parameters, 1e-5 to 1e-4 for an adapter.",
         _learning_rate_tiny,
+        _SYMPTOMS,
+    ),
+    Rule(
+        "warm-up longer than the run",
+        1.0,
+        "share of the logs in which the learning rate rose, of a run that has ended",
+        "a warm-up ends before the run does",
+        "The learning rate never reached the value that was set.",
+        "Lower `warmup_steps`, or raise `max_steps` or `num_train_epochs`.",
+        _warm_up,
         _SYMPTOMS,
     ),
     Rule(

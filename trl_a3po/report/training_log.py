@@ -40,8 +40,12 @@ class Log:
 
     def __init__(self, history: Iterable[Any]):
         by_name: dict[str, dict[int, float]] = {}
+        self.has_ended = False
         for entry in history:
-            if not isinstance(entry, dict) or not _is_number(entry.get("step")) or "train_runtime" in entry:
+            if not isinstance(entry, dict) or not _is_number(entry.get("step")):
+                continue
+            self.has_ended = "train_runtime" in entry
+            if self.has_ended:
                 continue
             for name, value in entry.items():
                 if value is None or _is_number(value):
