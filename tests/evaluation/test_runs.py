@@ -234,7 +234,7 @@ def test_other_problems_are_refused(change, rows, problems, arguments):
         "solution": [{"problem": "0?", "answer": "3"}, *rows[1:]],
         "order": rows[::-1],
     }[change]
-    with pytest.raises(ValueError, match="started with .*different problems"):
+    with pytest.raises(ValueError, match=r"started with .*different problems"):
         evaluate(arguments(), to_prompt_and_solution(Dataset.from_list(changed)), guesses)
 
 
