@@ -9,6 +9,7 @@ import pytest
 from trl_a3po.cli import main as cli
 from trl_a3po.evaluation import metrics
 from trl_a3po.evaluation.compare import Difference, compare, markdown, names_of, read_result
+from trl_a3po.evaluation.files import hash_of_file
 from trl_a3po.evaluation.page import write_page
 from trl_a3po.evaluation.runs import problem_fingerprint, summary
 
@@ -17,7 +18,7 @@ from trl_a3po.evaluation.runs import problem_fingerprint, summary
 def write(tmp_path):
     """Writes an evaluation: the correct samples of each problem, by its text."""
 
-    def write(name, correct, solution="$2$", settings=None):
+    def write(name, correct, solution="$2$", settings=None, versions=None):
         records = []
         for text, samples in correct.items():
             prompt = [{"role": "user", "content": text}]
@@ -34,8 +35,14 @@ def write(tmp_path):
             )
         directory = tmp_path / name
         directory.mkdir(parents=True)
-        (directory / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        results = {**summary(records), "settings": settings or {"temperature": 0.6}}
+        samples = directory / "samples.jsonl"
+        samples.write_text("".join(json.dumps(record) + "\n" for record in records))
+        results = {
+            **summary(records),
+            "settings": settings or {"temperature": 0.6},
+            "versions": versions or {"torch": "2.13"},
+            "samples_sha256": hash_of_file(samples),
+        }
         (directory / "results.json").write_text(json.dumps(results))
         return directory
 
@@ -104,6 +111,38 @@ def test_what_is_not_the_same_is_said_and_not_compared(write):
         "first has 4 samples of each problem, second has 2. k is at most 2; avg@k is the mean over all samples.",
         "temperature differs: 0.6 and 1.0.",
     ]
+
+
+def test_versions_that_differ_are_said(write):
+    versions = {"torch": "2.13", "transformers": "5.23.0", "device": "CPU"}
+    first = write("first", {"a?": [1.0]}, versions=versions)
+    second = write(
+        "second", {"a?": [1.0]}, versions={**versions, "transformers": "4.56.2", "device": "H100", "vllm": "1"}
+    )
+    notes = compare(read(first), read(second)).notes
+    assert notes == ["Versions differ: transformers 5.23.0 and 4.56.2, device CPU and H100."]
+
+
+@pytest.mark.parametrize("change", ["cut", "doubled", "foreign", "broken"])
+def test_samples_that_the_results_are_not_of_are_refused(change, write):
+    directory = write("first", {"a?": [1.0], "b?": [0.0]})
+    samples = directory / "samples.jsonl"
+    text = samples.read_text()
+    foreign = (write("second", {"a?": [0.0], "b?": [0.0]}) / "samples.jsonl").read_text()
+    changed = {"cut": text[: text.index("\n") + 1], "doubled": text * 2, "foreign": foreign, "broken": text + "{\n"}
+    samples.write_text(changed[change])
+    with pytest.raises(ValueError, match=r"samples.jsonl' is not the file that '.*results.json' was computed from"):
+        read(directory)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"metrics": {}, "settings": 3, "versions": {}}'])
+def test_damaged_results_are_named(text, write):
+    directory = write("first", {"a?": [1.0]})
+    (directory / "results.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"first/results.json' is damaged: it .* Delete it and run `trl-a3po eval` ag"
+    ):
+        read(directory)
 
 
 def test_problems_with_another_solution_are_not_the_same(write):

@@ -1,12 +1,16 @@
 """The metrics against their definitions, and intervals against how often they hold the truth."""
 
 import itertools
+import runpy
+import sys
 
 import numpy as np
 import pytest
+import trl.rewards
 
 from trl_a3po.evaluation import metrics
 from trl_a3po.evaluation.metrics import Solved, estimate, majority_is_correct, pass_at_k, per_problem
+from trl_a3po.evaluation.runs import score
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5, 8])
@@ -21,21 +25,62 @@ def test_too_few_samples_for_a_k_are_an_error():
         pass_at_k(1, 4, 8)
 
 
+INTERVAL = "$(2,\\infty)$"
+
+
 @pytest.mark.parametrize(
-    ("answers", "expected"),
+    ("answers", "solution", "expected"),
     [
-        (["\\boxed{2}", "\\boxed{3}", "\\boxed{2}"], 0),
-        (["\\boxed{3}", "\\boxed{0.5}", "$\\frac{1}{2}$", "\\boxed{3}", "\\boxed{\\frac{2}{4}}"], 1),  # one answer
-        (["none", "\\boxed{2}", "none"], 1),  # no vote
-        (["\\boxed{2}", "\\boxed{3}"], 0),  # as many votes
-        (["none", ""], None),
-        (["\\boxed{" * 2000, "\\boxed{2}"], 1),
-        (["\ud800\x00\\boxed{\ud800}", "\\boxed{2}", "\\boxed{2}"], 1),
+        (["\\boxed{2}", "\\boxed{3}", "\\boxed{2}"], "$2$", 1),
+        (["\\boxed{2}", "\\boxed{3}", "\\boxed{2}"], "$3$", 0),
+        (
+            ["\\boxed{3}", "\\boxed{0.5}", "The answer is $\\frac{1}{2}$.", "\\boxed{3}", "\\boxed{\\frac{2}{4}}"],
+            "$0.5$",
+            1,
+        ),
+        (["none", "\\boxed{2}", "none"], "$2$", 1),  # no vote
+        (["\\boxed{2}", "\\boxed{3}"], "$2$", 1),  # as many votes
+        (["\\boxed{2}", "\\boxed{3}"], "$3$", 0),
+        (["none", ""], "$2$", 0),
+        (["\\boxed{" * 2000, "\\boxed{2}"], "$2$", 1),
+        (["\ud800\x00\\boxed{\ud800}", "\\boxed{2}", "\\boxed{2}"], "$2$", 1),
+        # The reward does not read the first.
+        (["I get $2$.", "It is \\boxed{2}", "\\boxed{2}", "\\boxed{3}"], "$2$", 1),
+        (["I get $2$.", "I get $2$.", "\\boxed{3}"], "$3$", 1),
+        # Equal in one order only, so the reward does not accept the first.
+        (["\\boxed{x>2}", "\\boxed{(2,\\infty)}", "\\boxed{(2,\\infty)}"], INTERVAL, 1),
+        (["\\boxed{(2,\\infty)}", "\\boxed{3}", "\\boxed{3}", "\\boxed{x>2}", "\\boxed{(2,\\infty)}"], INTERVAL, 1),
+        (["\\boxed{x>2}", "\\boxed{x>2}", "\\boxed{(2,\\infty)}"], INTERVAL, 0),
     ],
 )
-def test_the_majority(answers, expected):
-    correct = [float(index == expected) for index in range(len(answers))]
-    assert majority_is_correct(answers, correct) == (0.0 if expected is None else 1.0)
+def test_the_majority(answers, solution, expected):
+    assert majority_is_correct(answers, score(answers, solution)) == expected
+
+
+def test_what_has_a_vote_is_what_the_reward_reads():
+    texts = [
+        "I get $2$.",
+        "\\boxed{2}",
+        "The answer is $2$.",
+        "the final answer is $\\frac{1}{2}$. I hope",
+        "2",
+        "$5 m$",
+    ]
+    texts += ["\\boxed{5 m}", "$1$ and \\boxed{x>2}", "\\boxed{\\frac{1}{", "\\boxed{}", "", "The answer is 3."]
+    seen = {}
+    trl.rewards.accuracy_reward(
+        [[{"role": "assistant", "content": text}] for text in texts], ["$2$"] * len(texts), log_extra=seen.__setitem__
+    )
+    if not seen:
+        pytest.skip("this release of TRL does not tell what it reads")
+    assert [str(metrics._answer(text) or "[unparseable]") for text in texts] == seen["answer_parsed"]
+
+
+def test_math_verify_is_needed_only_for_answers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as where it is not installed
+    without = runpy.run_path(metrics.__file__)
+    with pytest.raises(ValueError, match=r"Install it: pip install 'trl\[math-verify\]'"):
+        without["check_math_verify"]()
 
 
 def test_metrics_of_problems():

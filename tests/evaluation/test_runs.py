@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from support import adapters, tiny
 from support.hub_server import Hub
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 import trl_a3po.demo
 from trl_a3po.cli import main as cli
 from trl_a3po.demo import arithmetic
-from trl_a3po.evaluation import runs
+from trl_a3po.evaluation import files, runs
 from trl_a3po.evaluation.models import Chat
 from trl_a3po.evaluation.problems import to_prompt_and_solution
 from trl_a3po.evaluation.runs import EvaluateArguments, evaluate
@@ -175,6 +178,7 @@ def test_solutions_that_contradict_each_other_are_counted(arguments):
         ({"max_completion_length": 7}, "max_completion_length=4096"),
         ({"max_model_len": 64}, "max_model_len=2048"),
         ({"dtype": "bfloat16"}, "dtype='float32'"),
+        ({"trust_remote_code": True}, "trust_remote_code=False"),
     ],
 )
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "interrupted"])
@@ -230,7 +234,7 @@ def test_other_problems_are_refused(change, rows, problems, arguments):
         "solution": [{"problem": "0?", "answer": "3"}, *rows[1:]],
         "order": rows[::-1],
     }[change]
-    with pytest.raises(ValueError, match="started with different problems"):
+    with pytest.raises(ValueError, match=r"started with .*different problems"):
         evaluate(arguments(), to_prompt_and_solution(Dataset.from_list(changed)), guesses)
 
 
@@ -239,7 +243,7 @@ def test_other_libraries_are_refused_only_where_samples_are_missing(problems, ar
     monkeypatch.setattr(runs, "versions", lambda use_vllm: {"transformers": "99"})
     evaluate(arguments(), problems, no_engine)
     interrupt(tmp_path / "scores")
-    with pytest.raises(ValueError, match=r"started with transformers \d"):
+    with pytest.raises(ValueError, match=r"started with .*transformers \d"):
         evaluate(arguments(), problems, guesses)
 
 
@@ -248,11 +252,66 @@ def test_samples_of_something_else_are_refused(problems, arguments, tmp_path):
     path = tmp_path / "scores" / "samples.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[1:4]))
+    with pytest.raises(ValueError, match=r"samples.jsonl' is not the file that '.*results.json' was computed from"):
+        evaluate(arguments(), problems, guesses)
+    (tmp_path / "scores" / "results.json").unlink()
     with pytest.raises(ValueError, match="does not contain these problems in this order"):
         evaluate(arguments(), problems, guesses)
     (tmp_path / "scores" / "run.json").unlink()
     with pytest.raises(ValueError, match=r"contains samples but no `run.json`"):
         evaluate(arguments(), problems, guesses)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+@pytest.mark.parametrize("name", ["run.json", "samples.jsonl"])
+def test_a_damaged_file_is_named(name, text, problems, arguments, tmp_path):
+    evaluate(arguments(), problems, guesses)
+    interrupt(tmp_path / "scores")
+    (tmp_path / "scores" / name).write_text(f"{text}\n")
+    with pytest.raises(ValueError, match=rf"scores/{name}' is damaged: it .*Delete"):
+        evaluate(arguments(), problems, guesses)
+
+
+def test_a_second_evaluation_in_the_directory_is_refused_until_the_first_ends(problems, arguments, tmp_path):
+    (tmp_path / "scores").mkdir()
+    program = "import pathlib, runpy, sys\nwriter = runpy.run_path(sys.argv[1])['only_writer']\n"
+    program += "with writer(pathlib.Path(sys.argv[2])):\n    print(flush=True)\n    sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, files.__file__, str(tmp_path / "scores")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        process.stdout.readline()
+        with pytest.raises(
+            ValueError, match=rf"Process {process.pid} on \S+ is writing an evaluation into '.*scores'"
+        ):
+            evaluate(arguments(), problems, no_engine)
+        process.kill()
+    evaluate(arguments(), problems, guesses)
+
+
+def test_a_date_in_the_prompts_is_that_of_the_start(problems, arguments, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save(model))
+    tokenizer.chat_template = "{{ strftime_now('%d') ~ strftime_now(\"%m %H\") }}" + tiny.CHAT_TEMPLATE
+    tokenizer.save_pretrained(model)
+    prompts = []
+
+    @contextmanager
+    def kept(*_):
+        yield lambda requests: [prompts.append(tokenizer.decode(each.prompt_ids)) or [4, 1] for each in requests]
+
+    def on(day, name="scores"):
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, day)))
+        monkeypatch.setattr(runs, "today", lambda: f"2026-01-0{day}")
+        return evaluate(arguments(name, model_name_or_path=str(model), max_completion_length=4), problems, kept)
+
+    assert on(1)["settings"]["date"] == "2026-01-01"
+    assert on(2)["settings"]["date"] == "2026-01-01"
+    interrupt(tmp_path / "scores")
+    on(3)
+    assert {prompt.replace(" ", "")[:6] for prompt in prompts} == {"010100"}
+    assert on(3, "other")["settings"]["date"] == "2026-01-03"
 
 
 def test_an_engine_that_does_not_start_holds_no_directory(problems, arguments):
@@ -392,7 +451,7 @@ def test_an_adapter_is_evaluated(kind, tmp_path):
         output = tmp_path / f"scores of {model.name}"
         cli.main(["eval", "--model_name_or_path", str(model), *options, "--output_dir", str(output)])
         completions.append([record["completions"] for record in samples(output)])
-        assert {path.name for path in output.iterdir()} == {"run.json", "samples.jsonl", "results.json"}
+        assert {path.name for path in output.iterdir()} == {".lock", "run.json", "samples.jsonl", "results.json"}
     assert completions[0] != completions[1]
 
 
@@ -430,7 +489,7 @@ def test_arguments_of_the_chat_template_are_recorded_and_compared(tmp_path, caps
     assert "chat_template_kwargs: {'enable_thinking': False} (option)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(line)
-    assert "chat_template_kwargs={'enable_thinking': False} differed" in capsys.readouterr().err
+    assert "chat_template_kwargs={'enable_thinking': False}. Pass the same" in capsys.readouterr().err
     # A model that was trained with them is evaluated with them.
     torch.save(tiny.config(tmp_path, chat_template_kwargs={"enable_thinking": False}), model / "training_args.bin")
     assert cli.main(line) == 0
@@ -475,6 +534,8 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
         tiny.save(run / f"checkpoint-{step}")
     tiny.save(run / "checkpoint-7")
     (run / "checkpoint-7.incomplete").touch()
+    for name in ("checkpoint-²", "checkpoint-٣", "checkpoint-2.previous", "checkpoint-last"):
+        (run / name).mkdir()
     rows = [{"problem": f"{i}+1=", "answer": "2"} for i in range(3)]
     line = ["eval", "--model_name_or_path", str(run), "--dataset_name", write(tmp_path / "problems.jsonl", rows)]
     line += ["--output_dir", str(tmp_path / "curve"), "--checkpoints", "--max_completion_length", "4"]
@@ -497,7 +558,8 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
     [
         ("", "the following arguments are required: --model_name_or_path"),
         ("{all} --num_samples 0", "`num_samples` must be 1 or more, got 0"),
-        ("{all} --temperature -1", "`temperature` must be 0 or more, got -1"),
+        ("{all} --temperature -1", "`temperature` must be 0.01 or more, or 0 for the most likely token, got -1"),
+        ("{all} --temperature 1e-39", "`temperature` must be 0.01 or more, or 0 for the most likely token, got 1e-39"),
         ("{all} --temperature 0", "`temperature=0` gives the same completion every time. Set `num_samples=1`"),
         ("{all} --top_p 0", "`top_p` must be above 0 and not above 1, got 0"),
         ("{all} --max_problems 0", "`max_problems` must be 1 or more, got 0"),
@@ -507,7 +569,7 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
         ("{all} --gpu_memory_utilization 1.5", "`gpu_memory_utilization` must be above 0 and not above 1, got 1.5"),
         ("{all} --dtype int8", "`dtype` must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ("{all} --chat_template_kwargs nothink", "`chat_template_kwargs` must be a JSON object such as"),
-        ("{all} --use_vllm --model_name_or_path {model}", "pip install 'trl-a3po[vllm]'"),
+        ("{all} --use_vllm --model_name_or_path {model}", "pip install 'trl[vllm]'"),
         ("{all} --checkpoints", "'nowhere' contains no complete checkpoint"),
         ("{all} --samples 3", "--samples"),
         ("{all} --dataset_name nowhere.jsonl", "nowhere.jsonl"),

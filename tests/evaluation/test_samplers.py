@@ -14,7 +14,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from trl_a3po.evaluation.samplers import DrawOneToken, Request, Sampling, seed_of, transformers_engine
+from trl_a3po.evaluation.samplers import DrawOneToken, RefuseNonFinite, Request, Sampling, seed_of, transformers_engine
 
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12]]
@@ -155,10 +155,25 @@ def test_positions_that_are_looked_up_go_up_to_the_last_and_are_not_shifted():
     assert together == [engine([request])[0] for request in every]
 
 
-def test_a_model_that_computes_nan_is_refused(model_dir):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "infinity"])
+def test_a_model_that_computes_no_finite_logits_is_refused(value, model_dir):
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
+        model.model.norm.weight[0] = value
     for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match="logits are NaN"):
+        with pytest.raises(ValueError, match="logits are NaN or infinite"):
             transformers_engine(model, sampling(temperature=temperature))(requests(samples=1))
+
+
+def test_logits_that_overflow_by_the_temperature_are_refused(model):
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        transformers_engine(model, sampling(temperature=1e-39))(requests(samples=1))
+
+
+def test_some_tokens_may_have_no_probability_but_not_all():
+    check, ids = RefuseNonFinite(), torch.zeros(1, 3)
+    some = torch.tensor([[0.0, -torch.inf], [-torch.inf, -1e30]])
+    assert check(ids, some) is some
+    for row in ([-torch.inf, -torch.inf], [torch.inf, 0.0], [torch.nan, 0.0]):
+        with pytest.raises(ValueError, match="logits are NaN or infinite"):
+            check(ids, torch.tensor([[0.0, 0.0], row]))

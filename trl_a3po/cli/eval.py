@@ -16,9 +16,11 @@ from typing import Any
 
 from trl import TrlParser
 
+from ..evaluation.metrics import check_math_verify
 from ..evaluation.problems import load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
+from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked
 from .compare import compare_directories
 from .main import parser_of
 
@@ -35,6 +37,7 @@ def main(line: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         (arguments,) = parser.parse_args_and_config(line)
+        check_math_verify()
         if arguments.checkpoints:
             return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         examples = []
@@ -64,8 +67,8 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     Raises:
         `ValueError`: the run has no complete checkpoint.
     """
-    found = {int(path.name.split("-")[1]): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
-    complete = [found[step] for step in sorted(found) if not Path(f"{found[step]}.incomplete").exists()]
+    found = [path for path in reversed(checkpoints_in(run)) if path.suffix != PREVIOUS]
+    complete = [path for path in found if not is_marked(path)]
     if not complete:
         raise ValueError(f"'{run}' contains no complete checkpoint.")
     status, results = 0, []

@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
+from inspect import get_annotations
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -91,6 +93,40 @@ class Parser(TrlParser):
         unknown = config.keys() - {action.dest for action in self._actions} - {"env"}
         if unknown and not return_remaining_strings:
             raise ValueError(f"'{path}' has options that `{self.prog}` does not have: {', '.join(sorted(unknown))}.")
+        self._check_types(path, config)
+
+    def _check_types(self, path: Path, config: dict[str, Any]) -> None:
+        """Only of our own options: TRL declares some as `str` that also take `false`, and checks them itself."""
+        for kind in self.dataclass_types:
+            for name, hint in get_type_hints(kind).items():
+                if name not in config or not _is_ours(kind, name):
+                    continue
+                allowed = _types(hint)
+                # argparse converts text, as on the command line.
+                if type(config[name]) not in {*allowed, str} and not (type(config[name]) is int and float in allowed):
+                    words = " or ".join(WORDS.get(each, each.__name__) for each in allowed)
+                    raise ValueError(f"'{path}': `{name}` must be {words}, got {config[name]!r}.")
+
+
+# What the file of `--config` contains for a type.
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text in quotes",
+    dict: "a mapping",
+    NoneType: "null",
+}
+
+
+def _types(hint: Any) -> list[type]:
+    return [get_origin(each) or each for each in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
+
+
+def _is_ours(kind: type, name: str) -> bool:
+    """Whether the field of a dataclass is declared in this package."""
+    owner = next(base for base in kind.__mro__ if name in get_annotations(base))
+    return owner.__module__.startswith("trl_a3po.")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

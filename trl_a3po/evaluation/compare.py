@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .metrics import Estimate, Solved, estimate, per_problem, share_above_zero
+from .files import hash_of_file, read_object, records_of
+from .metrics import Estimate, Solved, check_math_verify, estimate, per_problem, share_above_zero
 from .runs import distinct_problems, estimates
 
 
@@ -102,17 +103,25 @@ def read_result(directory: Path, name: str) -> Result:
     Reads an evaluation.
 
     Raises:
-        `ValueError`: the evaluation is not complete, or the directory has none.
+        `ValueError`: the evaluation is not complete or damaged, or the directory has none.
     """
+    samples, results_file = directory / "samples.jsonl", directory / "results.json"
     try:
-        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-        lines = (directory / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        results = read_object(
+            results_file, "metrics", "settings", "versions", fix="Delete it and run `trl-a3po eval` again."
+        )
+        samples_hash = hash_of_file(samples)
     except FileNotFoundError as error:
         raise ValueError(
             f"'{directory}' contains no complete evaluation: {Path(error.filename).name} is missing. Run or resume it "
             "with `trl-a3po eval`."
         ) from error
-    records = [json.loads(line) for line in lines]
+    if results.get("samples_sha256") != samples_hash:
+        raise ValueError(
+            f"'{samples}' is not the file that '{results_file}' was computed from. Run the evaluation again with "
+            "another `output_dir`."
+        )
+    records = records_of(samples.read_text(encoding="utf-8"), samples)
     solutions: dict[str, set[str]] = {}
     for record in records:
         solutions.setdefault(record["problem"], set()).add(_text(record["solution"]))
@@ -132,8 +141,9 @@ def compare(first: Result, second: Result) -> Pair:
     Computes the paired differences, `second` minus `first`.
 
     Raises:
-        `ValueError`: they share no problem.
+        `ValueError`: they share no problem, or math-verify is not installed.
     """
+    check_math_verify()
     common = [problem for problem in first.problems if problem in second.problems]
     shared = [each for each in common if first.texts[each].solutions == second.texts[each].solutions]
     if not shared:
@@ -166,6 +176,12 @@ def _notes(first: Result, second: Result, common: int, shared: int, numbers: lis
     before, after = first.results["settings"], second.results["settings"]
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     notes += [f"{name} differs: {before.get(name)!r} and {after.get(name)!r}." for name in changed]
+    before, after = first.results["versions"], second.results["versions"]
+    # The version of an engine that only one evaluation used is not news: the engines are among the settings.
+    both = [name for name in before if name in after]
+    changed = [f"{name} {before[name]} and {after[name]}" for name in both if before[name] != after[name]]
+    if changed:
+        notes.append(f"Versions differ: {', '.join(changed)}.")
     return notes
 
 

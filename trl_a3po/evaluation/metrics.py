@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import numpy as np
-from math_verify import LatexExtractionConfig, parse, verify
 
 
 RESAMPLES = 10_000
@@ -65,8 +65,10 @@ def majority_is_correct(completions: Sequence[str], correct: Sequence[float]) ->
     """
     Whether the answer that most completions give is correct.
 
-    Answers are equal if math-verify says so. A completion without an answer has no vote. If several answers have the
-    most votes, the answer that was given first counts (our choice).
+    Only an answer that the reward reads has a vote. Two answers are equal if math-verify says so in either order: it
+    accepts (2, oo) for x > 2, but not the reverse. An answer is correct if the reward accepts at least half of the
+    completions that give it. If several answers have the most votes, the answer that was given first counts. The last
+    two rules are our choice.
     """
     return _majority(tuple(completions), tuple(correct))
 
@@ -79,19 +81,46 @@ def _majority(completions: tuple[str, ...], correct: tuple[float, ...]) -> float
         if not answer:
             continue
         for group in groups:
-            if answers[group[0]] == answer or verify(answers[group[0]], answer):
+            if _equal(answers[group[0]], answer):
                 group.append(index)
                 break
         else:
             groups.append([index])
-    return correct[max(groups, key=len)[0]] if groups else 0.0
+    if not groups:
+        return 0.0
+    most = max(groups, key=len)
+    return float(2 * sum(correct[index] for index in most) >= len(most))
+
+
+def _equal(first: list, second: list) -> bool:
+    from math_verify import verify
+
+    return first == second or verify(first, second) or verify(second, first)
 
 
 def _answer(text: str) -> list:
+    """What `trl.rewards.accuracy_reward` reads in a completion; empty if it reads no answer."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True),
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+    )
     try:
-        return parse(text, [LatexExtractionConfig(boxed_match_priority=0)], "any_match")
+        return parse(text, [config], extraction_mode="first_match")
     except Exception:  # a model may write any text; a text without an answer has no vote
         return []
+
+
+def check_math_verify() -> None:
+    """
+    Raises:
+        `ValueError`: math-verify, an extra, is not installed.
+    """
+    if find_spec("math_verify") is None:
+        raise ValueError("Answers are compared by math-verify. Install it: pip install 'trl[math-verify]'")
 
 
 def ks_of(samples: int) -> list[int]:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .. import __version__
 from ..rewards import accuracy_reward
-from .metrics import Estimate, Solved, metrics
+from .files import hash_of_file, only_writer, read_object, read_samples, write_whole
+from .metrics import Estimate, Solved, check_math_verify, metrics
 from .models import (
     DTYPES,
     Chat,
@@ -67,7 +70,7 @@ class EvaluateArguments:
             "problem, as user and assistant turns. No row may be a problem to evaluate on."
         },
     )
-    chat_template_kwargs: str | None = field(
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Arguments of the chat template as JSON, such as '{\"enable_thinking\": false}'. By default the "
@@ -114,8 +117,11 @@ class EvaluateArguments:
             raise ValueError(f"`max_problems` must be 1 or more, got {self.max_problems}. Omit it for all problems.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"`max_model_len` must be 2 or more, got {self.max_model_len}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature` must be 0 or more, got {self.temperature}.")
+        # vLLM raises a lower temperature to 0.01, and with transformers the logits may overflow.
+        if self.temperature != 0 and not 0.01 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"`temperature` must be 0.01 or more, or 0 for the most likely token, got {self.temperature}."
+            )
         if self.temperature == 0 and self.num_samples > 1:
             raise ValueError("`temperature=0` gives the same completion every time. Set `num_samples=1`.")
         if not 0 < self.top_p <= 1:
@@ -131,16 +137,16 @@ class EvaluateArguments:
         _template_kwargs(self.chat_template_kwargs)
 
 
-def _template_kwargs(text: str | None) -> dict[str, Any] | None:
-    if text is None:
+def _template_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    if value is None:
         return None
     try:
-        kwargs = json.loads(text)
-    except ValueError:
+        kwargs = json.loads(value if isinstance(value, str) else json.dumps(value))
+    except (TypeError, ValueError):
         kwargs = None
     if not isinstance(kwargs, dict):
         raise ValueError(
-            f"`chat_template_kwargs` must be a JSON object such as '{{\"enable_thinking\": false}}', got '{text}'."
+            f"`chat_template_kwargs` must be a JSON object such as '{{\"enable_thinking\": false}}', got '{value}'."
         )
     return kwargs
 
@@ -335,13 +341,38 @@ def evaluate(
         worked_examples (`list[dict]`, *optional*): The worked examples in the prompts, for the record.
 
     Raises:
-        `ValueError`: `output_dir` contains samples of another model, of other problems or of other settings; or no
-        problem can be sampled, or none has a solution that math-verify can parse.
+        `ValueError`: `output_dir` contains samples of another model, of other problems or of other settings, a damaged
+        file, or an evaluation that still runs; or no problem can be sampled, or none has a solution that math-verify
+        can parse.
     """
+    check_math_verify()
     subject = subject_of(arguments)
     directory = Path(arguments.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    rows = list(problems)
+    with only_writer(directory):
+        return _evaluate(arguments, subject, directory, list(problems), open_engine, worked_examples)
+
+
+def _evaluate(
+    arguments: EvaluateArguments,
+    subject: Subject,
+    directory: Path,
+    rows: list[dict[str, Any]],
+    open_engine: OpenEngine,
+    worked_examples: Sequence[Message],
+) -> dict[str, Any]:
+    samples, results_file = directory / "samples.jsonl", directory / "results.json"
+    if samples.exists() and results_file.exists():
+        expected = read_object(results_file, fix="Delete it to resume the evaluation.").get("samples_sha256")
+        if expected not in (None, hash_of_file(samples)):
+            raise ValueError(
+                f"'{samples}' is not the file that '{results_file}' was computed from. Delete both, or choose "
+                "another `output_dir`."
+            )
+    done = read_samples(samples)
+    before = _read_run(directory) if done else None
+    started = before["settings"].get("date") if before is not None else None
+    shown_date = show_date(subject.chat, started or today())
     tasks = tasks_of([row["prompt"] for row in rows], subject.chat, arguments.max_completion_length, subject.context)
     sampled = [task for task in tasks if task.not_sampled is None]
     if not sampled:
@@ -351,18 +382,21 @@ def evaluate(
     identity = {
         "model": {**fingerprint(subject.files), "tokens of the problems": _hash([task.prompt_ids for task in tasks])},
         "dataset": _hash([[row["prompt"], row["solution"]] for row in rows]),
-        "settings": {**_settings(arguments, subject), "worked_examples": recorded(worked_examples)},
+        "settings": {
+            **_settings(arguments, subject),
+            "worked_examples": recorded(worked_examples),
+            "date": shown_date,
+        },
     }
-    samples = directory / "samples.jsonl"
-    done = _read_samples(samples)
-    _check_identity(directory, identity, done, tasks)
+    if before is not None:
+        _check_identity(directory, identity, before, done, tasks)
     if len(done) < len(rows):
         # Old results must not stand beside an evaluation that is not complete.
-        (directory / "results.json").unlink(missing_ok=True)
+        results_file.unlink(missing_ok=True)
         longest = max(len(task.prompt_ids) + task.max_tokens for task in sampled) if subject.context else None
         with open_engine(arguments, subject, longest) as engine:
             if not done:
-                _write_whole(directory / "run.json", {**identity, "versions": versions(arguments.use_vllm)})
+                write_whole(directory / "run.json", {**identity, "versions": versions(arguments.use_vllm)})
             with samples.open("a" if done else "w", encoding="utf-8") as file:
                 for start in range(len(done), len(rows), arguments.batch_size):
                     stop = min(start + arguments.batch_size, len(rows))
@@ -378,10 +412,37 @@ def evaluate(
         **identity,
         "chat_template_kwargs_from": subject.template_kwargs_from,
         "arguments": asdict(arguments),
-        "versions": json.loads((directory / "run.json").read_text(encoding="utf-8"))["versions"],
+        "versions": _read_run(directory)["versions"],
+        "samples_sha256": hash_of_file(samples),
     }
-    _write_whole(directory / "results.json", results)
+    write_whole(results_file, results)
     return results
+
+
+_STRFTIME_NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def show_date(chat: Chat, day: str) -> str | None:
+    """
+    Replaces today's date in the chat template by a fixed one, so that an evaluation that is resumed on another day has
+    the same prompts. The time of day is 00:00.
+
+    Returns:
+        `str`, *optional*: the date; None if the template does not show the date.
+    """
+
+    def fixed(template: str) -> str:
+        # In the text, because newer releases of transformers pass no function to a template.
+        return _STRFTIME_NOW.sub(lambda call: json.dumps(date.fromisoformat(day).strftime(call[2])), template)
+
+    before: Any = chat.processor.chat_template
+    after = {name: fixed(each) for name, each in before.items()} if isinstance(before, dict) else fixed(before)
+    chat.processor.chat_template = after
+    return None if after == before else day
+
+
+def today() -> str:
+    return date.today().isoformat()
 
 
 def _settings(arguments: EvaluateArguments, subject: Subject) -> dict[str, Any]:
@@ -399,6 +460,7 @@ def _settings(arguments: EvaluateArguments, subject: Subject) -> dict[str, Any]:
         "chat_template_kwargs": dict(subject.chat.template_kwargs),
         "end_token_ids": list(subject.sampling.end_ids),
         "suppressed_token_ids": list(subject.sampling.suppressed_ids),
+        "trust_remote_code": arguments.trust_remote_code,
     }
 
 
@@ -431,30 +493,25 @@ def _record(row: dict[str, Any], completions: list[Completion], task: Task | Non
     return record if task is None or task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of the file. Removes the last line from the file if it was cut off."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        _replace(path, whole)
-    return [json.loads(line) for line in whole.split("\n")[:-1]]
-
-
-def _check_identity(
-    directory: Path, identity: dict[str, Any], done: list[dict[str, Any]], tasks: Sequence[Task]
-) -> None:
-    if not done:
-        return
+def _read_run(directory: Path) -> dict[str, Any]:
     path = directory / "run.json"
     if not path.exists():
         raise ValueError(
             f"'{directory}' contains samples but no `run.json`: their model is unknown. Choose another `output_dir`."
         )
-    before = json.loads(path.read_text(encoding="utf-8"))
+    fix = "Delete it and `samples.jsonl`, or choose another `output_dir`."
+    return read_object(path, "model", "settings", "versions", fix=fix)
+
+
+def _check_identity(
+    directory: Path,
+    identity: dict[str, Any],
+    before: dict[str, Any],
+    done: list[dict[str, Any]],
+    tasks: Sequence[Task],
+) -> None:
     changed = [f"different {part} of the model" for part in _differing(before["model"], identity["model"])]
-    if before["dataset"] != identity["dataset"]:
+    if before.get("dataset") != identity["dataset"]:
         changed.append("different problems")
     changed += [
         f"{name}={before['settings'].get(name)!r}" for name in _differing(before["settings"], identity["settings"])
@@ -476,16 +533,6 @@ def _check_identity(
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
-
-
-def _write_whole(path: Path, value: dict[str, Any]) -> None:
-    _replace(path, json.dumps(value, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def sample_model(
@@ -527,8 +574,9 @@ def evaluate_model(
     Computes the metrics of a model in memory, see [`sample_model`].
 
     Raises:
-        `ValueError`: math-verify can parse none of the solutions.
+        `ValueError`: math-verify can parse none of the solutions, or is not installed.
     """
+    check_math_verify()
     drawn = sample_model(
         model,
         processor,

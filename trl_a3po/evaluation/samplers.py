@@ -143,8 +143,8 @@ def _generate(model: PreTrainedModel, requests: Sequence[Request], sampling: Sam
 
 def _processors(sampling: Sampling, requests: Sequence[Request], width: int) -> list[LogitsProcessor]:
     if sampling.temperature == 0:
-        return [RefuseNaN()]
-    processors: list[LogitsProcessor] = [RefuseNaN(), TemperatureLogitsWarper(sampling.temperature)]
+        return [RefuseNonFinite()]
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature), RefuseNonFinite()]
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -153,12 +153,15 @@ def _processors(sampling: Sampling, requests: Sequence[Request], width: int) -> 
     return [*processors, DrawOneToken(torch.tensor(np.stack(draws)), width)]
 
 
-class RefuseNaN(LogitsProcessor):
-    """Ends the evaluation if the model computes NaN, because its tokens would have no meaning."""
+class RefuseNonFinite(LogitsProcessor):
+    """Ends the evaluation if the model computes NaN or infinity, because its tokens would have no meaning."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if scores.isnan().any():
-            raise ValueError("The model's logits are NaN. Check its weights, or use another data type (`dtype`).")
+        # -inf for some tokens is right: they are suppressed. The maximum of a row with NaN is NaN.
+        if not scores.amax(-1).isfinite().all():
+            raise ValueError(
+                "The model's logits are NaN or infinite. Check its weights, or use another data type (`dtype`)."
+            )
         return scores
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 STATE_FILE = "trainer_state.json"
 PREVIOUS = ".previous"
-_NAME = re.compile(r"checkpoint-\d+(\.previous)?")
+_NAME = re.compile(r"checkpoint-[0-9]+(\.previous)?")
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,67 @@
+"""Values in the file of `--config` have the types of the options."""
+
+import json
+
+import pytest
+
+from trl_a3po.cli import eval as eval_command
+from trl_a3po.cli import main as cli
+
+
+REQUIRED = {"model_name_or_path": "model", "dataset_name": "problems.jsonl", "output_dir": "scores"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(**options):
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps(options))  # JSON is YAML
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": [1, 2]}, "`seed` must be a whole number, got [1, 2]."),
+        ({"seed": 1.5}, "`seed` must be a whole number, got 1.5."),
+        ({"seed": None}, "`seed` must be a whole number, got None."),
+        ({"num_samples": True}, "`num_samples` must be a whole number, got True."),
+        ({"num_samples": 2.5}, "`num_samples` must be a whole number, got 2.5."),
+        ({"batch_size": 2.5}, "`batch_size` must be a whole number, got 2.5."),
+        ({"max_model_len": 100.5}, "`max_model_len` must be a whole number or null, got 100.5."),
+        ({"dataset_split": 5}, "`dataset_split` must be text in quotes, got 5."),
+        ({"temperature": False}, "`temperature` must be a number, got False."),
+        ({"use_vllm": 1}, "`use_vllm` must be true or false, got 1."),
+        (
+            {"chat_template_kwargs": [1]},
+            "`chat_template_kwargs` must be a mapping or text in quotes or null, got [1].",
+        ),
+    ],
+)
+def test_other_types_are_refused(options, message, file, capsys):
+    path = file(**REQUIRED, **options)
+    with pytest.raises(SystemExit) as error:
+        cli.main(["eval", "--config", path])
+    assert error.value.code == 2
+    assert f"error: '{path}': {message}\n" in capsys.readouterr().err
+
+
+def test_the_other_commands_too(file, capsys):
+    for command, option in [("demo", "eval_size"), ("train", "log_tokens")]:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--config", file(**{option: 2.5})])
+        assert f"`{option}` must be a whole number, got 2.5." in capsys.readouterr().err
+
+
+def test_what_yaml_says_naturally_is_accepted(file):
+    options = {
+        "temperature": 1,
+        "top_p": "9e-1",  # what YAML reads as text
+        "use_vllm": True,
+        "max_model_len": None,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    (arguments,) = eval_command.make_parser().parse_args_and_config(["--config", file(**REQUIRED, **options)])
+    assert {name: getattr(arguments, name) for name in options} == {**options, "top_p": 0.9}

@@ -1,0 +1,106 @@
+"""The files of one evaluation: one process writes them, and what is damaged is named."""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+# What each line of `samples.jsonl` has.
+RECORD = {"problem", "prompt", "solution", "completions", "tokens", "ended", "correct"}
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Refuses a second process that writes into the directory. The lock ends with its process, even by a kill."""
+    with (directory / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            # Not `flock`: the processes of an engine would inherit it, and could keep it after a kill of this one.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise ValueError(
+                f"{file.read() or 'Another process'} is writing an evaluation into '{directory}'. Wait for its end, "
+                "or choose another `output_dir`."
+            ) from error
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
+        file.truncate(0)
+        file.write(f"Process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines of the file. Removes the last line from the file if it was cut off."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        _replace(path, whole)
+    return records_of(whole, path)
+
+
+def records_of(text: str, path: Path) -> list[dict[str, Any]]:
+    """
+    Reads the lines of `samples.jsonl`.
+
+    Raises:
+        `ValueError`: a line is not what an evaluation writes.
+    """
+    records = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= RECORD:
+            raise ValueError(
+                f"Line {number} of '{path}' is damaged: it is not a sample. Delete the file to sample again."
+            )
+        records.append(record)
+    return records
+
+
+def read_object(path: Path, *parts: str, fix: str) -> dict[str, Any]:
+    """
+    Reads a JSON object of which some parts are objects too.
+
+    Args:
+        path (`Path`): The file.
+        *parts (`str`): Names of the parts.
+        fix (`str`): What the user can do if the file is damaged.
+
+    Raises:
+        `ValueError`: the file contains something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: it is not JSON ({error}). {fix}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' is damaged: it is not a JSON object. {fix}")
+    if missing := [part for part in parts if not isinstance(value.get(part), dict)]:
+        raise ValueError(f"'{path}' is damaged: it has no {', '.join(missing)}. {fix}")
+    return value
+
+
+def hash_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_whole(path: Path, value: dict[str, Any]) -> None:
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
