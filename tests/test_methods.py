@@ -109,12 +109,12 @@ REFUSED = [
     ({"shaping_args": {"top_ratio": 0.1}}, "`shaping_args` has no effect with `shaping='a3po'`, got .*top_ratio"),
     (
         {"shaping": "stare", "shaping_args": {"quantile": 0.1}},
-        "`shaping_args` has `quantile`, which is no setting of `shaping='stare'`. Its .* `top_ratio` \\(0.1\\),",
+        "`shaping_args` has `quantile`, which is not a setting of `shaping='stare'`. Its .* `top_ratio` \\(0.1\\),",
     ),
-    ({"shaping": "stare", "shaping_args": {"mask": 1}}, "`shaping_args` has `mask`, which is no setting"),
+    ({"shaping": "stare", "shaping_args": {"mask": 1}}, "`shaping_args` has `mask`, which is not a setting"),
     ({"shaping": "stare", "shaping_args": {"entropy_of_last_step": 1}}, "has `entropy_of_last_step`, which is no"),
-    ({"shaping": "clip_cov", "shaping_args": {"epsilon_low": 1}}, "has `epsilon_low`, which is no setting"),
-    ({"shaping": "clip_cov", "shaping_args": {"generator": 1}}, "has `generator`, which is no setting"),
+    ({"shaping": "clip_cov", "shaping_args": {"epsilon_low": 1}}, "has `epsilon_low`, which is not a setting"),
+    ({"shaping": "clip_cov", "shaping_args": {"generator": 1}}, "has `generator`, which is not a setting"),
     (
         {"shaping": "stare", "shaping_args": {"top_ratio": 20}},
         "`shaping='stare'`: `top_ratio` must be a number from 0 to 1, got 20. .*\\) are `top_ratio` \\(0.1\\),",

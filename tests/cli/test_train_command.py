@@ -150,7 +150,7 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ),
         ("train {small} --shaping star", "`shaping` must be one of 'a3po', .*'stare', got 'star'"),
         ("train {small} --shaping stare --shaping_args 0.1", "`shaping_args` must be a dictionary, .* got 0.1"),
-        ('train {small} --shaping stare --shaping_args {{"quantile":1}}', "has `quantile`, which is no setting of"),
+        ('train {small} --shaping stare --shaping_args {{"quantile":1}}', "has `quantile`, which is not a setting of"),
         ("train {small} --shaping stare --positive_low_scale 3", "`positive_low_scale=3.0` has no effect because"),
         ("train {small} --accelerate_config nowhere", "nowhere is neither a file nor a valid config"),
         ("train --config nowhere.yaml", r"no file 'nowhere.yaml' for `--config`\. The recipes are .*a3po-gsm8k-lora"),

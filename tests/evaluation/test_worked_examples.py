@@ -129,7 +129,7 @@ def test_overlap_reads_messages_of_parts():
 
 def test_an_overlap_with_the_evaluation_names_its_row():
     with pytest.raises(
-        ValueError, match=r"Row 1 .* problems to evaluate on is row 1 of the worked .*, and 1 more: '3"
+        ValueError, match=r"Row 1 .* problems to evaluate on is row 1 of the worked examples: '3 .* and 1 more"
     ):
         check_no_overlap(problems("1?", "3 + 4?", "2 + 2?"), TURNS, "to evaluate on")
 
