@@ -1,6 +1,7 @@
 """Worked examples: where they stand in the chat, which files are refused, and what an evaluation records of them."""
 
 import json
+import os
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -83,6 +84,8 @@ def test_a_prompt_of_one_turn_is_a_problem(write):
             "Row 2 .* does not score as correct.*boxed",
         ),
         ([{"problem": "1?", "solution": "\\boxed{2}", "answer": "1"}], "Row 0 .* does not score as correct"),
+        ([{"question": "1?", "answer": "\\boxed{1}", "image": "a.png"}], r"Row 0 .* it has pictures \(`image`\)"),
+        ([{"question": "1?", "answer": 1e99}], "Row 0 .* the answer 1e.99 may not be what was written"),
     ],
 )
 def test_a_file_that_is_no_worked_examples(rows, message, write):
@@ -98,6 +101,14 @@ def test_files_that_cannot_be_read(write, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"question": 1\n')
     with pytest.raises(ValueError, match=r"Cannot read the dataset '.*broken.jsonl': .*JSON"):
         load_worked_examples(str(tmp_path / "broken.jsonl"))
+
+
+def test_a_path_is_no_pattern_and_an_edited_file_is_read_again(write, tmp_path):
+    write([{"question": "0?", "answer": "\\boxed{0}"}], "a1.jsonl")
+    for text in ("1?", "2?"):
+        path = write([{"question": text, "answer": "\\boxed{1}"}], "a[1].jsonl")
+        os.utime(path, (0, 0))
+        assert load_worked_examples(path)[0]["content"] == text
 
 
 def test_another_reward_may_read_another_form(write):
@@ -196,5 +207,8 @@ def test_a_problem_of_the_evaluation_is_no_worked_example(evaluate, capsys):
     with pytest.raises(SystemExit):
         evaluate([*EXAMPLES, {"question": "12 + 1?", "answer": "\\boxed{13}"}])
     assert "Row 2 (counted from 0) of the problems to evaluate on is row 2 of the worked" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # the row of the file, though others are skipped
+        evaluate([{"question": "12 + 1?", "answer": "\\boxed{13}"}], "--dataset_split", "test[1:]")
+    assert "Row 2 (counted from 0) of the problems to evaluate on is row 0 of the worked" in capsys.readouterr().err
     # Among those that are not evaluated it may be.
     assert evaluate([{"question": "12 + 1?", "answer": "\\boxed{13}"}], "--max_problems", "2") == 0

@@ -208,7 +208,7 @@ def to_prompt_and_solution(
     mapped = dataset.map(convert, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False)
     if not len(mapped):
         raise ValueError(
-            f"None of the {len(dataset)} problems of {name} has both a text and an answer (columns {columns})."
+            f"None of the {len(dataset)} problems has both a text and an answer (columns {columns} of {name})."
         )
     kept = set(mapped["row"])
     if skipped := [each for each in row_numbers or range(len(dataset)) if each not in kept]:
