@@ -91,7 +91,7 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
     method = CHOSEN[method_name]
     examples = load_worked_examples(str(work.parent / "problems" / "worked_examples.jsonl"))
     problems: Dataset = load_problems(str(work.parent / "problems" / "train.jsonl"), "train", worked_examples=examples)
-    check_no_overlap(problems["prompt"], examples, "to train on")
+    check_no_overlap(problems, examples, "to train on")
     accumulation = preset.completions // preset.micro_batch
     settings = settings_of(preset, method, seed)
     config = A3POConfig(

@@ -314,6 +314,11 @@ def test_a_dataset_smaller_than_a_generation_batch(file, tmp_path):
         ('{"question": "1+1?", "answer": ""}\n', [], "None of the 1 problems has both a text and an answer"),
         ('{"question": "1+1?", "answer": "$no.$ $x$"}\n', ["--reward_funcs", "nowhere.reward"], "No module named"),
         ('{"text": "1+1?"}\n', [], r"has the columns \['text'\]"),
+        (
+            '{"question": ["1+1?"], "answer": "2"}\n',
+            [],
+            r"Row 0 \(counted from 0\) of the problems for training from '.*problems.jsonl': a problem must be a text",
+        ),
         (json.dumps(GSM8K[0]) + "\n", ["--reward_funcs", f"{__name__}.no_reward"], "has no such function"),
         (json.dumps(GSM8K[0]) + "\n", ["--reward_funcs", "no_reward"], "Could not load reward function 'no_reward'"),
         (

@@ -54,7 +54,7 @@ def test_a_problem_to_evaluate_on_is_refused(line):
     examples = [*EXAMPLES, {"question": "what is  7 + 1?", "answer": "\\boxed{8}"}]
     evaluates = ["--problems", "--eval_strategy", "steps", "--eval_steps", "1"]
     slices = ["--dataset_train_split", "train[:4]", "--dataset_test_split", "train[4:]"]
-    with pytest.raises(train.UsageError, match=r"Row 3 .* to evaluate on is row 2 of the worked examples: 'what is 7"):
+    with pytest.raises(train.UsageError, match=r"Row 7 .* to evaluate on is row 2 of the worked examples: 'what is 7"):
         train.train(line(examples, *evaluates, *slices))
 
 

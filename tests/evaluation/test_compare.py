@@ -151,6 +151,13 @@ def test_problems_with_another_solution_are_not_the_same(write):
         compare(read(first), read(second))
 
 
+def test_a_list_of_one_solution_is_that_solution(write):
+    first, second = write("first", {"a?": [1.0]}), write("second", {"a?": [1.0]}, solution=["$2$"])
+    pair = compare(read(first), read(second))
+    assert len(pair.shared) == 1
+    assert pair.notes == []
+
+
 def test_names(tmp_path):
     paths = [tmp_path / name for name in ("a/eval", "b/eval", "c")]
     assert names_of(paths) == ["a/eval", "b/eval", f"{tmp_path.name}/c"]

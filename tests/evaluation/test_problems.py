@@ -1,7 +1,9 @@
 """Published datasets become prompts and solutions that the reward can read."""
 
+import datetime
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -185,7 +187,7 @@ def test_accepted_answers(truth, expected):
 )
 def test_columns_are_mapped(row, content, solution):
     expected = {"prompt": [{"role": "user", "content": content}], "solution": solution}
-    assert list(to_prompt_and_solution(Dataset.from_list([row]))) == [expected]
+    assert list(to_prompt_and_solution(Dataset.from_list([row]))) == [{**expected, "row": 0}]
     assert list(to_prompt_and_solution(IterableDataset.from_generator(lambda: iter([row])))) == [expected]
 
 
@@ -250,14 +252,61 @@ def test_rows_without_an_answer_in_a_stream(caplog):
 def test_no_problem_left_is_refused():
     with pytest.raises(ValueError, match="None of the 2 problems has both a text and an answer"):
         to_prompt_and_solution(Dataset.from_list([{"question": "?", "answer": ""}] * 2))
-    with pytest.raises(ValueError, match="has no rows"):
+    with pytest.raises(ValueError, match="There are no rows in the dataset"):
         to_prompt_and_solution(Dataset.from_dict({"question": [], "answer": []}))
 
 
 def test_unparseable_solutions_are_found():
     solutions = ["$1$", "no answer", ["no answer", "$1$"], ["", "no answer"]]
     for index, solution in enumerate(solutions):
-        assert unparseable_rows(Dataset.from_list([{"solution": solution}])) == ([0] if index in (1, 3) else [])
+        problems = Dataset.from_list([{"solution": solution, "row": 7}])
+        assert unparseable_rows(problems) == ([7] if index in (1, 3) else [])
+
+
+@pytest.mark.parametrize("column", ["question", "answer"])
+def test_the_first_thousand_rows_may_be_skipped(column):
+    rows = [{"question": "?", "answer": "1"}] * 1100
+    dataset = Dataset.from_list([{**row, column: None} for row in rows[:-1]] + rows[-1:])
+    assert to_prompt_and_solution(dataset)["row"] == [1099]
+
+
+# Refused rows
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ["1+1?"],
+        1,
+        True,
+        b"1+1?",
+        {"role": "user", "content": "1+1?"},
+        [{"from": "human", "value": "1+1?"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "1+1?"}]}],
+        datetime.datetime(2023, 5, 1),
+    ],
+)
+def test_a_problem_is_a_text_or_messages_of_text(problem):
+    dataset = Dataset.from_list([{"prompt": None, "solution": "2"}, {"prompt": problem, "solution": "2"}])
+    with pytest.raises(ValueError, match=r"^Row 1 .* of the dataset: a problem must be a text, or a list") as error:
+        to_prompt_and_solution(dataset, "Box it.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [datetime.datetime(2023, 5, 1), b"1", 12345678901234567000.0, 2.0**53, 1e300])
+def test_an_answer_that_a_reader_may_have_changed_is_refused(answer):
+    dataset = Dataset.from_list([{"question": "1+1?", "answer": answer}])
+    with pytest.raises(ValueError, match=r"^Row 0 .* of the dataset: the answer .* may not be what was written"):
+        to_prompt_and_solution(dataset)
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_pictures_are_refused(column):
+    dataset = Dataset.from_list([{"question": "?", "answer": "1", column: each} for each in (None, ["a.png"])])
+    with pytest.raises(ValueError, match=rf"^Row 1 .* of the dataset: it has pictures \(`{column}`\)"):
+        to_prompt_and_solution(dataset)
+    assert len(to_prompt_and_solution(dataset.select([0]))) == 1
 
 
 # Instructions, files, splits
@@ -285,6 +334,77 @@ def test_local_files_are_read(tmp_path, extension):
     write[extension](path)
     assert load_problems(str(path), "train")["solution"] == ["$2$"] * 3
     assert len(load_problems(str(path), "test[1:]")) == 2
+
+
+@pytest.mark.parametrize(("name", "twin"), [("a[1].jsonl", "a1.jsonl"), ("s*.jsonl", "st.jsonl")])
+def test_a_path_is_no_pattern(name, twin, tmp_path, monkeypatch):
+    for folder, file, answer in [("run[1]", name, 1), ("run[1]", twin, 2), ("run1", name, 3), ("run1", twin, 4)]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / file).write_text(json.dumps({"question": "?", "answer": answer}) + "\n")
+    assert load_problems(str(tmp_path / "run[1]" / name), "test")["solution"] == ["$1$"]
+    monkeypatch.chdir(tmp_path / "run[1]")
+    assert load_problems(name, "test")["solution"] == ["$1$"]
+    with pytest.raises(ValueError, match=r"takes the folder '.*run\[1\]' for a pattern. Rename it"):
+        load_problems(str(tmp_path / "run[1]"), "test")
+
+
+def test_an_edited_file_is_read_again(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    for answer in ("1", "2"):
+        path.write_text(json.dumps({"question": "?", "answer": answer}) + "\n")
+        os.utime(path, (0, 0))
+        assert load_problems(str(path), "test")["solution"] == [f"${answer}$"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"problem": ["1?", "2?"], "answer": ["1", "2"]}'], "Row 0 .*: a problem must be a text"),
+        (['{"problem": "?", "answer": 12345678901234567890}'], "Row 0 .*: the answer 1.234.* may not be what was"),
+        (
+            ['{"problem": "?", "answer": 0.5}', '{"problem": "?", "answer": 9007199254740993}'],
+            "Row 1 .*: the answer 90071.* may not be",
+        ),
+        (['{"problem": "?", "answer": "2023-05-01"}'], "Row 0 .*: the answer datetime.* may not be what was written"),
+        (
+            ['{"problem": "?", "answer": 5}', '{"problem": "?", "answer": "[1, 2]"}'],
+            r"Row 1 .*: the answer \[1, 2\] may have been one text",
+        ),
+        (
+            [
+                '{"prompt": "?", "reward_model": {"ground_truth": 5}}',
+                '{"prompt": "?", "reward_model": {"ground_truth": "[1, 2]"}}',
+            ],
+            r"Row 1 .*: the answer \[1, 2\] may have been one text",
+        ),
+    ],
+)
+def test_what_datasets_reads_as_something_else_is_refused(lines, message, tmp_path):
+    (tmp_path / "problems.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message) as error:
+        load_problems(str(tmp_path / "problems.jsonl"), "test")
+    assert "problems.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "problems.jsonl").write_bytes(
+        '{"question": "1?", "answer": "1"}\n{"question": "é?"}\n'.encode("latin-1")
+    )
+    with pytest.raises(ValueError, match=r"Line 2 of '.*problems.jsonl' is not UTF-8. Save the file as UTF-8."):
+        load_problems(str(tmp_path / "problems.jsonl"), "test")
+
+
+def test_rows_are_those_of_the_file(tmp_path, caplog):
+    rows = [{"question": f"{i}?", "answer": "" if i == 2 else "$x$ $y$" if i == 4 else "1"} for i in range(6)]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(str(path), "test[1:]")
+    assert problems["row"] == [1, 3, 4, 5]
+    assert "Skipped 1 of 5 problems: row 2 (counted from 0)" in caplog.text
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question": 6, "answer": "1"}]))
+    with pytest.raises(ValueError, match=r"^Row 6 \(counted from 0\) of '.*problems.jsonl': "):
+        load_problems(str(path), "test[50%:]")
 
 
 def test_a_folder_is_read(tmp_path):

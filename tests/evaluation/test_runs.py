@@ -354,6 +354,19 @@ def test_no_problem_ends_it(arguments, tmp_path):
     assert all(len(record["completions"]) == 2 for record in records)
 
 
+def test_rows_are_numbered_as_in_the_dataset(arguments, tmp_path):
+    rows = [
+        {"problem": "0?", "answer": ""},
+        {"problem": "1?", "answer": "2"},
+        {"problem": "a" * 3000, "answer": "2"},
+        {"problem": "3?", "answer": "\\text{}"},
+    ]
+    results = evaluate(arguments(), to_prompt_and_solution(Dataset.from_list(rows)), guesses)
+    assert list(results["rows_not_sampled"]) == ["2"]
+    assert results["rows_without_a_parseable_solution"] == [3]
+    assert [record["row"] for record in samples(tmp_path / "scores")] == [1, 2, 3]
+
+
 def test_a_problem_that_the_template_refuses_is_named(arguments):
     rows = [
         {"prompt": [{"role": "user", "content": "1+1=?"}], "solution": "$2$"},

@@ -1,6 +1,7 @@
 """Worked examples: where they stand in the chat, which files are refused, and what an evaluation records of them."""
 
 import json
+import os
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -83,6 +84,8 @@ def test_a_prompt_of_one_turn_is_a_problem(write):
             "Row 2 .* does not score as correct.*boxed",
         ),
         ([{"problem": "1?", "solution": "\\boxed{2}", "answer": "1"}], "Row 0 .* does not score as correct"),
+        ([{"question": "1?", "answer": "\\boxed{1}", "image": "a.png"}], r"Row 0 .* it has pictures \(`image`\)"),
+        ([{"question": "1?", "answer": 1e99}], "Row 0 .* the answer 1e.99 may not be what was written"),
     ],
 )
 def test_a_file_that_is_no_worked_examples(rows, message, write):
@@ -100,6 +103,14 @@ def test_files_that_cannot_be_read(write, tmp_path):
         load_worked_examples(str(tmp_path / "broken.jsonl"))
 
 
+def test_a_path_is_no_pattern_and_an_edited_file_is_read_again(write, tmp_path):
+    write([{"question": "0?", "answer": "\\boxed{0}"}], "a1.jsonl")
+    for text in ("1?", "2?"):
+        path = write([{"question": text, "answer": "\\boxed{1}"}], "a[1].jsonl")
+        os.utime(path, (0, 0))
+        assert load_worked_examples(path)[0]["content"] == text
+
+
 def test_another_reward_may_read_another_form(write):
     path = write([{"question": "72?", "answer": "so it is.\n#### 72"}])
     assert len(load_worked_examples(path, checks_answers=False)) == 2
@@ -110,7 +121,7 @@ def test_another_reward_may_read_another_form(write):
 
 def problems(*texts):
     rows = Dataset.from_list([{"question": text, "answer": "4"} for text in texts])
-    return to_prompt_and_solution(rows, INSTRUCTION, TURNS)["prompt"]
+    return to_prompt_and_solution(rows, INSTRUCTION, TURNS)
 
 
 def test_overlap_finds_what_is_the_same_but_for_spaces():
@@ -124,13 +135,12 @@ def test_overlap_finds_what_is_the_same_but_for_spaces():
 
 def test_overlap_reads_messages_of_parts():
     parts = [{"type": "image"}, {"type": "text", "text": "2 + 2?"}, {"type": "text", "text": "\nbox it."}]
-    assert [found[:2] for found in overlap([[{"role": "user", "content": parts}]], TURNS)] == [(0, 0)]
+    asked = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}], "row": 5}])
+    assert [found[:2] for found in overlap(asked, TURNS)] == [(5, 0)]
 
 
 def test_an_overlap_with_the_evaluation_names_its_row():
-    with pytest.raises(
-        ValueError, match=r"Row 1 .* problems to evaluate on is row 1 of the worked examples: '3 .* and 1 more"
-    ):
+    with pytest.raises(ValueError, match=r"Row 1 .* to evaluate on is row 1 of the worked .*: '3 .*, and 1 more"):
         check_no_overlap(problems("1?", "3 + 4?", "2 + 2?"), TURNS, "to evaluate on")
 
 
@@ -197,5 +207,8 @@ def test_a_problem_of_the_evaluation_is_no_worked_example(evaluate, capsys):
     with pytest.raises(SystemExit):
         evaluate([*EXAMPLES, {"question": "12 + 1?", "answer": "\\boxed{13}"}])
     assert "Row 2 (counted from 0) of the problems to evaluate on is row 2 of the worked" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # the row of the file, though others are skipped
+        evaluate([{"question": "12 + 1?", "answer": "\\boxed{13}"}], "--dataset_split", "test[1:]")
+    assert "Row 2 (counted from 0) of the problems to evaluate on is row 0 of the worked" in capsys.readouterr().err
     # Among those that are not evaluated it may be.
     assert evaluate([{"question": "12 + 1?", "answer": "\\boxed{13}"}], "--max_problems", "2") == 0

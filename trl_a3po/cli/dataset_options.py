@@ -2,13 +2,12 @@
 
 import logging
 import re
-from pathlib import Path
 
 from datasets import Dataset, ReadInstruction
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from ..evaluation.problems import LOADERS, check_file, is_file_name
+from ..evaluation.problems import check_folder, file_source, is_file_name
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +53,8 @@ def resolve_datasets(
     if streams and (train_slice or test_slice):
         raise ValueError("A stream has no slices. Remove `--dataset_streaming`.")
 
+    if script.dataset_name:
+        check_folder(script.dataset_name)
     if script.dataset_name and is_file_name(script.dataset_name):
         test = _one_split(script, mixture, evaluates, train, test, test_slice)
     elif script.dataset_name and mixture.test_split_size is not None:
@@ -79,7 +80,7 @@ def _split_and_slice(option: str, name: str) -> tuple[str, str | None]:
 def _one_split(script, mixture, evaluates: bool, train: str, test: str, test_slice: str | None) -> str:
     """Makes a mixture of one file, whose rows are the split `train`. Returns the name of the test split."""
     name = script.dataset_name
-    check_file(name)
+    source = file_source(name)
     if train != "train":
         raise ValueError(f"`dataset_train_split` is '{train}', but a file has one split, `train`: '{name}'.")
     if script.dataset_config is not None:
@@ -91,7 +92,7 @@ def _one_split(script, mixture, evaluates: bool, train: str, test: str, test_sli
             "file: `--dataset_train_split 'train[:90%]' --dataset_test_split 'train[90%:]'`. Or pass a folder with a "
             "train and a test file."
         )
-    mixture.datasets = [DatasetConfig(path=LOADERS[Path(name).suffix], data_files=name)]
+    mixture.datasets = [DatasetConfig(**source)]
     script.dataset_name = None
     return "test" if splits else test
 
@@ -99,8 +100,10 @@ def _one_split(script, mixture, evaluates: bool, train: str, test: str, test_sli
 def _check_mixture(mixture: DatasetMixtureConfig, evaluates: bool, train: str, test: str) -> None:
     for dataset in mixture.datasets:
         if is_file_name(dataset.path):
-            check_file(dataset.path)
-            dataset.path, dataset.data_files = LOADERS[Path(dataset.path).suffix], dataset.path
+            for option, value in file_source(dataset.path).items():
+                setattr(dataset, option, value)
+        else:
+            check_folder(dataset.path)
     if train != "train" or test != "test":
         raise ValueError(
             "`dataset_train_split` and `dataset_test_split` have no effect on `datasets`. Set `split` for each "
@@ -110,9 +113,10 @@ def _check_mixture(mixture: DatasetMixtureConfig, evaluates: bool, train: str, t
         raise ValueError(f"`eval_strategy` needs a test split, but `datasets` has none. {HOLD_OUT}.")
 
 
-def take_slice(dataset: Dataset, part: str | None) -> Dataset:
-    """The rows of a slice such as `"[:90%]"`; all rows for `None`."""
+def take_slice(dataset: Dataset, part: str | None) -> tuple[Dataset, range | None]:
+    """The rows of a slice such as `"[:90%]"`, and their numbers; all rows, and `None`, for `None`."""
     if part is None:
-        return dataset
+        return dataset, None
     (rows,) = ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(dataset)})
-    return dataset.select(range(rows.from_, rows.to))
+    numbers = range(rows.from_, rows.to)
+    return dataset.select(numbers), numbers

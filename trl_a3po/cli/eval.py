@@ -48,7 +48,7 @@ def main(line: Sequence[str] | None = None) -> int:
         )
         if arguments.max_problems is not None:
             problems = problems.select(range(min(arguments.max_problems, len(problems))))
-        check_no_overlap(problems["prompt"], examples, "to evaluate on")
+        check_no_overlap(problems, examples, "to evaluate on")
         results = evaluate(arguments, problems, worked_examples=examples)
     except (OSError, ValueError) as error:
         parser.error(str(error))

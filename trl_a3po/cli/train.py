@@ -205,6 +205,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
     try:
         parsed = make_parser().parse_args_and_config(arguments, return_remaining_strings=True)
         script, config, model, mixture, _ = parsed
+        named = f" from '{script.dataset_name}'" if script.dataset_name else ""
         train_slice, test_slice = _resolve(script, config, mixture)
         examples = _worked_examples(script, config, mixture)
     except (OSError, ValueError) as error:
@@ -219,12 +220,12 @@ def train(arguments: Sequence[str] | None = None) -> None:
     trainers: list[A3POTrainer] = []
 
     def make_trainer(*, train_dataset, eval_dataset, **keywords):
-        prepare = functools.partial(_prepared, script=script, examples=examples, checks_answers=checks_answers)
-        train_dataset = prepare(take_slice(train_dataset, train_slice), use="training")
+        prepare = functools.partial(
+            _prepared, named=named, script=script, examples=examples, checks_answers=checks_answers
+        )
+        train_dataset = prepare(*take_slice(train_dataset, train_slice), use="training")
         if eval_dataset is not None:
-            eval_dataset = prepare(take_slice(eval_dataset, test_slice), use="evaluation")
-            if examples:
-                check_no_overlap(eval_dataset["prompt"], examples, "to evaluate on")
+            eval_dataset = prepare(*take_slice(eval_dataset, test_slice), use="evaluation")
         check_dataset_sizes(config, train_dataset, eval_dataset)
         if script.problems and hasattr(train_dataset, "__len__") and not config.process_index:
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
@@ -284,9 +285,15 @@ def trains_with(make_trainer: Callable[..., A3POTrainer]) -> Iterator[None]:
 
 
 def _prepared(
-    dataset: Any, script: A3POScriptArguments, examples: list[Message], checks_answers: bool, use: str
+    dataset: Any,
+    row_numbers: Sequence[int] | None,
+    named: str,
+    script: A3POScriptArguments,
+    examples: list[Message],
+    checks_answers: bool,
+    use: str,
 ) -> Any:
-    """The dataset in TRL's columns. Warns about unscorable problems, and about worked examples."""
+    """The dataset in TRL's columns. Warns about unscorable problems, and about worked examples in the training."""
     if not script.problems:
         if "prompt" not in (dataset.column_names or ["prompt"]):  # a stream may not know its columns
             raise UsageError(
@@ -294,10 +301,14 @@ def _prepared(
                 "checkable answers, pass `--problems`."
             )
         return dataset
-    dataset = to_prompt_and_solution(dataset, script.instruction, examples)
+    dataset = to_prompt_and_solution(
+        dataset, script.instruction, examples, name=f"the problems for {use}{named}", row_numbers=row_numbers
+    )
     if not hasattr(dataset, "__len__"):
         return dataset
-    if use == "training" and examples and (found := overlap(dataset["prompt"], examples)):
+    if use == "evaluation":
+        check_no_overlap(dataset, examples, "to evaluate on")
+    elif found := overlap(dataset, examples):
         logger.warning(
             "%d of %d problems for training are worked examples too, whose solutions their prompts contain: %s.",
             len(found),
@@ -315,7 +326,7 @@ def _prepared(
             use,
             rows(unparseable),
         )
-    return dataset
+    return dataset.remove_columns("row")  # rewards would get it
 
 
 def _check_reward_names(names: Sequence[str]) -> None:

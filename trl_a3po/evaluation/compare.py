@@ -124,7 +124,11 @@ def read_result(directory: Path, name: str) -> Result:
     records = records_of(samples.read_text(encoding="utf-8"), samples)
     solutions: dict[str, set[str]] = {}
     for record in records:
-        solutions.setdefault(record["problem"], set()).add(_text(record["solution"]))
+        solution = record["solution"]
+        # One answer is a list where another problem of the dataset has several.
+        if isinstance(solution, list) and len(solution) == 1:
+            (solution,) = solution
+        solutions.setdefault(record["problem"], set()).add(_text(solution))
     texts = {
         record["problem"]: Problem(_text(record["prompt"][-1]["content"]), frozenset(solutions[record["problem"]]))
         for record in records

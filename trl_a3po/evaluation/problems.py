@@ -1,10 +1,15 @@
 """Reads published datasets of problems with checkable answers, and maps them to TRL's `prompt` and `solution`."""
 
 import functools
+import glob
+import hashlib
 import json
 import logging
 import math
+import numbers
+import os
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +17,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 
 logger = logging.getLogger(__name__)
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+PROBLEMS = ("prompt", "question", "problem")
+ANSWERS = ("answer", "solution", "reward_model")
+PICTURES = ("image", "images")
 
 Message = dict[str, Any]
 
@@ -47,6 +56,39 @@ def check_file(name: str) -> None:
         raise ValueError(f"'{name}' is empty.")
 
 
+def check_folder(name: str) -> None:
+    """
+    Raises:
+        `ValueError`: the dataset is a folder that `datasets` would take for a pattern.
+    """
+    path = os.path.abspath(name)
+    if os.path.isdir(path) and glob.has_magic(path):
+        raise ValueError(
+            f"`datasets` takes the folder '{path}' for a pattern. Rename it without *, ? and [, or name a file in it."
+        )
+
+
+def file_source(name: str) -> dict[str, Any]:
+    """
+    Arguments with which `datasets.load_dataset` reads this file, and as it is now. It takes a path for a pattern, and
+    its cache tells files apart by path and time alone, so the name of the configuration has a hash of the content.
+
+    Raises:
+        `OSError`: the file does not exist.
+        `ValueError`: the file is empty, its type is not supported, or its text is not UTF-8.
+    """
+    check_file(name)
+    loader, digest = LOADERS[Path(name).suffix], hashlib.sha256()
+    with open(name, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            digest.update(line)
+            try:
+                _ = line.decode() if loader == "json" else None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"Line {number} of '{name}' is not UTF-8. Save the file as UTF-8.") from error
+    return {"path": loader, "name": digest.hexdigest()[:32], "data_files": glob.escape(os.path.abspath(name))}
+
+
 def load_problems(
     name: str,
     split: str,
@@ -69,20 +111,23 @@ def load_problems(
         `ValueError`: the dataset cannot be read, or has no problems; see [`to_prompt_and_solution`].
     """
     if is_file_name(name):
-        check_file(name)
+        source = file_source(name)
+        source["data_files"] = {split.partition("[")[0]: source["data_files"]}
         if config is not None:
             logger.warning("`dataset_config=%r` has no effect on the file '%s'.", config, name)
-        source: dict[str, Any] = {
-            "path": LOADERS[Path(name).suffix],
-            "data_files": {split.partition("[")[0]: name},
-        }
     else:
+        check_folder(name)
         source = {"path": name, "name": config}
     try:
         dataset = load_dataset(**source, split=split)
-    except (DatasetGenerationError, pa.ArrowInvalid) as error:
+    except (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(unreadable(name, error)) from error
-    return to_prompt_and_solution(dataset, instruction, worked_examples)
+    row_numbers = None
+    if "[" in split:
+        lengths = {each: info.num_examples for each, info in dataset.info.splits.items()}
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+        row_numbers = [number for part in parts for number in range(part.from_, part.to)]
+    return to_prompt_and_solution(dataset, instruction, worked_examples, name=f"'{name}'", row_numbers=row_numbers)
 
 
 def unreadable(name: str, error: BaseException) -> str:
@@ -109,7 +154,12 @@ def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
 
 
 def to_prompt_and_solution(
-    dataset: Dataset, instruction: str | None = None, worked_examples: Sequence[Message] = ()
+    dataset: Dataset,
+    instruction: str | None = None,
+    worked_examples: Sequence[Message] = (),
+    *,
+    name: str = "the dataset",
+    row_numbers: Sequence[int] | None = None,
 ) -> Dataset:
     r"""
     Maps the columns of common datasets to a conversational `prompt` and a `solution`, for `accuracy_reward`.
@@ -119,7 +169,8 @@ def to_prompt_and_solution(
 
     A `solution` is a string, in a form that math-verify reads. If some problem has several accepted answers, the
     `solution` of every problem is a list of strings: [`trl_a3po.rewards.accuracy_reward`] takes both. Problems without
-    a text or without an answer are skipped, and a warning says how many and which.
+    a text or without an answer are skipped, and a warning says how many and which. `row` is the number of each row
+    before others were skipped; streams have no such column.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -128,50 +179,102 @@ def to_prompt_and_solution(
             Appended to each problem as a line of its own, for example `"Put your final answer within \boxed{}."`.
         worked_examples (`list[dict]`, *optional*):
             Messages that stand before each problem, after its system message if it has one.
+        name (`str`, *optional*):
+            What messages call the dataset.
+        row_numbers (`list[int]`, *optional*):
+            What messages call its rows, by default their positions.
 
     Raises:
-        `ValueError`: the dataset has other columns, an answer has an unknown shape, or no problem is left.
+        `ValueError`: the dataset has other columns, a problem or an answer has an unknown shape, a problem has
+        pictures, or no problem is left. The message names the row.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     _reader(columns)  # refuses other columns before any row is read
     convert = functools.partial(
-        _convert, columns=columns, instruction=instruction, worked_examples=list(worked_examples)
+        _convert,
+        columns=[each for each in columns if each in (*PROBLEMS, *ANSWERS, *PICTURES)],
+        mixed=[each for each in ANSWERS if "Json(" in repr((dataset.features or {}).get(each))],
+        instruction=instruction,
+        worked_examples=list(worked_examples),
+        name=name,
+        row_numbers=row_numbers,
     )
     if isinstance(dataset, IterableDataset):
-        mapped = dataset.map(convert, remove_columns=columns)
-        return mapped.filter(_is_answered, with_indices=True).map(_alone_if_single)
+        convert = functools.partial(_convert_stream, convert=convert)
+        return dataset.map(convert, batched=True, with_indices=True, remove_columns=columns)
+    if not len(dataset):
+        raise ValueError(f"There are no rows in {name}.")
     # The cache is not used: another version of this package may have filled it.
-    mapped = dataset.map(convert, remove_columns=columns, load_from_cache_file=False)
+    mapped = dataset.map(convert, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False)
     if not len(mapped):
-        raise ValueError("The dataset has no rows.")
-    counts = pc.list_value_length(mapped.data.column("solution")).to_numpy()
-    missing = np.flatnonzero(counts == 0)
-    if len(missing) == len(mapped):
-        raise ValueError(f"None of the {len(mapped)} problems has both a text and an answer (columns {columns}).")
-    if len(missing):
-        logger.warning(
-            "Skipped %d of %d problems: %s without a text or an answer.",
-            len(missing),
-            len(mapped),
-            rows(missing.tolist()),
+        raise ValueError(
+            f"None of the {len(dataset)} problems has both a text and an answer (columns {columns} of {name})."
         )
-        mapped = mapped.select(np.flatnonzero(counts))
-    if counts.max() > 1:
+    kept = set(mapped["row"])
+    if skipped := [each for each in row_numbers or range(len(dataset)) if each not in kept]:
+        logger.warning(
+            "Skipped %d of %d problems: %s without a text or an answer.", len(skipped), len(dataset), rows(skipped)
+        )
+    if pc.max(pc.list_value_length(mapped.data.column("solution"))).as_py() > 1:
         return mapped
     return mapped.map(_single_answers, batched=True, load_from_cache_file=False)
 
 
 def _convert(
-    row: dict[str, Any], columns: list[str], instruction: str | None, worked_examples: list[Message]
-) -> dict[str, Any]:
-    prompt, answers = _reader(columns)(row)
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
-    if not (prompt.strip() if isinstance(prompt, str) else prompt):
-        return {"prompt": [], "solution": []}
-    conversation = with_instruction(as_conversation(prompt), instruction)
-    start = int(conversation[0]["role"] == "system")
-    return {"prompt": [*conversation[:start], *worked_examples, *conversation[start:]], "solution": answers}
+    batch: dict[str, list],
+    indices: Sequence[int],
+    columns: list[str],
+    mixed: list[str],
+    instruction: str | None,
+    worked_examples: list[Message],
+    name: str,
+    row_numbers: Sequence[int] | None,
+) -> dict[str, list]:
+    """Maps the rows that have a text and an answer."""
+    converted: dict[str, list] = {"prompt": [], "solution": [], "row": []}
+    for index, *values in zip(indices, *(batch[column] for column in columns), strict=True):
+        number = index if row_numbers is None else row_numbers[index]
+        row = dict(zip(columns, values, strict=True))
+        try:
+            problem, answers = problem_and_answers(row)
+            for column in mixed:
+                _check_lists(row[column])
+            conversation = as_conversation(problem)
+        except ValueError as error:
+            raise ValueError(f"Row {number} (counted from 0) of {name}: {error}") from error
+        if not (conversation and answers):
+            continue
+        conversation = with_instruction(conversation, instruction)
+        start = int(conversation[0]["role"] == "system")
+        converted["prompt"].append([*conversation[:start], *worked_examples, *conversation[start:]])
+        converted["solution"].append(answers)
+        converted["row"].append(number)
+    return converted
+
+
+def _check_lists(answers: Any) -> None:
+    """
+    Where a column has values of several types, `datasets` parses each text as JSON: the interval "[1, 2]" becomes a
+    list of two answers.
+    """
+    if isinstance(answers, dict):
+        for each in answers.values():
+            _check_lists(each)
+    elif isinstance(answers, list) and not all(isinstance(each, str) for each in answers):
+        raise ValueError(
+            f"the answer {reprlib.repr(answers)} may have been one text, because the column has values of several "
+            'types. Write each answer as a text within dollar signs, such as "$[1, 2]$".'
+        )
+
+
+def _convert_stream(batch: dict[str, list], indices: Sequence[int], convert: Callable) -> dict[str, list]:
+    converted = convert(batch, indices)
+    kept = set(converted.pop("row"))
+    for number in indices:
+        if number not in kept:
+            logger.warning("Skipped row %d (counted from 0): it has no text or no answer.", number)
+    solutions = [answers[0] if len(answers) == 1 else answers for answers in converted["solution"]]
+    return {**converted, "solution": solutions}
 
 
 def rows(indices: Sequence[int]) -> str:
@@ -185,42 +288,69 @@ def _single_answers(batch: dict[str, list]) -> dict[str, list]:
     return {"solution": [answer for (answer,) in batch["solution"]]}
 
 
-def _is_answered(row: dict[str, Any], index: int) -> bool:
-    if not row["solution"]:
-        logger.warning("Skipped row %d (counted from 0): it has no text or no answer.", index)
-    return bool(row["solution"])
-
-
-def _alone_if_single(row: dict[str, Any]) -> dict[str, Any]:
-    return {"solution": row["solution"][0] if len(row["solution"]) == 1 else row["solution"]}
-
-
 def unparseable_rows(dataset: Dataset) -> list[int]:
     """
-    Rows of [`to_prompt_and_solution`] that `accuracy_reward` cannot score, because math-verify cannot parse any of
-    their accepted answers. Each distinct answer is parsed once, which takes one to ten milliseconds.
+    The `row` of each problem of [`to_prompt_and_solution`] that `accuracy_reward` cannot score, because math-verify
+    cannot parse any of its accepted answers. Each distinct answer is parsed once, which takes one to ten milliseconds.
     """
     from math_verify import parse  # an extra
 
     parses: dict[str, bool] = {}
     found = []
-    for index, solution in enumerate(dataset["solution"]):
+    for row, solution in zip(dataset["row"], dataset["solution"], strict=True):
         for answer in [solution] if isinstance(solution, str) else solution:
             if answer not in parses:
                 parses[answer] = bool(parse(answer))
             if parses[answer]:
                 break
         else:
-            found.append(index)
+            found.append(row)
     return found
 
 
-def as_conversation(prompt: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def as_conversation(problem: Any) -> list[Message]:
+    """
+    The messages of a problem; none if it has no text.
+
+    Raises:
+        `ValueError`: it is neither a text nor a list of messages of text.
+    """
+    if isinstance(problem, np.ndarray):
+        problem = problem.tolist()
+    if problem is None or isinstance(problem, str):
+        return [{"role": "user", "content": problem}] if problem and problem.strip() else []
+    if not isinstance(problem, list) or not all(map(_is_message, problem)):
+        raise ValueError(
+            "a problem must be a text, or a list of messages with texts as `role` and `content`, got "
+            f"{reprlib.repr(problem)}."
+        )
+    return problem
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_part_of_text, content)))
+
+
+def _is_part_of_text(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("type") == "text" and isinstance(value.get("text"), str)
 
 
 def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
-    """The problem of a row of any known dataset, and the answers that it accepts."""
+    """
+    The problem of a row of any known dataset, and the answers that it accepts.
+
+    Raises:
+        `ValueError`: an answer has an unknown shape, or the problem has pictures.
+    """
+    for name in PICTURES:
+        if row.get(name):
+            raise ValueError(
+                f"it has pictures (`{name}`), and a model gets only the text of a problem. Leave out such rows, or "
+                "remove the column if the text is enough."
+            )
     return _reader(list(row))(row)
 
 
@@ -228,7 +358,7 @@ def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[st
     """Returns a function that reads the problem and its accepted answers from a row."""
     if {"prompt", "reward_model"} <= set(columns):
         return lambda row: (row["prompt"], _verl_answers(row["reward_model"]))
-    problem = next((name for name in ("prompt", "question", "problem") if name in columns), None)
+    problem = next((name for name in PROBLEMS if name in columns), None)
     # If both exist, `solution` is a derivation and `answer` is its result. With `prompt`, `solution` is TRL's column.
     answers = [name for name in (("solution",) if problem == "prompt" else ("answer", "solution")) if name in columns]
     if problem is None or not answers:
@@ -302,9 +432,18 @@ def final_answer(answer: Any) -> str:
 
     In GSM8K it follows `####`; in MATH it is the last `\boxed{...}` of the derivation. Other answers get dollar
     signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1.
+
+    Raises:
+        `ValueError`: the answer is neither a text nor a number that is exact.
     """
     if answer is None or (isinstance(answer, float) and math.isnan(answer)):
         return ""
+    # Readers of files make times of texts and round large numbers, so these may not be what was written.
+    if not isinstance(answer, str | numbers.Number) or (isinstance(answer, float) and abs(answer) >= 2**53):
+        raise ValueError(
+            f"the answer {reprlib.repr(answer)} may not be what was written. Write it as a text within dollar signs, "
+            'such as "$2^{70}$".'
+        )
     # 1e-05 would be read as e - 5.
     text = np.format_float_positional(answer, trim="-") if isinstance(answer, float) else str(answer)
     text = text.rsplit("####", 1)[-1].strip()

@@ -482,6 +482,7 @@ def _record(row: dict[str, Any], completions: list[Completion], task: Task | Non
     """A line of `samples.jsonl`."""
     texts = [completion.text for completion in completions]
     record = {
+        **({"row": row["row"]} if "row" in row else {}),
         "problem": problem_fingerprint(row["prompt"]),
         "prompt": row["prompt"],
         "solution": row["solution"],
@@ -601,6 +602,7 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     problems = distinct_problems(records)
     if not problems:
         raise ValueError("math-verify could not parse any of the solutions.")
+    rows = [(record.get("row", index), record) for index, record in enumerate(records)]
     scored = [record for record in records if None not in record["correct"]]
     sampled = [record for record in scored if "not_sampled" not in record]
     tokens = [number for record in sampled for number in record["tokens"]]
@@ -612,10 +614,8 @@ def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "samples_per_problem": min(len(problem.correct) for problem in problems.values()),
         "mean_tokens": sum(tokens) / max(1, len(tokens)),
         "reached_the_end": sum(ended) / max(1, len(ended)),
-        "rows_without_a_parseable_solution": [row for row, record in enumerate(records) if None in record["correct"]],
-        "rows_not_sampled": {
-            str(row): record["not_sampled"] for row, record in enumerate(records) if "not_sampled" in record
-        },
+        "rows_without_a_parseable_solution": [row for row, record in rows if None in record["correct"]],
+        "rows_not_sampled": {str(row): record["not_sampled"] for row, record in rows if "not_sampled" in record},
         "problems_with_several_solutions": _with_several_solutions(scored),
     }
 

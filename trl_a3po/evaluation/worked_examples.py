@@ -6,14 +6,13 @@ Base models, and small ones, need a few to write their answer where the reward l
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from .problems import LOADERS, Message, check_file, problem_and_answers, unreadable, with_instruction
+from .problems import Message, file_source, problem_and_answers, unreadable, with_instruction
 
 
 def load_worked_examples(name: str, instruction: str | None = None, checks_answers: bool = True) -> list[Message]:
@@ -36,9 +35,9 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
         `OSError`: there is no such file.
         `ValueError`: it cannot be read, has no rows, or has a row that is not a worked example; the message names it.
     """
-    check_file(name)
+    source = file_source(name)
     try:
-        rows = load_dataset(LOADERS[Path(name).suffix], data_files=name, split="train")
+        rows = load_dataset(**source, split="train")
     except DatasetGenerationError as error:
         raise ValueError(unreadable(name, error)) from error
     if not len(rows):
@@ -52,7 +51,10 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
     messages: list[Message] = []
     for number, row in enumerate(rows):
         this = f"Row {number} (counted from 0) of the worked examples '{name}'"
-        prompt, answers = problem_and_answers(row)
+        try:
+            prompt, answers = problem_and_answers(row)
+        except ValueError as error:
+            raise ValueError(f"{this}: {error}") from error
         text = row[text_column]
         if not all(isinstance(each, str) and each.strip() for each in (prompt, text)):
             raise ValueError(
@@ -74,29 +76,33 @@ def _is_rewarded(text: str, answers: list[str]) -> bool:
     return accuracy_reward([[{"role": "assistant", "content": text}]], [answers]) == [1.0]
 
 
-def overlap(prompts: Iterable[list[Message]], examples: Sequence[Message]) -> list[tuple[int, int, str]]:
+def overlap(problems: Dataset, examples: Sequence[Message]) -> list[tuple[int, int, str]]:
     """
     The problems that are worked examples too: their solution would stand in their own prompt.
 
     Args:
-        prompts (`list[list[dict]]`): Conversations whose last message is the problem.
+        problems (`datasets.Dataset`):
+            Those of [`~trl_a3po.evaluation.problems.to_prompt_and_solution`]. The last message of a prompt is the
+            problem.
         examples (`list[dict]`): Those of [`load_worked_examples`], with the same instruction.
 
     Returns:
         `list[tuple[int, int, str]]`: the row of the problem, that of the worked example, and the text of both. Spaces
         and line breaks make no difference.
     """
+    if not examples:
+        return []
     known = {_words(message): row for row, message in enumerate(examples[::2])}
-    texts = [_words(prompt[-1]) for prompt in prompts] if known else []
-    return [(row, known[text], text) for row, text in enumerate(texts) if text in known]
+    texts = [(row, _words(prompt[-1])) for row, prompt in zip(problems["row"], problems["prompt"], strict=True)]
+    return [(row, known[text], text) for row, text in texts if text in known]
 
 
-def check_no_overlap(prompts: Iterable[list[Message]], examples: Sequence[Message], use: str) -> None:
+def check_no_overlap(problems: Dataset, examples: Sequence[Message], use: str) -> None:
     """
     Raises:
         `ValueError`: a problem to evaluate on is a worked example. Names the first and its rows.
     """
-    if found := overlap(prompts, examples):
+    if found := overlap(problems, examples):
         row, example, text = found[0]
         others = f", and {len(found) - 1} more" if len(found) > 1 else ""
         raise ValueError(
