@@ -306,6 +306,13 @@ def test_a_problem_that_the_template_refuses_is_named(arguments):
     assert reason.startswith("it cannot be tokenized: ")
 
 
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_refused(arguments, tmp_path):
+    model = tiny.save(tmp_path / "model", vocab_size=10)
+    rows = [{"prompt": [{"role": "user", "content": text}], "solution": "$2$"} for text in ("1", "1+1")]
+    with pytest.raises(ValueError, match=r"has token 13, but the vocabulary of the model has 10 tokens"):
+        evaluate(arguments(model_name_or_path=model), Dataset.from_list(rows), no_engine)
+
+
 def test_if_no_problem_can_be_sampled_the_first_reason_is_said(arguments):
     rows = [{"prompt": [{"role": "user", "content": "a" * 3000}], "solution": "$2$"}]
     with pytest.raises(
@@ -393,6 +400,7 @@ def test_an_adapter_is_evaluated(kind, tmp_path):
         cli.main(["eval", "--model_name_or_path", str(model), *options, "--output_dir", str(output)])
         completions.append([record["completions"] for record in samples(output)])
         assert {path.name for path in output.iterdir()} == {"run.json", "samples.jsonl", "results.json"}
+        assert json.loads((output / "results.json").read_text())["base_revision"] is None
     assert completions[0] != completions[1]
 
 
