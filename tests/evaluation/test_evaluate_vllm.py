@@ -115,9 +115,19 @@ def test_a_model_without_some_of_its_weights_is_refused(model_dir, tmp_path):
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    message = r"Cannot load the model '.*' with vLLM: .*layers\.1\.mlp\.down_proj"
+    message = r"do not have all weights of Qwen2ForCausalLM: model\.layers\.1\.mlp\.down_proj\.weight\."
     with pytest.raises(ValueError, match=message), vllm_engine(model, SAMPLED, **ENGINE):
         pass
+
+
+def test_what_vllm_does_not_load_is_one_line(model_dir):
+    options = {**ENGINE, "max_model_len": 10**6}  # more than the context
+    with (
+        pytest.raises(ValueError, match=r"Cannot load the model '.*' with vLLM: ") as error,
+        vllm_engine(model_dir, SAMPLED, **options),
+    ):
+        pass
+    assert "\n" not in str(error.value)
 
 
 def test_no_two_samples_share_their_random_numbers(model_dir):

@@ -19,6 +19,7 @@ from trl_a3po import A3POTrainer
 from trl_a3po.evaluation import models
 from trl_a3po.evaluation.models import (
     can_be_merged,
+    check_weights,
     find_model,
     fingerprint,
     load_adapted_model,
@@ -243,6 +244,16 @@ def test_a_model_that_cannot_be_loaded_whole_is_refused(kind, tmp_path):
     change, message = MODELS[kind]
     change(model)
     is_refused(model, message)
+
+
+@pytest.mark.parametrize("kind", ["without a layer", "another size"])
+def test_weights_are_checked_without_being_read(kind, tmp_path):
+    model = Path(tiny.save(tmp_path))
+    check_weights(model)
+    change, message = MODELS[kind]
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        check_weights(model)
 
 
 def test_a_model_that_generates_no_text_is_refused(tmp_path):

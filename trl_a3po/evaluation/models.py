@@ -430,6 +430,19 @@ def load_model(directory: Path, dtype: str, trust_remote_code: bool = False, **o
     return model
 
 
+def check_weights(directory: Path, trust_remote_code: bool = False) -> None:
+    """
+    Checks the names and sizes of the weights for vLLM, which takes missing ones for loaded. No weight is read.
+    Quantized weights, and those of classes that transformers does not have, are not checked.
+
+    Raises:
+        `ValueError`: weights are missing or have other sizes than the configuration says.
+    """
+    config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    if hasattr(transformers, config.architectures[0]) and getattr(config, "quantization_config", None) is None:
+        load_model(directory, "float32", trust_remote_code, device_map="meta")
+
+
 def _listed(names: Iterable[str]) -> str:
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

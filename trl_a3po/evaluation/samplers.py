@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..update.model_traits import padding_traits
-from .models import loading
+from .models import check_weights, loading
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,7 @@ def vllm_engine(
         options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
     else:
         options["skip_tokenizer_init"] = True
+    check_weights(Path(directory), trust_remote_code)
     with loading(f"the model '{directory}' with vLLM"):
         llm = LLM(model=str(directory), dtype=dtype, max_model_len=max_model_len, **options)
 
