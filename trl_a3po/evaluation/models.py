@@ -113,7 +113,7 @@ def find_model(name: str) -> ModelFiles:
                 f"'{name}' contains no model: neither `config.json` nor `adapter_config.json`."
                 + (" Pass `--checkpoints` for its checkpoints." if list(directory.glob("checkpoint-*")) else "")
             )
-        _check_weights(name, directory)
+        _require_weights(name, directory)
         return ModelFiles(name, directory, directory)
     if not _matching(directory, "adapter_model.safetensors", "adapter_model.bin"):
         raise ValueError(
@@ -132,7 +132,7 @@ def find_model(name: str) -> ModelFiles:
         base = _directory(base_name, revision)
         if not (base / "config.json").exists():
             raise ValueError(f"'{base_name}' contains no `config.json`.")
-        _check_weights(base_name, base)
+        _require_weights(base_name, base)
     except ValueError as error:
         raise ValueError(f"The base model of the adapter '{name}' was not found: {error}") from error
     return ModelFiles(name, directory, base, revision)
@@ -152,7 +152,7 @@ def _directory(name: str, revision: str | None = None) -> Path:
     return directory
 
 
-def _check_weights(name: str, directory: Path) -> None:
+def _require_weights(name: str, directory: Path) -> None:
     if not _weights(directory):
         raise ValueError(f"'{name}' contains no weights: neither `*.safetensors` nor `pytorch_model*.bin`.")
 
