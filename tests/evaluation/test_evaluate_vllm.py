@@ -1,6 +1,7 @@
 """The evaluation by vLLM, the real engine on a CPU, says what the one by transformers says: `make test-vllm`."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ pytest.importorskip("vllm")
 
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from support import adapters, tiny, vllm_on_cpu
 from support.generation import INHERITED
 
@@ -106,6 +108,26 @@ def test_completions_end_at_every_end_token(run, tmp_path):
     assert completions(found) == completions(expected)
     lengths = [json.loads(line)["tokens"] for line in (found / "samples.jsonl").read_text().splitlines()]
     assert min(lengths) < [12]
+
+
+def test_a_model_without_some_of_its_weights_is_refused(model_dir, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    message = r"do not have all weights of Qwen2ForCausalLM: model\.layers\.1\.mlp\.down_proj\.weight\."
+    with pytest.raises(ValueError, match=message), vllm_engine(model, SAMPLED, **ENGINE):
+        pass
+
+
+def test_what_vllm_does_not_load_is_one_line(model_dir):
+    options = {**ENGINE, "max_model_len": 10**6}  # more than the context
+    with (
+        pytest.raises(ValueError, match=r"Cannot load the model '.*' with vLLM: ") as error,
+        vllm_engine(model_dir, SAMPLED, **options),
+    ):
+        pass
+    assert "\n" not in str(error.value)
 
 
 def test_no_two_samples_share_their_random_numbers(model_dir):

@@ -11,12 +11,15 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from support import adapters, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trl_a3po import A3POTrainer
+from trl_a3po.evaluation import models
 from trl_a3po.evaluation.models import (
     can_be_merged,
+    check_weights,
     find_model,
     fingerprint,
     load_adapted_model,
@@ -68,10 +71,10 @@ def test_a_merged_adapter_completes_as_the_adapter(kind, tmp_path):
     adapter = adapters.save(tmp_path, config, **fields)
     files = find_model(str(adapter))
     assert can_be_merged(files)
-    with ordinary_checkpoint(files, "float32", tmp_path / "merged") as directory:
+    with ordinary_checkpoint(files, "float32", tmp_path) as directory:
         assert not list(directory.glob("adapter*"))
         merged = greedy(load_model(directory, "float32"))
-    assert not (tmp_path / "merged").exists()
+    assert not directory.exists()
     assert merged == reference(adapter)
     assert merged != greedy(load_model(tmp_path / "base", "float32"))
 
@@ -95,10 +98,31 @@ def test_a_merge_that_changes_the_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PeftModel, "merge_and_unload", forgetful, raising=False)
     with (
         pytest.raises(ValueError, match="gives other logits after it is merged"),
-        ordinary_checkpoint(find_model(str(adapter)), "float32", tmp_path / "merged"),
+        ordinary_checkpoint(find_model(str(adapter)), "float32", tmp_path),
     ):
         pass
-    assert not (tmp_path / "merged").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+
+
+def content(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_only_temporary_directories_of_an_evaluation_are_deleted(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    tiny.save(tmp_path / "merged")
+    # What a killed evaluation leaves, a copy of it, and a directory of the same kind of name.
+    for name, mark in [("temporary-a", "temporary-a"), ("temporary-b", "temporary-a"), ("temporary-c", None)]:
+        tiny.save(tmp_path / name)
+        if mark:
+            (tmp_path / name / "temporary").write_text(mark)
+    before = content(tmp_path)
+    with ordinary_checkpoint(find_model(str(tmp_path / "merged")), "float32", tmp_path) as directory:
+        assert directory == tmp_path / "merged"
+    assert content(tmp_path) == before
+    with ordinary_checkpoint(find_model(str(adapter)), "float32", tmp_path):
+        assert not (tmp_path / "temporary-a").exists()
+    assert content(tmp_path) == {path: each for path, each in before.items() if path.parts[0] != "temporary-a"}
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
@@ -112,7 +136,8 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base_model_name_or_path": None}, "has no `base_model_name_or_path`"),
+        ({"base_model_name_or_path": None}, "`base_model_name_or_path` in its `adapter_config.json` is None"),
+        ({"base_model_name_or_path": 7}, "`base_model_name_or_path` in its `adapter_config.json` is 7"),
         ({"base_model_name_or_path": "no/where"}, "The base model of the adapter .* 'no/where' is not a directory"),
     ],
 )
@@ -128,6 +153,176 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match=r"contains no model: neither .* Pass `--checkpoints`"):
         find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("in_config", "in_training"), [("v1", "v2"), (None, "v2"), (None, None)])
+def test_the_base_of_an_adapter_has_the_revision_of_the_training(in_config, in_training, tmp_path, monkeypatch):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    path = adapter / "adapter_config.json"
+    change = {"base_model_name_or_path": "user/base", "revision": in_config}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    if in_training:
+        torch.save(tiny.config(tmp_path, model_init_kwargs={"revision": in_training}), adapter / "training_args.bin")
+    asked = []
+    monkeypatch.setattr(
+        models, "snapshot_download", lambda name, revision, **_: asked.append((name, revision)) or tmp_path / "base"
+    )
+    assert find_model(str(adapter)).base_revision == (in_config or in_training)
+    assert asked == [("user/base", in_config or in_training)]
+
+
+def test_a_base_on_the_disk_has_no_revision(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    torch.save(tiny.config(tmp_path, model_init_kwargs={"revision": "main"}), adapter / "training_args.bin")
+    assert find_model(str(adapter)).base_revision is None
+
+
+def test_the_tokenizer_beside_an_adapter_has_the_class_of_that_beside_its_base(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    for directory in (adapter, tmp_path / "base"):
+        edit(directory / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")  # wrong, as in some repositories
+    beside_adapter, beside_base = (load_chat(find_model(str(each))).processor for each in (adapter, tmp_path / "base"))
+    assert type(beside_adapter) is type(beside_base)
+
+
+# Files that are not whole
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(path, change):
+    save_file(change(load_file(path)), path, {"format": "pt"})
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_second_layer(weights):
+    return {name: weight for name, weight in weights.items() if ".layers.1." not in name}
+
+
+def is_refused(model, message):
+    """In one line, by whatever loads the model."""
+    with pytest.raises(ValueError, match=message) as error:  # noqa: PT012
+        files = find_model(str(model))
+        load_chat(files)
+        if files.is_adapter and not can_be_merged(files):
+            load_adapted_model(files, "float32")
+        with ordinary_checkpoint(files, "float32", files.directory) as directory:
+            load_model(directory, "float32")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1500
+
+
+CLASSIFIER = {"architectures": ["Qwen2ForSequenceClassification"]}
+QUANTIZED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+MODELS = {
+    "without a layer": (
+        lambda model: edit_weights(model / "model.safetensors", without_second_layer),
+        r"do not have all weights of Qwen2ForCausalLM: model\.layers\.1\.input_layernorm\.weight, .* and 9 more\.",
+    ),
+    "truncated": (lambda model: truncate(model / "model.safetensors"), "Cannot load the model '.*': Safetensor"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "contains no weights: neither"),
+    "another size": (
+        lambda model: edit(model / "config.json", vocab_size=99),
+        "other sizes .*: lm_head.weight, model",
+    ),
+    "no class": (lambda model: edit(model / "config.json", architectures=None), "`architectures` in .* is None"),
+    "unknown class": (lambda model: edit(model / "config.json", architectures=["Own"]), r"is \['Own'\]. It must"),
+    "classifier": (lambda model: edit(model / "config.json", **CLASSIFIER), "Cannot load the model .*score|generate"),
+    "quantized": (lambda model: edit(model / "config.json", **QUANTIZED), "Cannot load the model '.*'"),
+    "no JSON": (lambda model: truncate(model / "tokenizer.json"), "Cannot load the tokenizer in '.*'"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_cannot_be_loaded_whole_is_refused(kind, tmp_path):
+    model = Path(tiny.save(tmp_path))
+    change, message = MODELS[kind]
+    change(model)
+    is_refused(model, message)
+
+
+@pytest.mark.parametrize("kind", ["without a layer", "another size"])
+def test_weights_are_checked_without_being_read(kind, tmp_path):
+    model = Path(tiny.save(tmp_path))
+    check_weights(model)
+    change, message = MODELS[kind]
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        check_weights(model)
+
+
+def test_a_model_that_generates_no_text_is_refused(tmp_path):
+    tiny.save(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path, num_labels=2)
+    transformers.Qwen2ForSequenceClassification(config).save_pretrained(tmp_path)
+    is_refused(tmp_path, "Qwen2ForSequenceClassification does not generate text")
+
+
+def renamed(weights):
+    return {name.replace("base_model.model.", "base_model.other."): weight for name, weight in weights.items()}
+
+
+WEIGHTS = "adapter_model.safetensors"
+ADAPTERS = {
+    "under other names": (lambda adapter: edit_weights(adapter / WEIGHTS, renamed), "base_model"),
+    "of half of the layers": (
+        lambda adapter: edit_weights(adapter / WEIGHTS, without_second_layer),
+        r"Found missing adapter keys while loading the checkpoint: .*layers\.1\.",
+    ),
+    "with more layers": (
+        lambda adapter: edit_weights(
+            adapter / WEIGHTS,
+            lambda weights: (
+                weights | {name.replace("layers.1", "layers.2"): weights[name].clone() for name in weights}
+            ),
+        ),
+        r"its base model has no place for its weights .*layers\.2\.mlp\.",
+    ),
+    "truncated": (lambda adapter: truncate(adapter / WEIGHTS), "Cannot load the adapter '.*': Safetensor"),
+    "no weights": (lambda adapter: (adapter / WEIGHTS).unlink(), "is an adapter without weights: neither"),
+    "unknown type": (lambda adapter: edit(adapter / "adapter_config.json", peft_type="OWN"), "the adapter .*OWN"),
+    "no JSON": (lambda adapter: (adapter / "adapter_config.json").write_text("{"), "Cannot load the adapter '.*'"),
+    "base of another size": (
+        lambda adapter: tiny.save(adapter.parent / "base", hidden_size=48),
+        "Cannot load the adapter '.*': RuntimeError: .*size mismatch",
+    ),
+    "base not whole": (
+        lambda adapter: edit_weights(adapter.parent / "base" / "model.safetensors", without_second_layer),
+        "Cannot load the adapter '.*': Cannot load the model '.*base': its files do not have all weights",
+    ),
+    "base quantized": (
+        lambda adapter: edit(adapter.parent / "base" / "config.json", **QUANTIZED),
+        "Cannot load the adapter '.*': Cannot load the model '.*base'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_that_cannot_be_loaded_whole_is_refused(kind, tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    change, message = ADAPTERS[kind]
+    change(adapter)
+    is_refused(adapter, message)
+    assert not list(adapter.glob("temporary-*"))
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")
+def test_prompt_tuning_without_its_prompt_is_refused(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.PROMPT_TUNING)
+    edit_weights(adapter / WEIGHTS, lambda weights: {"other": weights["prompt_embeddings"]})
+    is_refused(adapter, "Cannot load the adapter '.*': .*prompt_embeddings")
+
+
+@pytest.mark.parametrize("fields", [{"tie_word_embeddings": True}, {}])
+def test_weights_that_are_tied_are_not_missing(fields, tmp_path):
+    tiny.save(tmp_path, **fields)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not fields.get("tie_word_embeddings")
+    assert greedy(load_model(tmp_path, "float32"))
 
 
 # Fingerprints
@@ -224,12 +419,21 @@ def test_arguments_that_the_chat_template_does_not_read_are_refused(model_dir):
 
 
 def test_end_tokens_are_those_of_tokenizer_and_model(tmp_path):
-    for declared, expected in [(None, (1,)), (1, (1,)), (5, (1, 5)), ([5, 6], (1, 5, 6))]:
+    for declared, expected in [(None, (1,)), (1, (1,)), (5, (1, 5)), ([5, 6], (1, 5, 6)), ([-1, 5], (1, 5))]:
         tiny.save(tmp_path)
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))
         assert load_chat(find_model(str(tmp_path))).end_ids == expected
     (tmp_path / "generation_config.json").unlink()
     assert load_chat(find_model(str(tmp_path))).end_ids == (1,)
+
+
+def test_an_end_token_outside_the_vocabulary_changes_nothing(model_dir):
+    model = load_model(Path(model_dir), "float32")
+    requests = [Request(prompt, 12, 0) for prompt in ([3, 4, 5], [6, 7])]
+    plain, with_more = (
+        transformers_engine(model, Sampling(0.0, 1.0, 0, end_ids))(requests) for end_ids in ((1,), (99, 1))
+    )
+    assert with_more == plain
 
 
 def test_a_model_without_a_padding_token(tmp_path):

@@ -98,6 +98,7 @@ def test_results(problems, arguments, tmp_path):
     assert results["settings"]["temperature"] == 0.6
     assert results["settings"]["end_token_ids"] == [256]
     assert results["settings"]["dtype"] == "float32"
+    assert results["base_revision"] is None
     assert {"trl", "transformers", "torch", "device"} <= results["versions"].keys()
 
 
@@ -378,6 +379,13 @@ def test_a_problem_that_the_template_refuses_is_named(arguments):
     assert reason.startswith("it cannot be tokenized: ")
 
 
+def test_a_tokenizer_with_tokens_that_the_model_does_not_have_is_refused(arguments, tmp_path):
+    model = tiny.save(tmp_path / "model", vocab_size=10)
+    rows = [{"prompt": [{"role": "user", "content": text}], "solution": "$2$"} for text in ("1", "1+1")]
+    with pytest.raises(ValueError, match=r"has token 13, but the vocabulary of the model has 10 tokens"):
+        evaluate(arguments(model_name_or_path=model), Dataset.from_list(rows), no_engine)
+
+
 def test_if_no_problem_can_be_sampled_the_first_reason_is_said(arguments):
     rows = [{"prompt": [{"role": "user", "content": "a" * 3000}], "solution": "$2$"}]
     with pytest.raises(
@@ -516,9 +524,12 @@ def test_an_adapter_on_the_hub_is_evaluated_as_the_one_on_the_disk(tmp_path):
     line = ["--dataset_name", file, "--max_completion_length", "8", "--output_dir"]
     assert cli.main(["eval", "--model_name_or_path", str(adapter), *line, str(tmp_path / "disk")]) == 0
     hub = Hub({"hf_writes": "write"}, [])
-    hub.commit("user/base", "initial commit", {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    base = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    trained = hub.commit("user/base", "initial commit", base).oid
+    hub.commit("user/base", "another model", {"model.safetensors": b""})
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "user/base"}))
+    torch.save(tiny.config(tmp_path, model_init_kwargs={"revision": trained}), adapter / "training_args.bin")
     hub.commit("user/adapter", "initial commit", {path.name: path.read_bytes() for path in adapter.iterdir()})
     with hub.serve():
         command = [sys.executable, "-m", "trl_a3po.cli", "eval", "--model_name_or_path", "user/adapter", *line]
@@ -528,6 +539,7 @@ def test_an_adapter_on_the_hub_is_evaluated_as_the_one_on_the_disk(tmp_path):
     assert done.returncode == 0, done.stderr
     texts = [[record["completions"] for record in samples(tmp_path / name)] for name in ("hub", "disk")]
     assert texts[0] == texts[1]
+    assert json.loads((tmp_path / "hub" / "results.json").read_text())["base_revision"] == trained
     model = [json.loads((tmp_path / name / "run.json").read_text())["model"] for name in ("hub", "disk")]
     assert {name for name in model[0] if model[0][name] != model[1][name]} == {"adapter"}  # which names its base
 

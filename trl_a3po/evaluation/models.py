@@ -10,6 +10,8 @@ import io
 import json
 import pickle
 import shutil
+import tempfile
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
@@ -37,10 +40,32 @@ from trl.trainer.utils import create_model_from_path
 Prompt = list[dict[str, Any]]
 
 DTYPES = ("float32", "bfloat16", "float16")
-# The files of a model in a repository on the Hub.
-MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+# The files of a model in a repository on the Hub, and of its training.
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "training_args.bin"]
+# The file in a temporary directory that holds its name. Only directories with it are ever deleted.
+TEMPORARY = "temporary"
 # Relative to the largest logit. Rounding in single precision is about 1e-7. Every wrong merge that we tried is above.
 MERGE_TOLERANCE = 1e-3
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """
+    Turns an error in files of a model into one line. Libraries raise errors of many types about such files, with
+    messages of many lines.
+
+    Raises:
+        `ValueError`: `what` cannot be loaded.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"Cannot load {what}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"{kind}{error}", 500, placeholder=" ...")
 
 
 # Files
@@ -55,11 +80,13 @@ class ModelFiles:
         name (`str`): The name that the user gave.
         directory (`Path`): Directory of the model or the adapter.
         base (`Path`): Directory with the weights and the configuration. It differs from `directory` for an adapter.
+        base_revision (`str`, *optional*): Revision on the Hub of an adapter's base model, if its training chose one.
     """
 
     name: str
     directory: Path
     base: Path
+    base_revision: str | None = None
 
     @property
     def is_adapter(self) -> bool:
@@ -76,44 +103,58 @@ def find_model(name: str) -> ModelFiles:
     Finds a model, or an adapter and its base model, on the disk or on the Hub.
 
     Raises:
-        `ValueError`: the model does not exist, or an adapter does not name its base model.
+        `ValueError`: the model or its base model does not exist, or has no weights.
     """
     directory = _directory(name)
-    adapter = _adapter_config(directory)
-    if adapter is None:
+    path = directory / "adapter_config.json"
+    if not path.exists():
         if not (directory / "config.json").exists():
             raise ValueError(
                 f"'{name}' contains no model: neither `config.json` nor `adapter_config.json`."
                 + (" Pass `--checkpoints` for its checkpoints." if list(directory.glob("checkpoint-*")) else "")
             )
+        _require_weights(name, directory)
         return ModelFiles(name, directory, directory)
-    base_name = adapter.get("base_model_name_or_path")
-    if not base_name:
-        raise ValueError(f"'{name}' is an adapter, but its `adapter_config.json` has no `base_model_name_or_path`.")
+    if not _matching(directory, "adapter_model.safetensors", "adapter_model.bin"):
+        raise ValueError(
+            f"'{name}' is an adapter without weights: neither `adapter_model.safetensors` nor `adapter_model.bin`."
+        )
+    with loading(f"the adapter '{name}'"):
+        adapter = json.loads(path.read_text(encoding="utf-8"))
+        base_name = adapter.get("base_model_name_or_path")
+    if not base_name or not isinstance(base_name, str):
+        raise ValueError(
+            f"'{name}' is an adapter, but `base_model_name_or_path` in its `adapter_config.json` is {base_name!r}. "
+            "Set it to the directory or Hub name of its base model."
+        )
+    revision = None if Path(base_name).is_dir() else adapter.get("revision") or _trained_revision(directory)
     try:
-        base = _directory(base_name)
+        base = _directory(base_name, revision)
+        if not (base / "config.json").exists():
+            raise ValueError(f"'{base_name}' contains no `config.json`.")
+        _require_weights(base_name, base)
     except ValueError as error:
         raise ValueError(f"The base model of the adapter '{name}' was not found: {error}") from error
-    if not (base / "config.json").exists():
-        raise ValueError(f"The base model of the adapter '{name}', '{base_name}', contains no `config.json`.")
-    return ModelFiles(name, directory, base)
+    return ModelFiles(name, directory, base, revision)
 
 
-def _directory(name: str) -> Path:
+def _directory(name: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        directory = Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
         if not list(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(name, allow_patterns=[*MODEL_FILES, "*.bin"]))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"'{name}' is not a directory and cannot be loaded from the Hub: {error}") from error
+            directory = Path(snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, "*.bin"]))
+    except Exception as error:
+        at = "" if revision is None else f" at revision '{revision}'"
+        reason = _in_one_line(error)
+        raise ValueError(f"'{name}' is not a directory and cannot be loaded from the Hub{at}: {reason}") from error
     return directory
 
 
-def _adapter_config(directory: Path) -> dict[str, Any] | None:
-    path = directory / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _require_weights(name: str, directory: Path) -> None:
+    if not _weights(directory):
+        raise ValueError(f"'{name}' contains no weights: neither `*.safetensors` nor `pytorch_model*.bin`.")
 
 
 def fingerprint(files: ModelFiles) -> dict[str, str]:
@@ -168,17 +209,28 @@ def trained_chat_template_kwargs(files: ModelFiles) -> dict[str, Any] | None:
     `chat_template_kwargs` of the run that trained the model, from `training_args.bin` beside it. None if the file is
     missing or not from a GRPO run. No code in the file is run.
     """
-    path = files.directory / "training_args.bin"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            values = vars(_InertUnpickler(io.BytesIO(archive.read(name))).load())
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile, pickle.UnpicklingError):
-        return None
+    values = _training_arguments(files.directory)
     if "chat_template_kwargs" not in values:
         return None
     found = values["chat_template_kwargs"] or {}
     return found if isinstance(found, dict) else None
+
+
+def _trained_revision(directory: Path) -> str | None:
+    """Revision of the model from which the run started. TRL's scripts do not write it into `adapter_config.json`."""
+    options = _training_arguments(directory).get("model_init_kwargs")
+    revision = options.get("revision") if isinstance(options, dict) else None
+    return revision if isinstance(revision, str) else None
+
+
+def _training_arguments(directory: Path) -> dict[str, Any]:
+    """The arguments in `training_args.bin`; none if it cannot be read. No code in the file is run."""
+    try:
+        with zipfile.ZipFile(directory / "training_args.bin") as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return vars(_InertUnpickler(io.BytesIO(archive.read(name))).load())
+    except Exception:  # a pickle that is not whole raises errors of any type
+        return {}
 
 
 class _Inert:
@@ -231,6 +283,7 @@ class Chat:
         end_ids (`tuple[int, ...]`): Tokens that end a completion: those of the tokenizer and of the model.
         suppressed_ids (`tuple[int, ...]`): Tokens that stand for images, which training never samples.
         context (`int`, *optional*): Maximum tokens of a prompt with its completion; None if the model has no limit.
+        vocabulary (`int`, *optional*): Number of tokens that the model has; None if its configuration does not say.
         template_kwargs (`dict`): Passed to the chat template.
     """
 
@@ -238,6 +291,7 @@ class Chat:
     end_ids: tuple[int, ...]
     suppressed_ids: tuple[int, ...]
     context: int | None
+    vocabulary: int | None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -254,9 +308,11 @@ class Chat:
         image = getattr(config, "image_token_id", None) if isinstance(processor, ProcessorMixin) else None
         return cls(
             processor=processor,
-            end_ids=tuple(sorted({each for each in ids if each is not None})),
+            # Some configurations write -1 for none.
+            end_ids=tuple(sorted({each for each in ids if each is not None and each >= 0})),
             suppressed_ids=() if image is None else (image,),
             context=getattr(config.get_text_config(), "max_position_embeddings", None),
+            vocabulary=getattr(config.get_text_config(), "vocab_size", None),
             template_kwargs=template_kwargs or {},
         )
 
@@ -284,19 +340,23 @@ def load_chat(
     Loads the tokenizer or processor of a model, and the settings of its chat template.
 
     Raises:
-        `ValueError`: the tokenizer has no chat template, or the template does not read one of `template_kwargs`.
+        `ValueError`: the tokenizer cannot be loaded or has no chat template, or the template does not read one of
+        `template_kwargs`.
     """
     config = load_config(files, trust_remote_code)
     directory = files.tokenizer
     # If there is only a tokenizer, the model was trained on text only.
     has_processor = any((directory / f"{name}_config.json").exists() for name in ("processor", "preprocessor"))
     kind = AutoProcessor if has_processor else AutoTokenizer
-    options = {"config": config} if has_processor and files.is_adapter else {}
-    processor = kind.from_pretrained(str(directory), trust_remote_code=trust_remote_code, **options)
-    try:
-        generation_config = GenerationConfig.from_pretrained(str(files.base))
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
+    # The class depends on the configuration, which the directory of an adapter does not have.
+    options = {"config": config} if files.is_adapter else {}
+    with loading(f"the tokenizer in '{directory}'"):
+        processor = kind.from_pretrained(str(directory), trust_remote_code=trust_remote_code, **options)
+    with loading(f"the model '{files.base}'"):
+        if (files.base / "generation_config.json").exists():
+            generation_config = GenerationConfig.from_pretrained(str(files.base))
+        else:
+            generation_config = GenerationConfig.from_model_config(config)
     template = processor.chat_template
     if not template:
         raise ValueError(
@@ -310,7 +370,21 @@ def load_chat(
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool = False) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(str(files.base), trust_remote_code=trust_remote_code)
+    """
+    Loads the configuration of the model, or of an adapter's base model.
+
+    Raises:
+        `ValueError`: it cannot be loaded, or names no class of a model.
+    """
+    with loading(f"the model '{files.base}'"):
+        config = AutoConfig.from_pretrained(str(files.base), trust_remote_code=trust_remote_code)
+        named = config.architectures or [""]
+        if not hasattr(transformers, named[0]) and not getattr(config, "auto_map", None):
+            raise ValueError(
+                f"`architectures` in its `config.json` is {config.architectures}. It must name a class of "
+                f"transformers {transformers.__version__}."
+            )
+    return config
 
 
 def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
@@ -330,28 +404,69 @@ def resolve_dtype(dtype: str, config: PretrainedConfig) -> str:
 # Weights
 
 
-def load_model(directory: Path, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Loads the model as TRL does for training, with the class that its configuration names."""
-    return create_model_from_path(str(directory), dtype=dtype, trust_remote_code=trust_remote_code)
+def load_model(directory: Path, dtype: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """
+    Loads the model as TRL does for training, with the class that its configuration names.
+
+    Raises:
+        `ValueError`: it cannot be loaded, or does not generate text, or weights are missing or have other sizes than
+        the configuration says. transformers would fill them with random numbers.
+    """
+    # With transformers 5.3.0, TRL calls a method of the loaded model, and so cannot return anything beside it.
+    if transformers.__version__ != "5.3.0":
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the sizes are checked below
+    with loading(f"the model '{directory}'"):
+        loaded: Any = create_model_from_path(
+            str(directory), dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+        model, info = loaded if isinstance(loaded, tuple) else (loaded, {})
+        if missing := info.get("missing_keys"):
+            raise ValueError(f"its files do not have all weights of {type(model).__name__}: {_listed(missing)}.")
+        if mismatched := info.get("mismatched_keys"):
+            names = [each if isinstance(each, str) else each[0] for each in mismatched]  # also shapes since 5.0
+            raise ValueError(f"its weights have other sizes than its `config.json` says: {_listed(names)}.")
+        if not model.can_generate():
+            raise ValueError(f"{type(model).__name__} does not generate text.")
+    return model
+
+
+def check_weights(directory: Path, trust_remote_code: bool = False) -> None:
+    """
+    Checks the names and sizes of the weights for vLLM, which takes missing ones for loaded. No weight is read.
+    Quantized weights, and those of classes that transformers does not have, are not checked.
+
+    Raises:
+        `ValueError`: weights are missing or have other sizes than the configuration says.
+    """
+    config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    if hasattr(transformers, config.architectures[0]) and getattr(config, "quantization_config", None) is None:
+        load_model(directory, "float32", trust_remote_code, device_map="meta")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_adapted_model(files: ModelFiles, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Loads a model with an adapter that cannot be merged into it, such as prompt tuning."""
-    from peft import PeftModel
+    with loading(f"the adapter '{files.name}'"):
+        from peft import PeftModel
 
-    model = load_model(files.base, dtype, trust_remote_code)
-    return PeftModel.from_pretrained(model, str(files.directory)).eval()  # type: ignore[return-value]
+        model = load_model(files.base, dtype, trust_remote_code)
+        return PeftModel.from_pretrained(model, str(files.directory)).eval()  # type: ignore[return-value]
 
 
 def can_be_merged(files: ModelFiles) -> bool:
-    from peft import PeftConfig
+    with loading(f"the adapter '{files.name}'"):
+        from peft import PeftConfig
 
-    return not PeftConfig.from_pretrained(str(files.directory)).is_prompt_learning
+        return not PeftConfig.from_pretrained(str(files.directory)).is_prompt_learning
 
 
 @contextmanager
 def ordinary_checkpoint(
-    files: ModelFiles, dtype: str, scratch: Path, trust_remote_code: bool = False
+    files: ModelFiles, dtype: str, parent: Path, trust_remote_code: bool = False
 ) -> Iterator[Path]:
     """
     The directory of an ordinary checkpoint. For an adapter, it is a temporary directory with the adapter merged into
@@ -360,54 +475,60 @@ def ordinary_checkpoint(
     Args:
         files (`ModelFiles`): The model.
         dtype (`str`): Data type of the merged model.
-        scratch (`Path`): The temporary directory. Files of an interrupted evaluation there are removed.
+        parent (`Path`): Where the temporary directory is made. Those of killed evaluations there are removed.
         trust_remote_code (`bool`): Whether to run code from the model's repository.
 
     Raises:
-        `ValueError`: merging changes the output of the model.
+        `ValueError`: the adapter cannot be loaded, or merging it changes the output of the model.
     """
-    shutil.rmtree(scratch, ignore_errors=True)
     if not files.is_adapter:
         yield files.base
         return
+    for mark in parent.glob(f"{TEMPORARY}-*/{TEMPORARY}"):
+        if mark.read_text(encoding="utf-8") == mark.parent.name:
+            shutil.rmtree(mark.parent, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}-", dir=parent))
     try:
-        model = _merged(files, trust_remote_code).to(getattr(torch, dtype))
-        model.generation_config = GenerationConfig()  # the samplers read none
-        model.save_pretrained(scratch)
-        for path in (*files.base.glob("*.py"), *_tokenizer_files(files.tokenizer)):
-            shutil.copy(path, scratch)
-        del model
-        yield scratch
+        (directory / TEMPORARY).write_text(directory.name, encoding="utf-8")
+        with loading(f"the adapter '{files.name}'"):
+            model = _merged(files, trust_remote_code).to(getattr(torch, dtype))
+            model.generation_config = GenerationConfig()  # the samplers read none
+            model.save_pretrained(directory)
+            for path in (*files.base.glob("*.py"), *_tokenizer_files(files.tokenizer)):
+                shutil.copy(path, directory)
+            del model
+        yield directory
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
     from peft import PeftConfig, PeftModel
 
-    model = create_model_from_path(
-        str(files.base), dtype="float32", device_map=None, trust_remote_code=trust_remote_code
-    )
+    model = load_model(files.base, "float32", trust_remote_code, device_map=None)
     adapter = PeftConfig.from_pretrained(str(files.directory))
     if not _relies_on_tied_weights(adapter):
         _untie(model)
+    # As PEFT maps names that an older transformers gave.
+    names = getattr(model, "_checkpoint_conversion_mapping", None)
     with warnings.catch_warnings():
         # PEFT warns about merging into tied embeddings. They were just untied.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        # Weights that PEFT does not find are those of an adapter without effect.
+        warnings.filterwarnings("error", message="Found missing adapter keys", category=UserWarning)
         adapted = PeftModel.from_pretrained(model, str(files.directory)).eval()
+        # Only loading them again says for which weights the model has no place.
+        unexpected = adapted.load_adapter(str(files.directory), "default", key_mapping=names).unexpected_keys
+        if unexpected:
+            raise ValueError(f"its base model has no place for its weights {_listed(unexpected)}.")
         expected = _some_logits(adapted, model.config)
-        try:
-            merged = adapted.merge_and_unload()
-        except (NotImplementedError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"The adapter '{files.name}' ({adapter.peft_type}) cannot be merged into its base model: {error}"
-            ) from error
+        merged = adapted.merge_and_unload()
     computed = _some_logits(merged, model.config)
     difference = ((computed - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
     if not difference < MERGE_TOLERANCE:
         raise ValueError(
-            f"The adapter '{files.name}' ({adapter.peft_type}) gives other logits after it is merged into its base "
-            f"model: they differ by {difference:.1e} of the largest. It cannot be evaluated."
+            f"{adapter.peft_type} gives other logits after it is merged into its base model: they differ by "
+            f"{difference:.1e} of the largest."
         )
     return merged
 

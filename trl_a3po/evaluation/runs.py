@@ -193,7 +193,12 @@ def _hash(value: Any) -> str:
 
 
 def tasks_of(prompts: Sequence[Prompt], chat: Chat, max_completion_length: int, context: int | None) -> list[Task]:
-    """Tokenizes each prompt. Marks prompts that the tokenizer refuses or that leave no room for a token."""
+    """
+    Tokenizes each prompt. Marks prompts that the tokenizer refuses or that leave no room for a token.
+
+    Raises:
+        `ValueError`: a prompt has a token that is not in the vocabulary of the model.
+    """
     seen: dict[str, int] = {}
     tasks = []
     for prompt in prompts:
@@ -205,6 +210,11 @@ def tasks_of(prompts: Sequence[Prompt], chat: Chat, max_completion_length: int, 
             ids = chat.encode(prompt)
         except Exception as error:  # any error of a template or tokenizer; the other problems are still evaluated
             reason = f"it cannot be tokenized: {type(error).__name__}: {error}"
+        if ids and chat.vocabulary is not None and max(ids) >= chat.vocabulary:
+            raise ValueError(
+                f"The tokenizer is not that of the model: a prompt has token {max(ids)}, but the vocabulary of the "
+                f"model has {chat.vocabulary} tokens. Put the tokenizer of its training beside the model."
+            )
         limit = max_completion_length if context is None else min(max_completion_length, context - len(ids))
         if reason is None and not ids:
             reason = "it has no tokens"
@@ -306,7 +316,7 @@ def open_engine(arguments: EvaluateArguments, subject: Subject, longest: int | N
     if files.is_adapter and not can_be_merged(files):
         yield transformers_engine(load_adapted_model(files, dtype, trust), subject.sampling)
         return
-    with ordinary_checkpoint(files, dtype, Path(arguments.output_dir, "merged"), trust) as directory:
+    with ordinary_checkpoint(files, dtype, Path(arguments.output_dir), trust) as directory:
         if not arguments.use_vllm:
             yield transformers_engine(load_model(directory, dtype, trust), subject.sampling)
             return
@@ -411,6 +421,7 @@ def _evaluate(
         **summary(done),
         **identity,
         "chat_template_kwargs_from": subject.template_kwargs_from,
+        "base_revision": subject.files.base_revision,
         "arguments": asdict(arguments),
         "versions": _read_run(directory)["versions"],
         "samples_sha256": hash_of_file(samples),

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from ..update.model_traits import padding_traits
+from .models import check_weights, loading
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _groups(requests: Sequence[Request], apart: bool) -> list[list[int]]:
 
 def _generate(model: PreTrainedModel, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
     width, limit = max(len(request.prompt_ids) for request in requests), requests[0].max_tokens
-    padding = sampling.end_ids[0] if sampling.end_ids else 0  # masked, so any token will do
+    padding = 0  # masked, so any token of the vocabulary will do
     input_ids = torch.full((len(requests), width), padding)
     attention_mask = torch.zeros_like(input_ids)
     for row, request in enumerate(requests):
@@ -234,7 +235,9 @@ def vllm_engine(
         options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
     else:
         options["skip_tokenizer_init"] = True
-    llm = LLM(model=str(directory), dtype=dtype, max_model_len=max_model_len, **options)
+    check_weights(Path(directory), trust_remote_code)
+    with loading(f"the model '{directory}' with vLLM"):
+        llm = LLM(model=str(directory), dtype=dtype, max_model_len=max_model_len, **options)
 
     def complete(requests: Sequence[Request]) -> list[list[int]]:
         parameters = [
