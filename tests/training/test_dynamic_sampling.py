@@ -472,8 +472,8 @@ def refusal(model_dir, output_dir, run):
     ("run", "message"),
     [
         ("stream", "a dataset without an index (`IterableDataset`). Pass a `Dataset`, or set `dynamic_sampling=0`."),
-        ("positions", "models or adapters whose output depends on left padding"),
-        ("virtual tokens", "models or adapters whose output depends on left padding"),
+        ("positions", "models or adapters whose output depends on padding"),
+        ("virtual tokens", "models or adapters whose output depends on padding"),
         ("images", "a processor of images. To train on text only, pass the tokenizer as `processing_class`, or"),
     ],
 )

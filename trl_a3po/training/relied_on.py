@@ -396,6 +396,13 @@ RELIED_ON = (
         ("evaluation.models",),
         "`trl-a3po eval`: problems of text for models with images",
     ),
+    ReliedOn(
+        "transformers.PreTrainedModel",
+        "_checkpoint_conversion_mapping",
+        ("evaluation.models",),
+        "`trl-a3po eval`: names of weights in adapters that an older release saved",
+        until="5.9.0",
+    ),
     ReliedOn("transformers.utils.logging", "disable_progress_bar", ("cli.demo",), "the output of `trl-a3po demo`"),
     ReliedOn("trl.rewards", "accuracy_reward", ("rewards",), "the rewards by math-verify"),
     ReliedOn("trl.rewards", "reasoning_accuracy_reward", ("rewards",), "the same, after the reasoning"),
