@@ -12,11 +12,12 @@ os.environ.update(
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
 
 import pytest
-from support import tiny
 
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
+    from support import tiny  # not above: the process that distributes the tests would import all of it too
+
     return tiny.save(tmp_path_factory.mktemp("tiny-model"))
 
 
