@@ -7,7 +7,7 @@ from support.findings import CASES, FLAT, STEPS, history
 from trl_a3po.report import write_report
 
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from support import browser, logged_runs
 from trl_a3po.report import write_report
 
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")]
 
 TROUBLE = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
 
