@@ -93,7 +93,8 @@ def read_object(path: Path, *parts: str, fix: str) -> dict[str, Any]:
 
 
 def hash_of_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, value: dict[str, Any]) -> None:

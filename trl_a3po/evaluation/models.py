@@ -36,6 +36,8 @@ from transformers import (
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import create_model_from_path
 
+from .files import hash_of_file
+
 
 Prompt = list[dict[str, Any]]
 
@@ -196,8 +198,7 @@ def _matching(directory: Path, *patterns: str) -> list[Path]:
 def _hash_of(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda path: path.name):
-        with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{path.name} {hash_of_file(path)}\n".encode())
     return total.hexdigest()
 
 
