@@ -6,7 +6,7 @@ Train SmolLM2-135M with GRPO, DAPO and A3PO on the same problems, several seeds 
 
 Each pair of method and seed writes one small file when it is done. The same command resumes after an interruption, a
 run in the middle too: from its last checkpoint, or from the last batch of its evaluation. If vLLM is installed, it
-generates; on a CPU that takes the environment of `make test-vllm`.
+generates; on a CPU that takes the environment of `make test-vllm`. `--jobs 2` does two runs at a time.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from pathlib import Path
 sys.path.extend(
     str(Path(__file__).parents[2] / folder) for folder in ("benchmarks/polarity", "examples/smollm2", "tests")
 )
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # the small benchmark wants one thread
+# Before torch is imported. The small benchmark wants one thread; here, a run has its share of the cores.
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 import torch
 from checkpoint import make_checkpoint
@@ -32,8 +34,9 @@ from datasets import Dataset
 from methods import DAPO, METHODS, Method, peer
 from problems import write
 from run import CURVES, is_done, surroundings, written_whole
+from train import VLLM_ON_CPU
 
-from trl_a3po import A3POConfig
+from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.evaluation.problems import load_problems
 from trl_a3po.evaluation.worked_examples import check_no_overlap, load_worked_examples
 from trl_a3po.rewards import accuracy_reward
@@ -53,12 +56,16 @@ SEEDS = {
 CHOSEN = {**{name: METHODS[name] for name in SEEDS}, "stare": peer("stare", target_entropy=0.3)}
 
 
+ENTROPY_OF_ALL = "entropy_of_all"  # a metric of these runs
+
+
 @dataclass(frozen=True)
 class Preset:
     """The size of everything. All methods share it."""
 
     kinds: tuple[str, ...] = ("sums", "differences")  # of problems, see examples/smollm2/problems.py
-    held_out: int = 96  # problems of these kinds, and as many with larger numbers
+    held_out: int = 96  # problems of these kinds
+    other: int = 48  # problems with larger numbers
     steps: int = 100
     completions: int = 64  # of a step
     updates: int = 2  # steps on one rollout: with more than one, the clipping acts
@@ -76,6 +83,7 @@ PRESETS = {
     "dry": replace(
         Preset(),
         held_out=4,
+        other=2,
         steps=4,
         completions=8,
         num_generations=4,
@@ -112,10 +120,25 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
         **({"vllm_gpu_memory_utilization": 0.05} if HAS_VLLM and not torch.cuda.is_available() else {}),
     )
     with engines():
-        trainer = method.trainer(model, accuracy_reward, config, train_dataset=problems)
+        trainer = with_entropy_of_all(method.trainer)(model, accuracy_reward, config, train_dataset=problems)
         trainer.train(resume_from_checkpoint=any(map(is_complete, checkpoints_in(work / "model"))))
     trainer.save_model()
     trainer.save_state()
+
+
+def with_entropy_of_all(trainer: type[A3POTrainer]) -> type[A3POTrainer]:
+    """The trainer, which also logs the entropy of all completions: the mean of -log p of their tokens, by vLLM."""
+
+    class WithEntropyOfAll(trainer):
+        def _generate_and_score_completions(self, inputs):
+            batch = super()._generate_and_score_completions(inputs)
+            if HAS_VLLM:
+                mask = batch["completion_mask"]
+                mean = (batch["sampling_per_token_logps"] * mask).sum() / mask.sum()
+                self._metrics["train"][ENTROPY_OF_ALL].append(-mean.item())
+            return batch
+
+    return WithEntropyOfAll
 
 
 def engines():
@@ -139,7 +162,9 @@ def settings_of(preset: Preset, method: Method, seed: int) -> dict:
         "beta": 0.0,
         "seed": seed,
         **DAPO,
-        "trim_padding": True,  # no column is computed twice; every row is, so that all entropies are over all rows
+        "trim_padding": True,
+        # The entropy of a method is that of all its completions. TRL's is over the rows that are computed.
+        "skip_zero_advantage": HAS_VLLM,
         **method.settings,
     }
 
@@ -163,7 +188,8 @@ def write_result(path: Path, preset: Preset, model: str, method_name: str, seed:
     state = json.loads((work / "model" / STATE_FILE).read_text())
     logs = [log for log in state["log_history"] if "step_time" in log]
     # Rewards and lengths are known once a rollout, the others at every step.
-    curves = {name: [round(log[key], 4) for log in logs if key in log] for key, name in CURVES.items()}
+    keys = {**CURVES, **({ENTROPY_OF_ALL: "entropy"} if HAS_VLLM else {})}
+    curves = {name: [round(log[key], 4) for log in logs if key in log] for key, name in keys.items()}
     trained = str(work / "model")
     result = {
         "method": method_name,
@@ -192,6 +218,7 @@ def main(line=None):
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="SEED", help="by default 0 to 4, or 0 to 2 of controls"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # in its own process
     arguments = parser.parse_args(line)
     preset, output, work = PRESETS[arguments.preset], arguments.output, arguments.work / arguments.preset
@@ -200,21 +227,36 @@ def main(line=None):
         method, seed = arguments.train
         train(preset, model, method, int(seed), work / f"{method}-{seed}")
         return
-    write(work / "problems", list(preset.kinds), preset.held_out)
+    write(work / "problems", list(preset.kinds), preset.held_out, preset.other)
     output.mkdir(parents=True, exist_ok=True)
-    chosen = [0, 1, 2, 3, 4] if arguments.seeds is None else arguments.seeds
-    # Seed by seed, so that pairs are complete as early as possible.
-    pairs = [(method, seed) for seed in chosen for method in arguments.methods]
-    for method, seed in [(m, s) for m, s in pairs if arguments.seeds is not None or s < SEEDS[m]]:
-        path, of_run = output / f"{method}-{seed}.json", work / f"{method}-{seed}"
-        if is_done(preset, output, method, seed):
-            continue
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+    if not torch.cuda.is_available():
+        os.environ.update(VLLM_ON_CPU)
+    if arguments.jobs > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else all engines take the same cores
+    for name in ("test", "other"):
+        evaluate(preset, model, work / "start", name)
+
+    def finish(method: str, seed: int) -> None:
+        of_run = work / f"{method}-{seed}"
         print(f"{method}, seed {seed}", flush=True)
         if not (of_run / "model" / STATE_FILE).exists():
             again = ["--preset", arguments.preset, "--model", model, "--work", str(arguments.work)]
             subprocess.run([sys.executable, __file__, *again, "--train", method, str(seed)], check=True)
-        write_result(path, preset, model, method, seed, of_run)
+        write_result(output / f"{method}-{seed}.json", preset, model, method, seed, of_run)
         shutil.rmtree(of_run)
+
+    chosen = [0, 1, 2, 3, 4] if arguments.seeds is None else arguments.seeds
+    # Seed by seed, so that pairs are complete as early as possible.
+    pairs = [(method, seed) for seed in chosen for method in arguments.methods]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = [
+            pool.submit(finish, method, seed)
+            for method, seed in pairs
+            if (arguments.seeds is not None or seed < SEEDS[method]) and not is_done(preset, output, method, seed)
+        ]
+        for run in runs:
+            run.result()
 
 
 if __name__ == "__main__":

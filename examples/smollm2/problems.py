@@ -56,24 +56,26 @@ def problems(kind: str, first_terms: range = range(10, 100), second_terms: range
     return rng.sample(chosen, len(chosen))
 
 
-def write(directory: Path, kinds: list[str], held_out: int) -> None:
+def write(directory: Path, kinds: list[str], held_out: int, other: int | None = None) -> None:
     """
     Writes the files.
 
     Args:
         directory (`Path`): Where to.
         kinds (`list[str]`): `"sums"`, `"differences"`, or both: as many of each.
-        held_out (`int`): Problems in `test.jsonl`, and in `other.jsonl`.
+        held_out (`int`): Problems in `test.jsonl`.
+        other (`int`, *optional*): Problems in `other.jsonl`; by default as many.
     """
     rng = random.Random(0)
     each = held_out // len(kinds)
+    each_other = each if other is None else other // len(kinds)
     of_kind = [problems(kind) for kind in kinds]
     larger = [problems(kind, first_terms=range(100, 200)) for kind in kinds]
     examples = [(kind, *WORKED_EXAMPLES[kind][index]) for index in range(NUMBER_OF_EXAMPLES) for kind in kinds]
     files = {
         "train": [terms for every in of_kind for terms in every[each:]],
         "test": [terms for every in of_kind for terms in every[:each]],
-        "other": [terms for every in larger for terms in every[:each]],
+        "other": [terms for every in larger for terms in every[:each_other]],
     }
     rows = {name: [row(terms) for terms in rng.sample(chosen, len(chosen))] for name, chosen in files.items()}
     rows["worked_examples"] = [worked_example(terms) for terms in examples[:NUMBER_OF_EXAMPLES]]

@@ -48,9 +48,10 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     assert result["curves"]["step"] == [1, 2, 3, 4]
     assert len(result["curves"]["entropy"]) == 4
     assert len(result["curves"]["reward"]) == len(result["curves"]["length"]) == 2  # rollouts
-    for each in (result["held_out"], result["other"], *result["start"].values()):
+    start = result["start"]
+    for each, problems in ((result["held_out"], 4), (result["other"], 2), (start["test"], 4), (start["other"], 2)):
         assert each["samples"] == 32
-        assert len(each["right"]) == 4
+        assert len(each["right"]) == problems
     assert not list((tmp_path / "work/dry").glob("stare-0"))
     before = path.stat().st_mtime_ns
     assert run(*options).wait() == 0  # all is there

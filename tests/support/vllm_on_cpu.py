@@ -46,7 +46,9 @@ def engines():
     built = []
 
     def build(**kwargs):
-        built.append(llm(**{**kwargs, "dtype": "float32"}))  # in bf16 log-probabilities differ by 1e-2
+        # In bf16, log-probabilities differ by 1e-2. Completions share the whole blocks of their prompt; by default one
+        # has 128 tokens.
+        built.append(llm(**{**kwargs, "dtype": "float32", "block_size": 32}))
         return built[-1]
 
     try:
@@ -56,6 +58,7 @@ def engines():
             patch.object(utils, "dispatch_cpu_unquantized_gemm", _keep_weights_in_place),
             patch.dict(os.environ),  # where TRL sets what torchrun would
         ):
+            os.environ.setdefault("MASTER_PORT", str(_free_port()))  # TRL's is the same in every program
             yield
     finally:
         for engine in built:
@@ -70,11 +73,15 @@ def _keep_weights_in_place(layer, remove_weight):
     layer.cpu_linear = torch.nn.functional.linear
 
 
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def server(model_dir, log):
     """The address at which vLLM's own server serves a model, in processes of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = _free_port()
     # `vllm serve` does not start: it asks for the version of a package called vllm, and that for CPUs has its own.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_dir, "--dtype", "float32"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64", "--enforce-eager"]

@@ -231,6 +231,9 @@ def vllm_engine(
     if not torch.cuda.is_available():
         # If vLLM splits a prompt over two passes, it resets the request's generator, which fails on a CPU.
         options["enable_chunked_prefill"] = False
+        # Samples share the whole blocks of their prompt. By default a block has 128 tokens there, more than many
+        # prompts; 32 is the least that its kernels are made for.
+        options["block_size"] = 32
     if is_multimodal:
         options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
     else:
