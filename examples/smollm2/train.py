@@ -30,7 +30,7 @@ from trl_a3po.training.checkpoint_files import STATE_FILE, checkpoints_in, is_co
 HERE = Path(__file__).parent
 MODEL = Path("build", "smollm2")
 TRL_A3PO = ["-m", "trl_a3po.cli"]
-KINDS, HELD_OUT = ["sums"], 64  # of the preset for CPUs
+KINDS, HELD_OUT = ["sums"], 48  # of the preset for CPUs
 LORA = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear", "learning_rate": 1e-4}
 # GiB of its cache, no compilation, one process.
 VLLM_ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
