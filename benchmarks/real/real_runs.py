@@ -249,13 +249,13 @@ def main(line=None):
     chosen = [0, 1, 2, 3, 4] if arguments.seeds is None else arguments.seeds
     # Seed by seed, so that pairs are complete as early as possible.
     pairs = [(method, seed) for seed in chosen for method in arguments.methods]
+    open_pairs = [
+        (method, seed)
+        for method, seed in pairs
+        if (arguments.seeds is not None or seed < SEEDS[method]) and not is_done(preset, output, method, seed)
+    ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = [
-            pool.submit(finish, method, seed)
-            for method, seed in pairs
-            if (arguments.seeds is not None or seed < SEEDS[method]) and not is_done(preset, output, method, seed)
-        ]
-        for run in runs:
+        for run in [pool.submit(finish, *pair) for pair in open_pairs]:
             run.result()
 
 
