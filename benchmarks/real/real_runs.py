@@ -127,15 +127,16 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
 
 
 def with_entropy_of_all(trainer: type[A3POTrainer]) -> type[A3POTrainer]:
-    """The trainer, which also logs the entropy of all completions: the mean of -log p of their tokens, by vLLM."""
+    """The trainer, which with vLLM also logs the entropy of all completions: the mean of -log p of their tokens."""
+    if not HAS_VLLM:
+        return trainer
 
     class WithEntropyOfAll(trainer):
         def _generate_and_score_completions(self, inputs):
             batch = super()._generate_and_score_completions(inputs)
-            if HAS_VLLM:
-                mask = batch["completion_mask"]
-                mean = (batch["sampling_per_token_logps"] * mask).sum() / mask.sum()
-                self._metrics["train"][ENTROPY_OF_ALL].append(-mean.item())
+            mask = batch["completion_mask"]
+            mean = (batch["sampling_per_token_logps"] * mask).sum() / mask.sum()
+            self._metrics["train"][ENTROPY_OF_ALL].append(-mean.item())
             return batch
 
     return WithEntropyOfAll
@@ -184,7 +185,7 @@ def evaluate(preset: Preset, model: str, work: Path, name: str) -> dict:
     return {"samples": preset.samples, "right": [int(sum(record["correct"])) for record in records]}
 
 
-def write_result(path: Path, preset: Preset, model: str, method_name: str, seed: int, work: Path) -> None:
+def write_result(path: Path, preset: Preset, start: dict, method_name: str, seed: int, work: Path) -> None:
     state = json.loads((work / "model" / STATE_FILE).read_text())
     logs = [log for log in state["log_history"] if "step_time" in log]
     # Rewards and lengths are known once a rollout, the others at every step.
@@ -199,7 +200,7 @@ def write_result(path: Path, preset: Preset, model: str, method_name: str, seed:
         "curves": {"step": [log["step"] for log in logs], **{name: each for name, each in curves.items() if each}},
         "held_out": evaluate(preset, trained, work, "test"),
         "other": evaluate(preset, trained, work, "other"),
-        "start": {name: evaluate(preset, model, work.parent / "start", name) for name in ("test", "other")},
+        "start": start,
         "train_seconds": round(sum(log["step_time"] for log in logs), 1),
         "sampler": "vllm" if HAS_VLLM else "transformers",
         **surroundings(),
@@ -229,13 +230,11 @@ def main(line=None):
         return
     write(work / "problems", list(preset.kinds), preset.held_out, preset.other)
     output.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // arguments.jobs))
     if not torch.cuda.is_available():
         os.environ.update(VLLM_ON_CPU)
     if arguments.jobs > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else all engines take the same cores
-    for name in ("test", "other"):
-        evaluate(preset, model, work / "start", name)
 
     def finish(method: str, seed: int) -> None:
         of_run = work / f"{method}-{seed}"
@@ -243,7 +242,7 @@ def main(line=None):
         if not (of_run / "model" / STATE_FILE).exists():
             again = ["--preset", arguments.preset, "--model", model, "--work", str(arguments.work)]
             subprocess.run([sys.executable, __file__, *again, "--train", method, str(seed)], check=True)
-        write_result(output / f"{method}-{seed}.json", preset, model, method, seed, of_run)
+        write_result(output / f"{method}-{seed}.json", preset, start, method, seed, of_run)
         shutil.rmtree(of_run)
 
     chosen = [0, 1, 2, 3, 4] if arguments.seeds is None else arguments.seeds
@@ -254,6 +253,10 @@ def main(line=None):
         for method, seed in pairs
         if (arguments.seeds is not None or seed < SEEDS[method]) and not is_done(preset, output, method, seed)
     ]
+    if not open_pairs:
+        return
+    # Before the runs, which may end at the same time.
+    start = {name: evaluate(preset, model, work / "start", name) for name in ("test", "other")}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for run in [pool.submit(finish, *pair) for pair in open_pairs]:
             run.result()
