@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,32 +44,39 @@ class Step:
 
 
 def pytest(*arguments: str) -> list[str]:
-    return ["-m", "pytest", "-q", "-rs", "--numprocesses", "auto", "--dist", "loadfile", *arguments]
+    # What the versions of a machine warn of is not asked here.
+    return ["-m", "pytest", "-q", "-rs", "-W", "default", "--numprocesses", "auto", *arguments]
 
 
-def update(*arguments: str) -> list[str]:
-    return ["benchmarks/update_throughput.py", "--device", "cuda", "--headline", "--repeats", "3", *arguments]
+def update(*arguments: str, program: Sequence[str] = ("benchmarks/update_throughput.py",)) -> list[str]:
+    return [*program, "--device", "cuda", "--headline", "--repeats", "3", "--vocabulary", "151936", *arguments]
+
+
+BLOCK_BY_BLOCK = """
+import runpy, sys
+sys.path.insert(0, "benchmarks")
+from trl_a3po.update import attention
+attention._VARLEN_TAKES = set()
+runpy.run_path("benchmarks/update_throughput.py", run_name="__main__")
+"""
 
 
 TINY = ["--device", "cpu", "--size", "tiny", "--repeats", "2", "--rows", "16", "--length", "8", "--longest", "16"]
-SMALL = [*TINY, "--prompt", "8", "--micro-batch", "8"]
+SMALL = [*TINY, "--prompt", "8", "--micro-batch", "8", "--vocabulary", "512"]
 GSM8K = ["--prompt", "110", "--length", "150", "--longest", "1024"]
-LONG = ["--prompt", "2000", "--length", "2000", "--longest", "8192", "--rows", "32"]
+LONG = ["--prompt", "2000", "--length", "2000", "--longest", "8192", "--rows", "24"]
+OVERHEAD = ["benchmarks/step_overhead.py", "--device", "cuda", "--vocabulary", "151936", "--repeats", "10"]
 
 STEPS = [
     Step("tests_of_the_update", 150, pytest(*NOT_SLOW, "tests/update"), ["-k", "gpu"]),
     Step("update_1.5b", 90, update("--size", "1.5b", *GSM8K), SMALL),
     Step("update_1.5b_lora", 90, update("--size", "1.5b", "--lora", *GSM8K), SMALL),
-    Step("update_7b_lora", 120, update("--size", "7b", "--lora", *GSM8K, "--micro-batch", "4"), SMALL),
-    Step("update_1.5b_long", 120, update("--size", "1.5b", *LONG, "--micro-batch", "2"), SMALL),
-    Step("update_1.5b_rows_of_one", 120, update("--size", "1.5b", *GSM8K, "--micro-batch", "1"), SMALL),
+    Step("update_1.5b_long", 120, update("--size", "1.5b", *LONG, "--micro-batch", "2", "--repeats", "2"), SMALL),
+    Step("update_7b_lora", 120, update("--size", "7b", "--lora", *GSM8K, "--rows", "32", "--micro-batch", "4"), SMALL),
     Step("shaping", 60, ["benchmarks/shaping.py", "--device", "cuda"], ["--device", "cpu", "--repeats", "2"]),
-    Step(
-        "step_overhead",
-        120,
-        ["benchmarks/step_overhead.py", "--device", "cuda", "--size", "1.5b", "--lora", *GSM8K, "--repeats", "10"],
-        SMALL,
-    ),
+    Step("step_overhead", 120, [*OVERHEAD, "--size", "1.5b", "--lora", *GSM8K, "--rows", "16"], SMALL),
+    Step("update_1.5b_block_by_block", 90, update("--size", "1.5b", *GSM8K, program=("-c", BLOCK_BY_BLOCK)), SMALL),
+    Step("update_1.5b_rows_of_one", 120, update("--size", "1.5b", *GSM8K, "--micro-batch", "1"), SMALL),
     Step("tests_of_training", 300, pytest(*NOT_SLOW, "tests/test_loss.py", "tests/training"), ["--collect-only"]),
     Step("tests_of_sharding", 240, ["-m", "pytest", "-q", "-rs", "-m", "slow", "tests/engines"], ["--collect-only"]),
 ]

@@ -20,6 +20,7 @@ import multiprocessing
 import platform
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -342,11 +343,12 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def surroundings() -> dict[str, Any]:
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout if shutil.which("git") else ""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = re.findall(r"model name\s*: (.*)", cpuinfo)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.strip() or "unknown",
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else models[0] if models else "CPU",
         "versions": {
             "python": platform.python_version(),

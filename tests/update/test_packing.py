@@ -297,7 +297,9 @@ def test_rows_longer_than_a_block_are_exact(name, size, monkeypatch):
     assert_same(model, make_batch(SHAPES), packing_of(model).by_column)
 
 
-def by_segment(query, key, value, of_queries, of_keys, most_queries, most_keys, *, scale, window_size, enable_gqa):
+def by_segment(
+    query, key, value, of_queries, of_keys, most_queries, most_keys, *, scale, window_size, enable_gqa=False
+):
     """What torch's kernel for rows of different lengths computes. Queries are aligned with the last keys."""
     assert (of_queries.diff().max(), of_keys.diff().max()) == (most_queries, most_keys)
     left, right = window_size
@@ -317,16 +319,19 @@ def by_segment(query, key, value, of_queries, of_keys, most_queries, most_keys, 
     return torch.cat(segments)
 
 
+@pytest.mark.parametrize("takes", [["window_size"], ["window_size", "enable_gqa"]], ids=["torch 2.11", "newer"])
 @pytest.mark.parametrize("name", ["llama", "mistral"])  # the second with windows
-def test_what_the_kernel_of_a_gpu_gets(name, monkeypatch):
+def test_what_the_kernel_of_a_gpu_gets(name, takes, monkeypatch):
     """On a CPU, with a plain function in place of the kernel."""
     calls = []
 
     def kernel(*args, **kwargs):
         calls.append(kwargs["window_size"])
+        assert kwargs.keys() <= {"scale", *takes}
         return by_segment(*args, **kwargs)
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_VARLEN_TAKES", takes)
     monkeypatch.setattr(attention, "_varlen_takes", lambda *_: True)
     model = make_model(name)
     assert_same(model, make_batch(SHAPES))

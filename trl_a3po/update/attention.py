@@ -29,6 +29,9 @@ except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 
+_VARLEN_TAKES = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
+
+
 class _PackedName(str):
     """Name of the attention function. It carries the layout of the pass and the name that it replaces."""
 
@@ -225,8 +228,7 @@ def _repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Whether torch's kernel for rows of different lengths supports these tensors."""
     return (
-        varlen_attn is not None
-        and {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+        "window_size" in _VARLEN_TAKES
         and query.device.type == "cuda"
         and _kernel_type(query) in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
@@ -238,6 +240,12 @@ def _attend_varlen(
 ) -> Tensor:
     # The kernel takes (N, H, D). If there are fewer queries than keys, it aligns them with the last keys.
     kind = _kernel_type(query)
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in _VARLEN_TAKES:
+            options = {"enable_gqa": True}
+        else:  # before torch 2.12
+            key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     query, key, value = (each[0].transpose(0, 1).to(kind) for each in (query, key, value))
     starts = layout.starts
     output = varlen_attn(
@@ -250,7 +258,7 @@ def _attend_varlen(
         starts.most_keys,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return cast(Tensor, output)[None]
 
