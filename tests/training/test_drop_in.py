@@ -55,7 +55,7 @@ def test_neutral_settings_are_grpo_to_the_last_bit(run, tmp_path):
 def test_the_update_is_the_same_from_fewer_cells(run, tmp_path):
     plain, saved = (train_run(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert update_difference(saved, plain) < 1e-4
-    assert len(saved.passes) == len(plain.passes)
+    assert len(saved.passes) <= len(plain.passes)
     assert saved.cells < 0.9 * plain.cells
 
 

@@ -244,15 +244,14 @@ def rows_trained_on(batch):
 def assert_trains_on(trainer, rollouts):
     """The loss gets every row of the rollouts as often as it is due, in whichever micro-batch."""
     args = trainer.args
-    uses = args.steps_per_generation * trainer.num_iterations
-    assert len(trainer.batches) == args.max_steps * args.gradient_accumulation_steps
-    assert len(rollouts) == math.ceil(len(trainer.batches) / uses)
+    trained = [row for batch in trainer.batches for row in rows_trained_on(batch)]
+    uses = args.steps_per_generation * trainer.num_iterations * args.per_device_train_batch_size
+    assert len(trained) == args.max_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    assert len(rollouts) == math.ceil(len(trained) / uses)
     for number, rollout in enumerate(rollouts):
-        batches = trainer.batches[number * uses : (number + 1) * uses]
-        given = Counter(row for batch in batches for row in rows_trained_on(batch))
+        given = Counter(trained[number * uses : (number + 1) * uses])
         due = Counter(rows_trained_on(rollout) * trainer.num_iterations)
-        assert given.total() == len(batches) * args.per_device_train_batch_size
-        assert given == due if len(batches) == uses else given < due
+        assert given == due if given.total() == uses else given < due
 
 
 def expected_batch(rounds, is_live, size):

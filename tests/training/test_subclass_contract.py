@@ -90,7 +90,8 @@ def test_a_subclass_trains_as_on_grpo_trainer(subclass, tmp_path):
     for fields, tolerance in ((tiny.NEUTRAL, 0.0), (NEUTRAL_WITH_SAVINGS, 1e-4 * changed)):
         ours = train_by_descent(tmp_path, subclass(A3POTrainer), **fields)
         assert largest_difference(tiny.parameters(ours), tiny.parameters(theirs)) <= tolerance
-        assert ours.calls == theirs.calls
+        # With the savings, few passes take the place of many.
+        assert ours.calls == theirs.calls or (tolerance and 0 < ours.calls < theirs.calls)
 
 
 def test_a_shaping_that_needs_a_late_attribute_trains(tmp_path):

@@ -90,7 +90,7 @@ def test_the_update_is_the_same_from_fewer_cells(fields, model_dir, tmp_path, re
     padded = train_rollout(model_dir, tmp_path, **fields)
     for saved in (packed, padded):
         assert update_difference(saved, plain) < 1e-4
-        assert len(saved.passes) == len(plain.passes)
+    assert len(packed.passes) <= len(padded.passes) == len(plain.passes)
     assert packed.cells <= padded.cells < plain.cells
 
 
@@ -100,7 +100,7 @@ def test_a_recorder_changes_nothing(model_dir, tmp_path):
     assert recorded._regroups()
     assert alone._regroups()
     assert_same_update(recorded, alone)
-    assert len(recorded.batches) == 3 * 4
+    assert 3 <= len(recorded.batches) < 3 * 4
 
 
 @pytest.mark.parametrize("option", ["trim_padding", "skip_zero_advantage"])
@@ -127,7 +127,11 @@ def test_old_log_probabilities_of_rows_without_an_advantage_are_not_computed(pad
     plain = train_rollout(model_dir, tmp_path, OldPasses, skip_old_logps=False, **fields)
     saved = train_rollout(model_dir, tmp_path, OldPasses, **fields)
     assert update_difference(saved, plain) < 1e-4
-    assert len(saved.old_passes) == len(plain.old_passes) == 8  # two rollouts of four micro-batches
+    passes = [len(trainer.old_passes) for trainer in (saved, plain)]
+    if padding:
+        assert passes == [8, 8]  # two rollouts of four micro-batches
+    else:
+        assert passes[0] < passes[1] < 8
     cells_of = [sum(rows * columns for rows, columns in trainer.old_passes) for trainer in (saved, plain)]
     assert (cells_of[0] < cells_of[1]) == (not padding)
 

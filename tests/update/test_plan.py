@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_a3po.update.layout import RowShape, packed_positions
-from trl_a3po.update.plan import by_prompt
+from trl_a3po.update.plan import by_prompt, in_fewest, most_rows
 
 
 @st.composite
@@ -30,6 +30,20 @@ def test_every_live_row_has_a_place_within_the_positions_of_a_padded_micro_batch
     assert all(len(rows) <= most_rows for rows in shared)
     positions = [packed_positions([shapes[row] for row in rows]) for rows in shared]
     assert max(positions) <= size * width
+
+
+@given(steps())
+def test_few_micro_batches_hold_the_same_rows_and_one_less_would_not(step):
+    shapes, live, batches, size, generations = step
+    width = max(shape.prompt for shape in shapes) + max(shape.completion for shape in shapes)
+    budget = size * width
+    shared = in_fewest(shapes, live, batches, budget, generations)
+    assert 1 <= len(shared) <= batches
+    assert sorted(row for rows in shared for row in rows) == [row for row, is_live in enumerate(live) if is_live]
+    assert all(len(rows) <= most_rows(len(shared), len(shapes), generations) for rows in shared)
+    assert max(packed_positions([shapes[row] for row in rows]) for rows in shared) <= budget
+    fewer = len(shared) - 1
+    assert not fewer or by_prompt(shapes, live, fewer, budget, most_rows(fewer, len(shapes), generations)) is None
 
 
 def test_a_group_stays_together_and_the_micro_batches_are_balanced():

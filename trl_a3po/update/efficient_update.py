@@ -32,7 +32,7 @@ from .micro_batches import (
 )
 from .model_traits import PaddingTraits, configured_traits, has_experts_as_modules, never_alone, padding_traits
 from .packed_forward import PackedForward, trl_has_fused_head
-from .plan import Plan, by_prompt
+from .plan import Plan, by_prompt, in_fewest, most_rows
 from .probe import Packing, check_packing
 from .sampler_correction import SamplerCorrection
 
@@ -198,24 +198,40 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if skipped:
             live = _has_other_sign(rollout, skipped).tolist()
 
-        size = len(micro_batches[0]["prompt_ids"])
-        # Room for two whole groups. The number is the same on all processes.
-        most_rows = min(window * size, max(size, 2 * self.num_generations)) if regroups else size
-        loss_scale = most_rows / size if self.loss_type in _MEANS_OVER_ROWS else 1.0
+        size, group = len(micro_batches[0]["prompt_ids"]), self.num_generations
+        rows_of_step = window * size
+        parts = [slice(start, start + rows_of_step) for start in range(0, len(live), rows_of_step)]
+        if shapes is None:
+            shared = [by_length(lengths[part], live[part], window, self._multiple) for part in parts]
+        elif self.is_deepspeed_enabled:  # its engine takes part in the backward pass of each micro-batch
+            most = most_rows(window, rows_of_step, group)
+            shared = [by_prompt(shapes[part], live[part], window, size * width, most) or [] for part in parts]
+        else:
+            shared = [in_fewest(shapes[part], live[part], window, size * width, group) for part in parts]
+        counts = self._largest([len(each) for each in shared])
         planned = []
-        for start in range(0, len(live), window * size):
-            part = slice(start, start + window * size)
-            if shapes is None:
-                shared = by_length(lengths[part], live[part], window, self._multiple)
-            else:
-                shared = by_prompt(shapes[part], live[part], window, size * width, most_rows)
-            for computed, numbers in zip(shared, fill_up(shared, window * size), strict=True):
-                rows = [start + number for number in numbers]
+        for part, of_step, count in zip(parts, shared, counts, strict=True):
+            of_step = [[]] * (count - len(of_step)) + of_step  # other processes need more
+            # Micro-batches without rows come first: the last pass of a step synchronises the processes.
+            empty = {key: take_rows(value, []) for key, value in rollout.items()}
+            planned += [{**empty, PLAN: Plan(0, 0, 0, lambda count: Extent(0, 1, 1), skipped, 1.0)}] * (window - count)
+            most = size if shapes is None else most_rows(count, rows_of_step, group)
+            # The loss is divided by the number of micro-batches, and some losses by the number of their rows.
+            loss_scale = most / size if self.loss_type in _MEANS_OVER_ROWS else 1.0
+            for computed, numbers in zip(of_step, fill_up(of_step, rows_of_step), strict=True):
+                rows = [part.start + number for number in numbers]
                 batch = {key: take_rows(value, rows) for key, value in rollout.items()}
-                positions_of = self._positions_of(rows, lengths, shapes, most_rows, batch)
-                plan = Plan(len(computed), len(rows), most_rows, positions_of, skipped, loss_scale)
+                positions_of = self._positions_of(rows, lengths, shapes, most, batch)
+                plan = Plan(len(computed), len(rows), most, positions_of, skipped, loss_scale)
                 planned.append({**batch, PLAN: plan})
         return planned
+
+    def _largest(self, counts: list[int]) -> list[int]:
+        """The largest of all processes, for each number."""
+        if self.accelerator.num_processes == 1:
+            return counts
+        every = self.accelerator.gather(torch.tensor([counts], device=self.accelerator.device))
+        return every.amax(0).tolist()
 
     def _positions_of(self, rows, lengths, shapes, most_rows, batch) -> Callable[[int], Extent | PackedLayout]:
         if shapes is None:
@@ -240,6 +256,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
 
     def _compute_loss(self, model, inputs):
+        if (plan := inputs.get(PLAN)) is not None and not plan.rows:
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         self._loss_scope = scope = LossScope(self, inputs)
         try:
             loss = super()._compute_loss(model, scope.inputs)
@@ -312,8 +330,12 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             return run_in_order(
                 forward, input_ids, attention_mask, logits_to_keep, lengths, live, batch_size, self._multiple
             )
-        passes = math.ceil(rows / batch_size)
-        shared = fill_up(by_prompt(shapes, live, passes, batch_size * input_ids.shape[1], rows), rows)
+        budget, passes = batch_size * input_ids.shape[1], math.ceil(rows / batch_size)
+        if self.accelerator.num_processes == 1:
+            shared = in_fewest(shapes, live, passes, budget, rows)
+        else:
+            shared = by_prompt(shapes, live, passes, budget, rows) or []
+        shared = fill_up(shared, rows)
         parts = []
         for numbers in shared:
             chosen = numbers or [0]  # the model always runs, so that no other process waits

@@ -1,10 +1,12 @@
 """Decides which rows share a packed pass: those of one prompt, with at most the positions of a padded micro-batch."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
-from .layout import PackedLayout, RowShape
+from .layout import PackedLayout, RowShape, packed_positions
 from .micro_batches import Extent
 
 
@@ -17,7 +19,8 @@ class Plan:
         computed (`int`): Number of computed rows. They are the first ones.
         present (`int`): Number of rows of the micro-batch.
         rows (`int`): Number of rows that the loss reads. It is the same on all processes, because TRL gathers the
-            rows. Missing rows are added without tokens.
+            rows. Missing rows are added without tokens. 0 if no process has rows: then neither the model nor the loss
+            runs.
         positions_of (callable): Takes a number of rows; returns the positions that the model gets for the first ones.
         skipped_signs (`frozenset[int]`): Signs of advantages (-1, 0 or 1) whose rows are not computed.
         loss_scale (`float`): Factor of the loss, because TRL divides some losses by the number of rows.
@@ -36,11 +39,50 @@ class Plan:
         return self.positions_of(self.computed)
 
 
-def by_prompt(
-    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, most_rows: int
+def most_rows(count: int, rows: int, group: int) -> int:
+    """
+    Maximum rows of each of `count` micro-batches. It does not depend on the rollout, so all processes have the same.
+
+    Args:
+        count (`int`): Number of micro-batches with rows.
+        rows (`int`): Rows of the optimizer step.
+        group (`int`): Completions of each prompt. There is room for two whole groups.
+    """
+    return min(rows, max(2 * math.ceil(rows / count), 2 * group))
+
+
+def in_fewest(
+    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, group: int
 ) -> list[list[int]]:
     """
-    Distributes the live rows of one optimizer step over its micro-batches. Rows of one prompt stay together, and all
+    Distributes the live rows of one optimizer step over as few micro-batches as have room for them, at least one.
+
+    Each pass costs time that does not depend on its positions: for a small one, a GPU waits for the host. So few large
+    passes are faster than many small ones.
+
+    Args:
+        shapes (sequence of [`RowShape`]): Lengths and prompts of the rows.
+        live (sequence of `bool`): Whether a row has to be computed.
+        batches (`int`): Maximum number of micro-batches.
+        budget (`int`): Maximum positions of a micro-batch, see [`by_prompt`].
+        group (`int`): Completions of each prompt.
+
+    Returns:
+        `list[list[int]]`: The live rows of each micro-batch.
+    """
+    needed = packed_positions([shape for shape, is_live in zip(shapes, live, strict=True) if is_live])
+    for count in range(min(batches, math.ceil(needed / budget)), batches):
+        shared = by_prompt(shapes, live, count, budget, most_rows(count, len(shapes), group))
+        if shared is not None:
+            return shared
+    return cast(list[list[int]], by_prompt(shapes, live, batches, budget, most_rows(batches, len(shapes), group)))
+
+
+def by_prompt(
+    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, most_rows: int
+) -> list[list[int]] | None:
+    """
+    Distributes the live rows of one optimizer step over micro-batches. Rows of one prompt stay together, and all
     micro-batches have about the same number of positions.
 
     The largest group comes first. Each group goes to the micro-batch with the fewest positions. A group that fits
@@ -50,12 +92,13 @@ def by_prompt(
         shapes (sequence of [`RowShape`]): Lengths and prompts of the rows.
         live (sequence of `bool`): Whether a row has to be computed.
         batches (`int`): Number of micro-batches.
-        budget (`int`): Maximum positions of a micro-batch. It is at least the longest row times
-            `len(shapes) / batches`, so that there is room for every row.
-        most_rows (`int`): Maximum rows of a micro-batch, at least `len(shapes) / batches`.
+        budget (`int`): Maximum positions of a micro-batch.
+        most_rows (`int`): Maximum rows of a micro-batch.
 
     Returns:
-        `list[list[int]]`: The live rows of each micro-batch, the emptiest micro-batches first.
+        `list[list[int]]`, *optional*: The live rows of each micro-batch, the emptiest micro-batches first. `None` if
+        a row finds no room. Each row does if the budget is at least the longest row times `len(shapes) / batches`, and
+        `most_rows` at least `len(shapes) / batches`.
     """
     groups: dict[int, list[int]] = {}
     for row, shape in enumerate(shapes):
@@ -89,7 +132,9 @@ def by_prompt(
             batch = next((each for each in parts if has_room(each, completion, 1)), None)
             if batch is None:
                 roomy = (each for each in range(batches) if has_room(each, prefix(group) + completion, 1))
-                batch = min(roomy, key=used.__getitem__)
+                batch = min(roomy, key=used.__getitem__, default=None)
+                if batch is None:
+                    return None
                 parts.append(batch)
                 used[batch] += prefix(group)
             shared[batch].append(row)
