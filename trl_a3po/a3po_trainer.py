@@ -221,7 +221,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             )
         settings = self.current_shaping_settings()
         for end in TOKEN_ENDS:
-            if settings[f"{end}_ratio"] > 0:
+            # Once a step: steps may have different numbers of micro-batches with rows.
+            if settings[f"{end}_ratio"] > 0 and self.accelerator.sync_gradients:
                 self._metrics[self._mode][f"a3po/scale/{end}"].append(settings[f"{end}_scale"])
         if not selects_tokens(settings) and not self._shapes_its_own_way:
             # (B,) keeps the loss bit-identical to GRPO's. Subclasses that call super() always get (B, T).
