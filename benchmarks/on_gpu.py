@@ -1,5 +1,5 @@
 """
-Runs on one GPU what was never run on one, in order of worth, and writes the results as it goes.
+Runs the tests and benchmarks that need a GPU, in order of worth, and writes the results as it goes.
 
     python benchmarks/on_gpu.py --output gpu-results
     python benchmarks/on_gpu.py --output rehearsal --rehearse    # the same steps at tiny sizes, on a CPU
@@ -64,14 +64,14 @@ runpy.run_path("benchmarks/update_throughput.py", run_name="__main__")
 TINY = ["--device", "cpu", "--size", "tiny", "--repeats", "2", "--rows", "16", "--length", "8", "--longest", "16"]
 SMALL = [*TINY, "--prompt", "8", "--micro-batch", "8", "--vocabulary", "512"]
 GSM8K = ["--prompt", "110", "--length", "150", "--longest", "1024"]
-LONG = ["--prompt", "2000", "--length", "2000", "--longest", "8192", "--rows", "24"]
-OVERHEAD = ["benchmarks/step_overhead.py", "--device", "cuda", "--vocabulary", "151936", "--repeats", "10"]
+LONG = ["--prompt", "2000", "--length", "1500", "--longest", "6144", "--rows", "24"]
+OVERHEAD = ["benchmarks/step_overhead.py", "--device", "cuda", "--vocabulary", "151936", "--repeats", "5"]
 
 STEPS = [
     Step("tests_of_the_update", 150, pytest(*NOT_SLOW, "tests/update"), ["-k", "gpu"]),
     Step("update_1.5b", 90, update("--size", "1.5b", *GSM8K), SMALL),
     Step("update_1.5b_lora", 90, update("--size", "1.5b", "--lora", *GSM8K), SMALL),
-    Step("update_1.5b_long", 120, update("--size", "1.5b", *LONG, "--micro-batch", "2", "--repeats", "2"), SMALL),
+    Step("update_1.5b_long", 120, update("--size", "1.5b", *LONG, "--micro-batch", "1", "--repeats", "2"), SMALL),
     Step("update_7b_lora", 120, update("--size", "7b", "--lora", *GSM8K, "--rows", "32", "--micro-batch", "4"), SMALL),
     Step("shaping", 60, ["benchmarks/shaping.py", "--device", "cuda"], ["--device", "cpu", "--repeats", "2"]),
     Step("step_overhead", 120, [*OVERHEAD, "--size", "1.5b", "--lora", *GSM8K, "--rows", "16"], SMALL),

@@ -146,7 +146,7 @@ def count_positions(micro_batch, args):
             )
             micro_batches = Update(trainer).micro_batches
         width = sum(micro_batches[0][key].shape[1] for key in ("prompt_ids", "completion_ids"))
-        ours = sum(batch[PLAN].positions.positions for batch in micro_batches)
+        ours = sum(batch[PLAN].positions.positions for batch in micro_batches if batch[PLAN].rows)
         ratios.append((args.rows * width / distinct, ours / distinct))
     args.seed -= args.repeats
     theirs, ours = (statistics.quantiles(column, n=4) for column in zip(*ratios, strict=True))

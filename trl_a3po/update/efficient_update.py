@@ -32,7 +32,7 @@ from .micro_batches import (
 )
 from .model_traits import PaddingTraits, configured_traits, has_experts_as_modules, never_alone, padding_traits
 from .packed_forward import PackedForward, trl_has_fused_head
-from .plan import Plan, by_prompt, in_fewest, most_rows
+from .plan import NOTHING, Plan, in_fewest
 from .probe import Packing, check_packing
 from .sampler_correction import SamplerCorrection
 
@@ -51,9 +51,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     With `trim_padding`, every pass over the model skips padding and computes the prompt of a group once. Rows are
     packed one after another. If the loss is the same for any grouping, the rows of an optimizer step are regrouped so
-    that those of one prompt are together. A model that cannot be packed gets padded rows of similar length instead.
-    With `skip_zero_advantage`, the passes of the loss skip rows that cannot have a gradient. Each micro-batch still
-    runs the model once, so that all processes take part in the same collective operations.
+    that those of one prompt are together, in as few micro-batches as have room for them; the others run nothing. A
+    model that cannot be packed gets padded rows of similar length instead. With `skip_zero_advantage`, the passes of
+    the loss skip rows that cannot have a gradient. All processes run the same number of passes, because they take part
+    in the same collective operations.
 
     A subclass answers two questions: [`~EfficientUpdateGRPOTrainer._signs_without_gradient`] (which rows may be
     skipped?) and [`~EfficientUpdateGRPOTrainer._before_loss_reads`] (which advantages does the loss read?).
@@ -171,6 +172,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return (
             own._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
             and own.compute_loss is GRPOTrainer.compute_loss
+            and not {"_compute_loss", "compute_loss"} & vars(self).keys()
         )
 
     def _prepare_inputs(self, generation_batch):
@@ -198,24 +200,26 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if skipped:
             live = _has_other_sign(rollout, skipped).tolist()
 
-        size, group = len(micro_batches[0]["prompt_ids"]), self.num_generations
+        size = len(micro_batches[0]["prompt_ids"])
         rows_of_step = window * size
         parts = [slice(start, start + rows_of_step) for start in range(0, len(live), rows_of_step)]
         if shapes is None:
             shared = [by_length(lengths[part], live[part], window, self._multiple) for part in parts]
-        elif self.is_deepspeed_enabled:  # its engine takes part in the backward pass of each micro-batch
-            most = most_rows(window, rows_of_step, group)
-            shared = [by_prompt(shapes[part], live[part], window, size * width, most) or [] for part in parts]
         else:
-            shared = [in_fewest(shapes[part], live[part], window, size * width, group) for part in parts]
-        counts = self._largest([len(each) for each in shared])
+            # DeepSpeed's engine takes part in each backward pass. Rows of a polarity of weight 0 may have a gradient
+            # before the rollout is used up.
+            spreads = self.is_deepspeed_enabled or bool(skipped - {0})
+            least = window if spreads else 1
+            group = self.num_generations
+            shared = [in_fewest(shapes[part], live[part], size * width, group, least, window) for part in parts]
+        found = self._largest([number for each in shared for number in (len(each), max(map(len, each)))])
         planned = []
-        for part, of_step, count in zip(parts, shared, counts, strict=True):
+        for part, of_step, count, most in zip(parts, shared, found[::2], found[1::2], strict=True):
             of_step = [[]] * (count - len(of_step)) + of_step  # other processes need more
             # Micro-batches without rows come first: the last pass of a step synchronises the processes.
             empty = {key: take_rows(value, []) for key, value in rollout.items()}
-            planned += [{**empty, PLAN: Plan(0, 0, 0, lambda count: Extent(0, 1, 1), skipped, 1.0)}] * (window - count)
-            most = size if shapes is None else most_rows(count, rows_of_step, group)
+            planned += [{**empty, PLAN: NOTHING} for _ in range(window - count)]
+            most = max(most, math.ceil(rows_of_step / count))  # `fill_up` adds rows up to the average
             # The loss is divided by the number of micro-batches, and some losses by the number of their rows.
             loss_scale = most / size if self.loss_type in _MEANS_OVER_ROWS else 1.0
             for computed, numbers in zip(of_step, fill_up(of_step, rows_of_step), strict=True):
@@ -226,11 +230,11 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 planned.append({**batch, PLAN: plan})
         return planned
 
-    def _largest(self, counts: list[int]) -> list[int]:
+    def _largest(self, numbers: list[int]) -> list[int]:
         """The largest of all processes, for each number."""
         if self.accelerator.num_processes == 1:
-            return counts
-        every = self.accelerator.gather(torch.tensor([counts], device=self.accelerator.device))
+            return numbers
+        every = self.accelerator.gather(torch.tensor([numbers], device=self.accelerator.device))
         return every.amax(0).tolist()
 
     def _positions_of(self, rows, lengths, shapes, most_rows, batch) -> Callable[[int], Extent | PackedLayout]:
@@ -331,11 +335,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 forward, input_ids, attention_mask, logits_to_keep, lengths, live, batch_size, self._multiple
             )
         budget, passes = batch_size * input_ids.shape[1], math.ceil(rows / batch_size)
-        if self.accelerator.num_processes == 1:
-            shared = in_fewest(shapes, live, passes, budget, rows)
-        else:
-            shared = by_prompt(shapes, live, passes, budget, rows) or []
-        shared = fill_up(shared, rows)
+        least = 1 if self.accelerator.num_processes == 1 else passes
+        shared = fill_up(in_fewest(shapes, live, budget, rows, least, passes), rows)
         parts = []
         for numbers in shared:
             chosen = numbers or [0]  # the model always runs, so that no other process waits

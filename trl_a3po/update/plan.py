@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
 from .layout import PackedLayout, RowShape, packed_positions
 from .micro_batches import Extent
@@ -39,23 +38,20 @@ class Plan:
         return self.positions_of(self.computed)
 
 
-def most_rows(count: int, rows: int, group: int) -> int:
-    """
-    Maximum rows of each of `count` micro-batches. It does not depend on the rollout, so all processes have the same.
+# Of a micro-batch without rows.
+NOTHING = Plan(0, 0, 0, lambda count: Extent(0, 1, 1), frozenset(), 1.0)
 
-    Args:
-        count (`int`): Number of micro-batches with rows.
-        rows (`int`): Rows of the optimizer step.
-        group (`int`): Completions of each prompt. There is room for two whole groups.
-    """
-    return min(rows, max(2 * math.ceil(rows / count), 2 * group))
+
+# The attention kernel of a GPU gets a copy of the prompt's keys for each row. So rows that share a micro-batch have at
+# most this number of tokens, per position of its budget, each with its prompt.
+_TOKENS_PER_POSITION = 2
 
 
 def in_fewest(
-    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, group: int
+    shapes: Sequence[RowShape], live: Sequence[bool], budget: int, group_size: int, least: int, most: int
 ) -> list[list[int]]:
     """
-    Distributes the live rows of one optimizer step over as few micro-batches as have room for them, at least one.
+    Distributes the live rows of one optimizer step over as few micro-batches as have room for them.
 
     Each pass costs time that does not depend on its positions: for a small one, a GPU waits for the host. So few large
     passes are faster than many small ones.
@@ -63,23 +59,24 @@ def in_fewest(
     Args:
         shapes (sequence of [`RowShape`]): Lengths and prompts of the rows.
         live (sequence of `bool`): Whether a row has to be computed.
-        batches (`int`): Maximum number of micro-batches.
-        budget (`int`): Maximum positions of a micro-batch, see [`by_prompt`].
-        group (`int`): Completions of each prompt.
+        budget (`int`): Maximum positions of a micro-batch. [`by_prompt`] finds room in `most` of them.
+        group_size (`int`): Completions of each prompt.
+        least (`int`): Minimum number of micro-batches.
+        most (`int`): Maximum number of micro-batches.
 
     Returns:
         `list[list[int]]`: The live rows of each micro-batch.
     """
     needed = packed_positions([shape for shape, is_live in zip(shapes, live, strict=True) if is_live])
-    for count in range(min(batches, math.ceil(needed / budget)), batches):
-        shared = by_prompt(shapes, live, count, budget, most_rows(count, len(shapes), group))
+    for count in range(max(least, min(most, math.ceil(needed / budget))), most + 1):
+        shared = by_prompt(shapes, live, count, budget, group_size)
         if shared is not None:
             return shared
-    return cast(list[list[int]], by_prompt(shapes, live, batches, budget, most_rows(batches, len(shapes), group)))
+    raise ValueError(f"{most} micro-batches of {budget} positions have no room for {len(shapes)} rows.")
 
 
 def by_prompt(
-    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, most_rows: int
+    shapes: Sequence[RowShape], live: Sequence[bool], batches: int, budget: int, group_size: int
 ) -> list[list[int]] | None:
     """
     Distributes the live rows of one optimizer step over micro-batches. Rows of one prompt stay together, and all
@@ -93,13 +90,14 @@ def by_prompt(
         live (sequence of `bool`): Whether a row has to be computed.
         batches (`int`): Number of micro-batches.
         budget (`int`): Maximum positions of a micro-batch.
-        most_rows (`int`): Maximum rows of a micro-batch.
+        group_size (`int`): Completions of each prompt. There is always room for the rows of two groups. Further rows
+            have at most twice as many tokens as the budget, and are at most twice as many as in the average.
 
     Returns:
         `list[list[int]]`, *optional*: The live rows of each micro-batch, the emptiest micro-batches first. `None` if
-        a row finds no room. Each row does if the budget is at least the longest row times `len(shapes) / batches`, and
-        `most_rows` at least `len(shapes) / batches`.
+        a row finds no room. Each row does if the budget is at least the longest row times `len(shapes) / batches`.
     """
+    most_rows = 2 * math.ceil(len(shapes) / batches)
     groups: dict[int, list[int]] = {}
     for row, shape in enumerate(shapes):
         if live[row]:
@@ -112,31 +110,38 @@ def by_prompt(
         return prefix(group) + sum(shapes[row].completion for row in group)
 
     shared: list[list[int]] = [[] for _ in range(batches)]
-    used = [0] * batches
+    used, tokens = [0] * batches, [0] * batches
 
-    def has_room(batch: int, size: int, rows: int) -> bool:
-        return used[batch] + size <= budget and len(shared[batch]) + rows <= most_rows
+    def has_room(batch: int, size: int, rows: Sequence[int]) -> bool:
+        count = len(shared[batch]) + len(rows)
+        is_small = count <= most_rows and tokens[batch] + tokens_of(rows) <= _TOKENS_PER_POSITION * budget
+        return used[batch] + size <= budget and (is_small or count <= 2 * group_size)
+
+    def tokens_of(rows: Sequence[int]) -> int:
+        return sum(shapes[row].prompt + shapes[row].completion for row in rows)
+
+    def add(batch: int, size: int, rows: Sequence[int]) -> None:
+        shared[batch] += rows
+        used[batch] += size
+        tokens[batch] += tokens_of(rows)
 
     for group in sorted(groups.values(), key=positions, reverse=True):
-        size, rows = positions(group), len(group)
-        batch = min(
-            (each for each in range(batches) if has_room(each, size, rows)), key=used.__getitem__, default=None
-        )
+        size = positions(group)
+        roomy = (each for each in range(batches) if has_room(each, size, group))
+        batch = min(roomy, key=used.__getitem__, default=None)
         if batch is not None:
-            shared[batch] += group
-            used[batch] += size
+            add(batch, size, group)
             continue
         parts: list[int] = []  # the micro-batches that have this prompt already
         for row in sorted(group, key=lambda row: -shapes[row].completion):
-            completion = shapes[row].completion
-            batch = next((each for each in parts if has_room(each, completion, 1)), None)
+            size = shapes[row].completion
+            batch = next((each for each in parts if has_room(each, size, [row])), None)
             if batch is None:
-                roomy = (each for each in range(batches) if has_room(each, prefix(group) + completion, 1))
+                size += prefix(group)
+                roomy = (each for each in range(batches) if has_room(each, size, [row]))
                 batch = min(roomy, key=used.__getitem__, default=None)
                 if batch is None:
                     return None
                 parts.append(batch)
-                used[batch] += prefix(group)
-            shared[batch].append(row)
-            used[batch] += completion
+            add(batch, size, [row])
     return [shared[batch] for batch in sorted(range(batches), key=used.__getitem__)]
