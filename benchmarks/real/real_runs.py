@@ -224,6 +224,8 @@ def main(line=None):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--train", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)  # in its own process
     arguments = parser.parse_args(line)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs is the number of runs at a time, 1 or more, got {arguments.jobs}.")
     preset, output, work = PRESETS[arguments.preset], arguments.output, arguments.work / arguments.preset
     model = arguments.model or str(make_checkpoint(Path("build", "smollm2")))
     if arguments.train:

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from trl_a3po.training.checkpoint_files import is_complete
 
@@ -61,6 +63,35 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     assert text in capsys.readouterr().out
     assert "| `start` | 1 |" in text
     assert "| `stare` | 1 |" in text
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The program's functions."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it sets it
+    return runpy.run_path(str(FOLDER / "real_runs.py"))
+
+
+def test_the_entropy_of_all_completions_is_that_of_the_sampled_tokens(runs, monkeypatch):
+    class Sampled:
+        def __init__(self):
+            self._metrics = {"train": defaultdict(list)}
+
+        def _generate_and_score_completions(self, inputs):
+            logps = torch.tensor([[-1.0, -2.0, -50.0], [-6.0, -50.0, -50.0]])  # padding does not count
+            return {"completion_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]), "sampling_per_token_logps": logps}
+
+    monkeypatch.setitem(runs["with_entropy_of_all"].__globals__, "HAS_VLLM", True)
+    trainer = runs["with_entropy_of_all"](Sampled)()
+    trainer._generate_and_score_completions([])
+    assert trainer._metrics["train"][runs["ENTROPY_OF_ALL"]] == [3.0]
+
+
+def test_no_run_at_a_time_is_an_error(runs, capsys):
+    with pytest.raises(SystemExit):
+        runs["main"](["--jobs", "0"])
+    assert "1 or more, got 0" in capsys.readouterr().err
 
 
 def results(effects, seeds=5):
