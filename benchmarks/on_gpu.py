@@ -56,7 +56,7 @@ BLOCK_BY_BLOCK = """
 import runpy, sys
 sys.path.insert(0, "benchmarks")
 from trl_a3po.update import attention
-attention._VARLEN_TAKES = set()
+attention._VARLEN_PARAMETERS = set()
 runpy.run_path("benchmarks/update_throughput.py", run_name="__main__")
 """
 

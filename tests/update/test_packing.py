@@ -331,7 +331,7 @@ def test_what_the_kernel_of_a_gpu_gets(name, takes, monkeypatch):
         return by_segment(*args, **kwargs)
 
     monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "_VARLEN_TAKES", takes)
+    monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", takes)
     monkeypatch.setattr(attention, "_varlen_takes", lambda *_: True)
     model = make_model(name)
     assert_same(model, make_batch(SHAPES))

@@ -29,7 +29,7 @@ except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
 
-_VARLEN_TAKES = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
+_VARLEN_PARAMETERS = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 
 
 class _PackedName(str):
@@ -228,7 +228,7 @@ def _repeat_heads(query: Tensor, tensor: Tensor) -> Tensor:
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     """Whether torch's kernel for rows of different lengths supports these tensors."""
     return (
-        "window_size" in _VARLEN_TAKES
+        "window_size" in _VARLEN_PARAMETERS
         and query.device.type == "cuda"
         and _kernel_type(query) in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
@@ -242,7 +242,7 @@ def _attend_varlen(
     kind = _kernel_type(query)
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in _VARLEN_TAKES:
+        if "enable_gqa" in _VARLEN_PARAMETERS:
             options = {"enable_gqa": True}
         else:  # before torch 2.12
             key, value = _repeat_heads(query, key), _repeat_heads(query, value)

@@ -91,7 +91,7 @@ def by_prompt(
         batches (`int`): Number of micro-batches.
         budget (`int`): Maximum positions of a micro-batch.
         group_size (`int`): Completions of each prompt. There is always room for the rows of two groups. Further rows
-            have at most twice as many tokens as the budget, and are at most twice as many as in the average.
+            have room while all have at most twice as many tokens as the budget, and are at most twice the average.
 
     Returns:
         `list[list[int]]`, *optional*: The live rows of each micro-batch, the emptiest micro-batches first. `None` if
