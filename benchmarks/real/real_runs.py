@@ -34,7 +34,7 @@ from datasets import Dataset
 from methods import DAPO, METHODS, Method, peer
 from problems import write
 from run import CURVES, is_done, surroundings, written_whole
-from train import VLLM_ON_CPU
+from train import ON_CPU
 
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.evaluation.problems import load_problems
@@ -64,17 +64,17 @@ class Preset:
     """The size of everything. All methods share it."""
 
     kinds: tuple[str, ...] = ("sums", "differences")  # of problems, see examples/smollm2/problems.py
-    held_out: int = 96  # problems of these kinds
-    other: int = 48  # problems with larger numbers
+    held_out: int = 64  # problems of these kinds
+    other: int = 32  # problems with larger numbers
     steps: int = 100
     completions: int = 64  # of a step
-    updates: int = 2  # steps on one rollout: with more than one, the clipping acts
+    updates: int = 2  # on one rollout: with more than one, the clipping acts
     num_generations: int = 8
-    micro_batch: int = 16
+    micro_batch: int = 8
     max_completion_length: int = 48
     learning_rate: float = 1e-5
     samples: int = 32  # of each held-out problem
-    save_steps: int = 4  # whole rollouts
+    save_steps: int = 10  # whole rollouts
 
 
 PRESETS = {
@@ -108,7 +108,7 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
         str(work / "model"),
         **settings,
         gradient_accumulation_steps=accumulation,
-        steps_per_generation=preset.updates * accumulation,
+        steps_per_generation=accumulation,
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         model_init_kwargs={"dtype": "float32"},
@@ -160,6 +160,7 @@ def settings_of(preset: Preset, method: Method, seed: int) -> dict:
         "max_steps": preset.steps,
         "per_device_train_batch_size": preset.micro_batch,
         "num_generations": preset.num_generations,
+        "num_iterations": preset.updates,
         "max_completion_length": preset.max_completion_length,
         "temperature": 1.0,
         "beta": 0.0,
@@ -236,7 +237,7 @@ def main(line=None):
     output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // arguments.jobs))
     if not torch.cuda.is_available():
-        os.environ.update(VLLM_ON_CPU)
+        os.environ.update(ON_CPU)
     if arguments.jobs > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else all engines take the same cores
 
