@@ -134,12 +134,12 @@ def with_entropy_of_all(trainer: type[A3POTrainer]) -> type[A3POTrainer]:
         return trainer
 
     class WithEntropyOfAll(trainer):
-        def _generate_and_score_completions(self, inputs):
-            batch = super()._generate_and_score_completions(inputs)
-            mask = batch["completion_mask"]
-            mean = (batch["sampling_per_token_logps"] * mask).sum() / mask.sum()
-            self._metrics["train"][ENTROPY_OF_ALL].append(-mean.item())
-            return batch
+        # Here, not where the rollout is made: if a subclass reads that, the trainer computes more of it.
+        def _generate_single_turn(self, *args, **kwargs):
+            _, logprobs, *_ = output = super()._generate_single_turn(*args, **kwargs)
+            every = [logprob for of_completion in logprobs for logprob in of_completion]
+            self._metrics["train"][ENTROPY_OF_ALL].append(-sum(every) / len(every))
+            return output
 
     return WithEntropyOfAll
 

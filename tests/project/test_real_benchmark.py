@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from trl_a3po.training.checkpoint_files import is_complete
 
@@ -78,13 +77,12 @@ def test_the_entropy_of_all_completions_is_that_of_the_sampled_tokens(runs, monk
         def __init__(self):
             self._metrics = {"train": defaultdict(list)}
 
-        def _generate_and_score_completions(self, inputs):
-            logps = torch.tensor([[-1.0, -2.0, -50.0], [-6.0, -50.0, -50.0]])  # padding does not count
-            return {"completion_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]), "sampling_per_token_logps": logps}
+        def _generate_single_turn(self, prompt_ids):
+            return [[3, 4], [5]], [[-1.0, -2.0], [-6.0]]
 
     monkeypatch.setitem(runs["with_entropy_of_all"].__globals__, "HAS_VLLM", True)
     trainer = runs["with_entropy_of_all"](Sampled)()
-    trainer._generate_and_score_completions([])
+    assert trainer._generate_single_turn([]) == ([[3, 4], [5]], [[-1.0, -2.0], [-6.0]])
     assert trainer._metrics["train"][runs["ENTROPY_OF_ALL"]] == [3.0]
 
 
