@@ -34,9 +34,12 @@ KINDS, HELD_OUT = ["sums"], 48  # of the preset for CPUs
 LORA = {"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear", "learning_rate": 1e-4}
 ON_CPU = {
     # For vLLM: GiB of its cache, no compilation, one process.
-    **{"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # For glibc: freed memory stays with the process. Clearing new pages takes up to a third of an update.
-    **{"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
 }
 
 
