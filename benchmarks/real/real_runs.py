@@ -102,13 +102,11 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
     examples = load_worked_examples(str(work.parent / "problems" / "worked_examples.jsonl"))
     problems: Dataset = load_problems(str(work.parent / "problems" / "train.jsonl"), "train", worked_examples=examples)
     check_no_overlap(problems, examples, "to train on")
-    accumulation = preset.completions // preset.micro_batch
     settings = settings_of(preset, method, seed)
     config = A3POConfig(
         str(work / "model"),
         **settings,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=accumulation,
+        gradient_accumulation_steps=preset.completions // preset.micro_batch,
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         model_init_kwargs={"dtype": "float32"},
