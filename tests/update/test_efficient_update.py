@@ -135,6 +135,31 @@ def test_another_process_needs_more_passes_or_has_more_rows_in_one(others, loss_
     assert all(plan.computed <= plan.present <= plan.rows for plan in plans)
 
 
+def with_common_start(prompts, trainer):
+    """The same, after a start of 16 tokens."""
+    made = rollout(prompts, trainer)
+    return {**made, "prompt_ids": [[*range(10, 26), *ids] for ids in made["prompt_ids"]]}
+
+
+@pytest.mark.skipif(not trl_has_fused_head(), reason="this TRL has no fused head")
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_a_common_start_of_all_prompts_is_computed_once_in_a_pass(model, model_dir, tmp_path):
+    """But by GPT-2, whose positions are those of columns, once for each prompt."""
+
+    def run(method, output_dir, **fields):
+        start = model_dir if model == "llama" else gpt2()
+        return train_rollout(start, output_dir, arguments={"rollout_func": method}, **fields)
+
+    plain = run(with_common_start, tmp_path, **tiny.PLAIN)
+    saved, without = run(with_common_start, tmp_path), run(rollout, tmp_path)
+    assert update_difference(saved, plain) < 1e-4
+    added = saved.cells - without.cells
+    if model == "llama":
+        assert added == 16 * len(saved.passes)
+    else:
+        assert added > 16 * len(saved.passes)
+
+
 @pytest.mark.parametrize("option", ["trim_padding", "skip_zero_advantage"])
 def test_each_saving_alone(option, model_dir, tmp_path):
     plain = train_rollout(model_dir, tmp_path, **tiny.PLAIN)

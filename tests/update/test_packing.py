@@ -75,12 +75,15 @@ def make_model(name: str, attention: str | None = None, **changes):
     return model.eval()
 
 
-def make_batch(shapes: list[tuple[int, int, int]], batch: int | None = None):
-    """A padded micro-batch of rows (prompt, completion, number of the prompt)."""
+def make_batch(shapes: list[tuple[int, ...]], batch: int | None = None):
+    """A padded micro-batch of rows (prompt, completion, number of the prompt, length of the common start)."""
     generator = torch.Generator().manual_seed(1)
     rows = [RowShape(*shape) for shape in shapes]
     width, columns = max(row.prompt for row in rows), max(1, *(row.completion for row in rows))
     prompts = {row.prompt_number: torch.randint(3, VOCABULARY, (row.prompt,), generator=generator) for row in rows}
+    start = next(iter(prompts.values()))[: rows[0].common]
+    for prompt in prompts.values():
+        prompt[: len(start)] = start
     batch = batch or len(rows)
     ids, mask = torch.zeros(batch, width + columns, dtype=torch.long), torch.zeros(batch, width + columns).long()
     for index, row in enumerate(rows):
@@ -95,6 +98,8 @@ def make_batch(shapes: list[tuple[int, int, int]], batch: int | None = None):
 
 # Prompts of 7, 1 and 4 tokens; rows of one prompt apart from each other; a single token, and none.
 SHAPES = [(7, 9, 0), (1, 8, 1), (7, 3, 0), (4, 1, 2), (1, 5, 1), (7, 0, 0), (4, 6, 2)]
+# All prompts have the same 3 tokens first. One has only one more, its last.
+COMMON = [(7, 9, 0, 3), (4, 8, 1, 3), (7, 3, 0, 3), (6, 1, 2, 3), (4, 5, 1, 3), (7, 0, 0, 3), (6, 6, 2, 3)]
 
 
 def one_by_one(model, batch, by_column=True):
@@ -157,7 +162,17 @@ class TestPackedLayout:
         assert layout.sources.tolist() == [1, 2, 3, 4, 10, 11, 12]
         assert layout.position_ids.tolist() == [[1, 2, 3, 4, 3, 4, 5]]
         assert layout.places.tolist() == [[2, 3, 7], [4, 5, 6]]
-        assert [tuple(segment) for segment in layout.segments] == [(0, 2, 0, 0), (2, 4, 0, 2), (4, 7, 0, 2)]
+        assert [tuple(segment) for segment in layout.segments] == [(0, 2, 0, 0, 0), (2, 4, 0, 2, 0), (4, 7, 0, 2, 0)]
+
+    def test_a_common_start_lies_there_once(self):
+        rows = [RowShape(4, 2, 0, 2), RowShape(5, 2, 1, 2), RowShape(5, 1, 1, 2), RowShape(3, 1, 2, 2)]
+        layout = PackedLayout(rows, (4, 5, 2), by_column=False)
+        # Rows have 7 columns. The prompts of 4, 5 and 3 tokens begin in columns 1, 0 and 2.
+        assert layout.sources.tolist() == [1, 2, 3, 4, 5, 9, 10, 11, 12, 18, 25]
+        assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 5, 4, 2]]
+        assert layout.places.tolist() == [[3, 4], [7, 8], [9, 11], [10, 11]]
+        first, *others = [(0, 3, 0, 0, 0), (3, 5, 0, 3, 0)], (5, 7, 5, 5, 2), (7, 9, 5, 7, 2), (9, 10, 5, 7, 2)
+        assert [tuple(segment) for segment in layout.segments] == [*first, *others, (10, 11, 10, 10, 2)]
 
     def test_positions_are_counted_from_the_first_token_where_models_do(self):
         layout = PackedLayout([RowShape(3, 2, 0)], (1, 5, 2), by_column=False)
@@ -169,15 +184,20 @@ class TestPackedLayout:
             assert layout.positions == packed_positions(rows) == 1
             assert layout.places.tolist() == [[1]]
 
-    @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8), st.integers(0, 2))
-    def test_each_distinct_position_lies_there_once(self, rows, skipped):
-        prompt_lengths = [1, 2, 5, 3]
-        shapes = [(prompt_lengths[number], completion, number) for number, completion in rows]
+    @given(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8),
+        st.integers(0, 2),
+        st.integers(0, 3),
+    )
+    def test_each_distinct_position_lies_there_once(self, rows, skipped, common):
+        prompt_lengths = [common + more for more in (1, 2, 5, 3)]
+        shapes = [(prompt_lengths[number], completion, number, common) for number, completion in rows]
         batch = make_batch(shapes, len(shapes) + skipped)
         layout = PackedLayout(batch.rows, batch.shape)
         assert layout.positions == packed_positions(batch.rows) == len(layout.sources) == layout.position_ids.numel()
         used = {number for number, completion in rows if completion}
-        distinct = sum(prompt_lengths[number] - 1 for number in used) + sum(completion for _, completion in rows)
+        distinct = sum(prompt_lengths[number] - 1 - common for number in used) + (common if used else 0)
+        distinct += sum(completion for _, completion in rows)
         assert layout.positions == max(1, distinct)
         assert len(set(layout.sources.tolist())) == layout.positions
         # Whatever is computed at the place of a token goes to the column of that token, 0 to all others.
@@ -192,23 +212,27 @@ class TestPackedLayout:
         st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6)), min_size=1, max_size=8),
         st.integers(1, 20),
         st.none() | st.integers(1, 6),
+        st.integers(0, 3),
     )
-    def test_a_block_attends_as_its_segments_do(self, rows, size, window):
-        prompt_lengths = [1, 2, 5, 3]
-        batch = make_batch([(prompt_lengths[number], completion, number) for number, completion in rows])
-        layout = PackedLayout(batch.rows, batch.shape)
+    def test_a_block_attends_as_its_segments_do(self, rows, size, window, common):
+        prompt_lengths = [common + more for more in (1, 2, 5, 3)]
+        batch = make_batch([(prompt_lengths[number], completion, number, common) for number, completion in rows])
+        layout = PackedLayout(batch.rows, batch.shape, by_column=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("trl_a3po.update.layout._BLOCK", size)
             blocks = layout.blocks
         attends = torch.zeros(layout.positions, layout.positions, dtype=torch.bool)
         for block in blocks:
             assert block.end - block.start <= size or block.segments == 1
-            keys = [*range(block.prefix_start, block.prefix_end), *range(block.start, block.end)]
+            spans = (0, block.common), (block.prefix_start, block.prefix_end), (block.start, block.end)
+            keys = [key for span in spans for key in range(*span)]
+            assert len(set(keys)) == len(keys) == block.keys
             attends[block.start : block.end, keys] = layout.attends(block, window)
         expected = torch.zeros_like(attends)
         for segment in layout.segments:
             for query in range(segment.start, segment.end):
-                keys = [*range(segment.prefix_start, segment.prefix_end), *range(segment.start, query + 1)]
+                spans = (0, segment.common), (segment.prefix_start, segment.prefix_end), (segment.start, query + 1)
+                keys = [key for span in spans for key in range(*span)]
                 expected[query, keys[-window:] if window else keys] = True
         assert torch.equal(attends, expected)
 
@@ -221,6 +245,13 @@ class TestPackedLayout:
         assert (starts.most_queries, starts.most_keys) == (3, 5)
         assert starts.of_queries.dtype == starts.of_keys.dtype == torch.int32
 
+    def test_boundaries_for_kernels_gather_the_common_start_too(self):
+        layout = PackedLayout([RowShape(3, 1, 0, 1), RowShape(3, 2, 1, 1)], (2, 3, 2), by_column=False)
+        starts = layout.starts
+        assert starts.of_queries.tolist() == [0, 2, 3, 4, 6]
+        assert starts.keys.tolist() == [0, 1, 0, 1, 2, 0, 3, 0, 3, 4, 5]
+        assert starts.of_keys.tolist() == [0, 2, 5, 7, 11]
+
 
 class TestRowShapes:
     def test_rows_with_the_same_tokens_share_a_prompt(self):
@@ -232,6 +263,25 @@ class TestRowShapes:
         numbers = [row.prompt_number for row in rows]
         assert numbers[0] == numbers[2]
         assert len(set(numbers)) == 3
+        assert {row.common for row in rows} == {0}
+
+    def test_the_common_start_of_all_prompts(self):
+        batch = make_batch(COMMON)
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        parts = ids[:, : batch.width], mask[:, : batch.width], mask[:, batch.width :]
+        assert {row.common for row in row_shapes(*parts)} == {3}
+        # Where positions are counted by column, it has several.
+        assert {row.common for row in row_shapes(*parts, by_column=True)} == {0}
+        # Each row computes the last token of its prompt for itself.
+        one_prompt = [part[[0, 2]] for part in parts]
+        assert {row.common for row in row_shapes(*one_prompt)} == {6}
+
+    @pytest.mark.parametrize(("length", "common"), [(12, 3), (13, 0)])
+    def test_a_start_of_less_than_a_quarter_of_a_prompt_is_not_shared(self, length, common):
+        batch = make_batch([(length, 2, 0, 3), (7, 2, 1, 3)])
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        rows = row_shapes(ids[:, : batch.width], mask[:, : batch.width], mask[:, batch.width :])
+        assert {row.common for row in rows} == {common}
 
     @pytest.mark.parametrize("which", ["prompt", "completion", "no prompt"])
     def test_padding_between_tokens_cannot_be_packed(self, which):
@@ -276,9 +326,10 @@ def test_a_family_is_packed_and_exact(name):
     if name == "gptj" and not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
         pytest.skip("this transformers gives GPT-J attention classes of its own")
     packing = packing_of(model)
-    if name == "opt":
-        assert not packing.by_column
+    assert packing.by_column == (name in ("gpt2", "gpt_bigcode", "ministral3"))
     assert_same(model, make_batch(SHAPES), packing.by_column)
+    if not packing.by_column:
+        assert_same(model, make_batch(COMMON), packing.by_column)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -294,7 +345,8 @@ def test_a_single_position(name):
 def test_rows_longer_than_a_block_are_exact(name, size, monkeypatch):
     monkeypatch.setattr("trl_a3po.update.layout._BLOCK", size)
     model = make_model(name, **CHANGES.get(name, {}))
-    assert_same(model, make_batch(SHAPES), packing_of(model).by_column)
+    for shapes in (SHAPES, COMMON):
+        assert_same(model, make_batch(shapes), packing_of(model).by_column)
 
 
 def by_segment(
@@ -334,15 +386,17 @@ def test_what_the_kernel_of_a_gpu_gets(name, takes, monkeypatch):
     monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", takes)
     monkeypatch.setattr(attention, "_varlen_takes", lambda *_: True)
     model = make_model(name)
-    assert_same(model, make_batch(SHAPES))
+    for shapes in (SHAPES, COMMON):
+        assert_same(model, make_batch(shapes), by_column=False)
     window = getattr(model.config, "sliding_window", None)
     assert set(calls) == {(-1 if window is None else window - 1, 0)}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_kernel_of_a_gpu(window, monkeypatch):
-    layout = PackedLayout([RowShape(*shape) for shape in SHAPES], (7, 7, 9), True, "cuda")
+@pytest.mark.parametrize("shapes", [SHAPES, COMMON], ids=["apart", "common start"])
+def test_the_kernel_of_a_gpu(window, shapes, monkeypatch):
+    layout = PackedLayout([RowShape(*shape) for shape in shapes], (7, 7, 9), False, "cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     given = [
         torch.randn(1, heads, layout.positions, 32, generator=generator, device="cuda", requires_grad=True)
@@ -459,12 +513,13 @@ class TestPackedForward:
         assert not any(gradient.any() for gradient in named.values())
 
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_gradient_checkpointing(self, reentrant):
+    @pytest.mark.parametrize("shapes", [SHAPES, COMMON], ids=["apart", "common start"])
+    def test_gradient_checkpointing(self, reentrant, shapes):
         model = make_model("mistral")
-        expected = gradients(model, packed, make_batch(SHAPES))
+        expected = gradients(model, packed, make_batch(shapes), False)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
-        actual = gradients(model, packed, make_batch(SHAPES))
+        actual = gradients(model, packed, make_batch(shapes), False)
         for name, gradient in expected[2].items():
             torch.testing.assert_close(actual[2][name], gradient, rtol=0, atol=1e-6)
         assert model.config._attn_implementation == "sdpa"

@@ -15,8 +15,11 @@ def steps(draw):
     size, batches, generations = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
     groups = -(-size * batches // generations)
     prompts = draw(st.lists(st.integers(1, 30), min_size=groups, max_size=groups))
+    common = draw(st.integers(0, min(prompts) - 1))
     completions = draw(st.lists(st.integers(0, 40), min_size=size * batches, max_size=size * batches))
-    shapes = [RowShape(prompts[i // generations], length, i // generations) for i, length in enumerate(completions)]
+    shapes = [
+        RowShape(prompts[i // generations], length, i // generations, common) for i, length in enumerate(completions)
+    ]
     live = draw(st.lists(st.booleans(), min_size=len(shapes), max_size=len(shapes)))
     return shapes, live, batches, size, generations
 

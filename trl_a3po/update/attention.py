@@ -158,14 +158,16 @@ def _attend_packed(
     )
     outputs = []
     for number, block in enumerate(blocks):
-        own_keys, own_values = keys[number], values[number]
-        if block.has_prefix:
-            holder = bisect(blocks, block.prefix_start, key=operator.attrgetter("start")) - 1
-            prefix = slice(block.prefix_start - blocks[holder].start, block.prefix_end - blocks[holder].start)
-            own_keys = torch.cat([keys[holder][:, :, prefix], own_keys], dim=2)
-            own_values = torch.cat([values[holder][:, :, prefix], own_values], dim=2)
+        seen_keys, seen_values = [keys[number]], [values[number]]
+        for start, end in ((block.prefix_start, block.prefix_end), (0, block.common)):
+            if end > start:
+                holder = bisect(blocks, start, key=operator.attrgetter("start")) - 1
+                part = slice(start - blocks[holder].start, end - blocks[holder].start)
+                seen_keys.insert(0, keys[holder][:, :, part])
+                seen_values.insert(0, values[holder][:, :, part])
+        seen = torch.cat(seen_keys, dim=2), torch.cat(seen_values, dim=2)
         mask = _mask(layout, block, sliding_window)
-        outputs.append(attend(queries[number], own_keys, own_values, mask, scaling, dropout).transpose(1, 2))
+        outputs.append(attend(queries[number], *seen, mask, scaling, dropout).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
@@ -174,7 +176,7 @@ AttentionInterface.register(_NAME, _attend_packed)
 
 def _mask(layout: PackedLayout, block: Block, window: int | None) -> Tensor | None:
     """Mask of a block, true where a position attends to a key; `None` if the block is only causal."""
-    if window is not None and window >= block.end - block.start + block.prefix_end - block.prefix_start:
+    if window is not None and window >= block.keys:
         window = None
     if block.is_causal and window is None:
         return None

@@ -248,7 +248,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         width = prompt_mask.shape[1] + completion_mask.shape[1]
         if not self._trims or self._packing.reason is not None or width > (self._packing.limit or math.inf):
             return None
-        return row_shapes(prompt_ids, prompt_mask, completion_mask)
+        return row_shapes(prompt_ids, prompt_mask, completion_mask, self._packing.by_column)
 
     def _layout(self, shapes: list[RowShape], shape: tuple[int, int, int]) -> PackedLayout:
         return PackedLayout(shapes, shape, self._packing.by_column, self.accelerator.device)

@@ -6,6 +6,9 @@ the prompt except the last, once. Then each completion has its *own* part: the l
 of the completion except the last. So each own position predicts one token of one completion. The last token of a
 completion predicts nothing, and no other token attends to it.
 
+All prompts may have a common start, such as a system prompt, tools or worked examples. It lies there once, as the
+start of the first prefix. The prefixes of the other prompts follow without it.
+
 Shapes: B rows, P columns of prompt (padded on the left), C of completion (padded on the right), N packed positions.
 """
 
@@ -19,46 +22,65 @@ from torch import Tensor
 
 
 class RowShape(NamedTuple):
-    """Numbers of tokens of a row, and the number of its prompt, which rows with the same prompt share."""
+    """
+    Numbers of tokens of a row, and the number of its prompt, which rows with the same prompt share.
+
+    The first `common` tokens of the prompt are those of every prompt. The number is the same for all rows.
+    """
 
     prompt: int
     completion: int
     prompt_number: int
+    common: int = 0
 
 
 class Segment(NamedTuple):
-    """Positions from `start` to `end`. They attend to their prefix, and causally to one another."""
+    """
+    Positions from `start` to `end`. They attend to the first `common` positions, to their prefix, and causally to one
+    another.
+    """
 
     start: int
     end: int
     prefix_start: int
     prefix_end: int
+    common: int = 0
 
 
 class Block(NamedTuple):
     """
     Adjacent segments that one call of an attention function computes. A call costs more than a short segment.
 
-    Its positions attend to a common prefix before the block, and to parts of the block.
+    Its positions attend to the first `common` positions, to a prefix before the block, and to parts of the block.
     """
 
     start: int
     end: int
     prefix_start: int
     prefix_end: int
+    common: int
     segments: int
 
     @property
     def is_causal(self) -> bool:
-        return self.segments == 1 and not self.has_prefix
+        return self.segments == 1 and self.keys == self.end - self.start
 
     @property
-    def has_prefix(self) -> bool:
-        return self.prefix_end > self.prefix_start
+    def keys(self) -> int:
+        """Number of positions that it attends to."""
+        return self.common + self.prefix_end - self.prefix_start + self.end - self.start
+
+    def sees(self, start: int, end: int) -> bool:
+        """Whether its keys include these positions, none of which lies after the block."""
+        within_prefix = self.prefix_start <= start and end <= self.prefix_end
+        return start == end or start >= self.start or within_prefix or end <= self.common
 
 
 # Maximum positions of a block with several segments. In a larger one, unneeded scores cost more than further calls.
 _BLOCK = 128
+# The least part of the longest prompt that is shared as a common start. For the prompts that follow, attention needs a
+# mask and no longer skips the keys after a position. A short start saves less than that costs.
+_COMMON_PART = 1 / 4
 
 
 class Starts(NamedTuple):
@@ -71,14 +93,18 @@ class Starts(NamedTuple):
     most_keys: int
 
 
-def row_shapes(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> list[RowShape] | None:
+def row_shapes(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor, by_column: bool = False
+) -> list[RowShape] | None:
     """
-    Lengths of rows, and which of them share a prompt. Waits for the device once.
+    Lengths of rows, and what their prompts share. Waits for the device once.
 
     Args:
         prompt_ids (`torch.Tensor` of shape `(B, P)`): Prompts, padded on the left.
         prompt_mask (`torch.Tensor` of shape `(B, P)`): Non-zero on tokens.
         completion_mask (`torch.Tensor` of shape `(B, C)`): Non-zero on tokens.
+        by_column (`bool`, *optional*, defaults to `False`): Whether positions are counted from the first column. Then
+            a common start has other positions in a shorter prompt, and is not shared.
 
     Returns:
         One shape per row; `None` if a row cannot be packed: it has no prompt, or padding between its tokens.
@@ -89,14 +115,26 @@ def row_shapes(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor)
     # Padding must not follow a token of the prompt, and must not precede a token of the completion.
     in_one_piece = (prompt.diff(dim=1, append=torch.ones_like(prompt[:, :1])).sum(1) <= 1) & prompt[:, -1]
     in_one_piece &= completion.diff(dim=1, prepend=torch.ones_like(completion[:, :1])).sum(1) <= 1
-    rows = torch.stack([*lengths, numbers, in_one_piece], dim=1).tolist()
-    return [RowShape(*row[:3]) for row in rows] if all(row[3] for row in rows) else None
+    # How many columns are equal in all rows, from their first tokens on.
+    columns = torch.arange(prompt.shape[1], device=prompt.device) - lengths[0][:, None]
+    aligned = prompt_ids.gather(1, columns.clamp(max=-1) + prompt.shape[1])
+    common = (aligned == aligned[:1]).all(0).cumprod(0).sum().expand(len(prompt))
+    rows = torch.stack([*lengths, numbers, common, in_one_piece], dim=1).tolist()
+    if not all(row[-1] for row in rows):
+        return None
+    shapes = [RowShape(*row[:-1]) for row in rows]
+    prompts = [shape.prompt for shape in shapes]
+    shared = min(shapes[0].common, min(prompts) - 1)
+    if by_column or shared < _COMMON_PART * max(prompts):
+        shared = 0
+    return [shape._replace(common=shared) for shape in shapes]
 
 
 def packed_positions(rows: Sequence[RowShape]) -> int:
     """Number of positions that a packed micro-batch of these rows computes: at least one."""
-    prefixes = {row.prompt_number: row.prompt - 1 for row in rows if row.completion}
-    return max(1, sum(prefixes.values()) + sum(row.completion for row in rows))
+    prefixes = {row.prompt_number: row.prompt - 1 - row.common for row in rows if row.completion}
+    common = rows[0].common if prefixes else 0
+    return max(1, common + sum(prefixes.values()) + sum(row.completion for row in rows))
 
 
 @dataclass(eq=False)
@@ -143,7 +181,7 @@ class PackedLayout:
         segments, sources, position_ids = [], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)]
         end = 0
 
-        def add(row: int, first: int, length: int, prefix: tuple[int, int]) -> None:
+        def add(row: int, first: int, length: int, prefix: tuple[int, int], common: int) -> None:
             """Appends tokens of a row, from its token number `first` on."""
             nonlocal end
             if length == 0:
@@ -151,7 +189,7 @@ class PackedLayout:
             column = width - self.rows[row].prompt + first
             sources.append(torch.arange(length) + row * (width + completion_width) + column)
             position_ids.append(torch.arange(length) + (column if self.by_column else first))
-            segments.append(Segment(end, end + length, *prefix))
+            segments.append(Segment(end, end + length, *prefix, common))
             end += length
 
         groups: dict[int, list[int]] = {}
@@ -159,13 +197,14 @@ class PackedLayout:
             if row.completion:
                 groups.setdefault(row.prompt_number, []).append(index)
         for members in groups.values():
-            prefix_length = self.rows[members[0]].prompt - 1
-            prefix = (end, end + prefix_length)
-            add(members[0], 0, prefix_length, (end, end))
+            first = self.rows[members[0]]
+            common = first.common if end else 0  # it lies there already
+            prefix = (end, end + first.prompt - 1 - common)
+            add(members[0], common, first.prompt - 1 - common, (end, end), common)
             for index in members:
                 length = self.rows[index].completion
                 places[index, :length] = torch.arange(length) + end
-                add(index, prefix_length, length, prefix)
+                add(index, first.prompt - 1, length, prefix, common)
         if not groups:
             segments = [Segment(0, 1, 0, 0)]
             sources, position_ids = [torch.zeros(1, dtype=torch.long)], [torch.zeros(1, dtype=torch.long)]
@@ -178,9 +217,10 @@ class PackedLayout:
     def starts(self) -> Starts:
         keys, queries, counts = [], [0], [0]
         for segment in self.segments:
-            keys += [torch.arange(segment.prefix_start, segment.prefix_end), torch.arange(segment.start, segment.end)]
+            spans = (0, segment.common), segment[2:4], segment[:2]
+            keys += [torch.arange(*span) for span in spans]
             queries.append(segment.end - segment.start)
-            counts.append(len(keys[-2]) + len(keys[-1]))
+            counts.append(sum(end - start for start, end in spans))
         cumulated = torch.tensor([queries, counts], dtype=torch.int32).cumsum(1, dtype=torch.int32)
         of_queries, of_keys = _to_device(cumulated, self.device)
         return Starts(of_queries, of_keys, _to_device(torch.cat(keys), self.device), max(queries), max(counts))
@@ -190,13 +230,16 @@ class PackedLayout:
         """All segments, in blocks."""
         blocks: list[Block] = []
         for segment in self.segments:
-            end, prefix = segment.end, segment[2:]
-            if blocks and end - blocks[-1].start <= _BLOCK:
-                block = blocks[-1]
-                if prefix[0] >= block.start or prefix == (block.prefix_start, block.prefix_end):
-                    blocks[-1] = block._replace(end=end, segments=block.segments + 1)
-                    continue
-            blocks.append(Block(*segment, segments=1))
+            block = blocks[-1] if blocks else None
+            if (
+                block is not None
+                and segment.end - block.start <= _BLOCK
+                and block.sees(0, segment.common)
+                and block.sees(segment.prefix_start, segment.prefix_end)
+            ):
+                blocks[-1] = block._replace(end=segment.end, segments=block.segments + 1)
+            else:
+                blocks.append(Block(*segment, segments=1))
         return tuple(blocks)
 
     def attends(self, block: Block, window: int | None = None) -> Tensor:
@@ -204,17 +247,18 @@ class PackedLayout:
         Which keys the positions of a block attend to.
 
         Args:
-            block ([`Block`]): The block. Its keys are the K positions of its prefix, then its own Q.
+            block ([`Block`]): The block of Q positions. Its K keys are the common start, its prefix, and itself.
             window (`int`, *optional*): Maximum number of keys of a position: itself and the last ones before it.
 
         Returns:
-            `torch.Tensor` of shape `(Q, K + Q)`, of booleans.
+            `torch.Tensor` of shape `(Q, K)`, of booleans.
         """
         queries, prefix = slice(block.start, block.end), slice(block.prefix_start, block.prefix_end)
         numbers = torch.arange(self.positions, device=self.device)
-        keys = torch.cat([numbers[prefix], numbers[queries]])
-        start, prefix_start, prefix_end = self._bounds[:, queries, None]
+        keys = torch.cat([numbers[: block.common], numbers[prefix], numbers[queries]])
+        start, prefix_start, prefix_end, common = self._bounds[:, queries, None]
         attends = ((keys >= prefix_start) & (keys < prefix_end)) | ((keys >= start) & (keys <= numbers[queries, None]))
+        attends |= keys < common
         if window is not None:
             row = self.position_ids[0]
             attends &= row[queries, None] - row[keys] < window
@@ -222,8 +266,8 @@ class PackedLayout:
 
     @cached_property
     def _bounds(self) -> Tensor:
-        """(3, N) for each position: the start of its segment, and the start and the end of its prefix."""
-        bounds = torch.tensor([(each.start, each.prefix_start, each.prefix_end) for each in self.segments])
+        """(4, N) for each position: where its segment starts, where its prefix starts and ends, the common start."""
+        bounds = torch.tensor([(each.start, *each[2:]) for each in self.segments])
         lengths = torch.tensor([each.end - each.start for each in self.segments])
         return _to_device(bounds.repeat_interleave(lengths, dim=0).T.contiguous(), self.device)
 

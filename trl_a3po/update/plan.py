@@ -103,14 +103,16 @@ def by_prompt(
         if live[row]:
             groups.setdefault(shape.prompt_number, []).append(row)
 
+    common = shapes[0].common if shapes else 0  # lies in each micro-batch once
+
     def prefix(group: Sequence[int]) -> int:
-        return shapes[group[0]].prompt - 1
+        return shapes[group[0]].prompt - 1 - common
 
     def positions(group: Sequence[int]) -> int:
         return prefix(group) + sum(shapes[row].completion for row in group)
 
     shared: list[list[int]] = [[] for _ in range(batches)]
-    used, tokens = [0] * batches, [0] * batches
+    used, tokens = [common] * batches, [0] * batches
 
     def has_room(batch: int, size: int, rows: Sequence[int]) -> bool:
         count = len(shared[batch]) + len(rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .layout import PackedLayout, RowShape
+from .model_traits import configured_traits
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
@@ -27,12 +28,12 @@ class Packing:
 
     Attributes:
         reason (`str`, *optional*): Why it cannot be packed; `None` if it can.
-        by_column (`bool`): How [`PackedLayout`] has to count positions.
+        by_column (`bool`): How [`PackedLayout`] counts positions: from the first column if the model needs it.
         limit (`int`, *optional*): Maximum columns P + C for which the result is valid; `None` for any number.
     """
 
     reason: str | None = None
-    by_column: bool = True
+    by_column: bool = False
     limit: int | None = None
 
 
@@ -103,11 +104,12 @@ class _Batch:
     def layout(self, by_column: bool) -> PackedLayout:
         batch, width = self.input_ids.shape
         shape = (batch, width - self.columns, self.columns)
-        return PackedLayout(self.rows, shape, by_column, self.input_ids.device)
+        rows = [row._replace(common=0) for row in self.rows] if by_column else self.rows
+        return PackedLayout(rows, shape, by_column, self.input_ids.device)
 
 
 def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) -> _Batch:
-    """Rows of two prompts. The first row needs no padding and is longer than the window."""
+    """Rows of two prompts with a common start. The first row needs no padding and is longer than the window."""
     special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
     usable = torch.tensor([token for token in range(1, min(config.vocab_size, 1000)) if token not in special])
     generator = torch.Generator().manual_seed(0)
@@ -115,7 +117,8 @@ def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) 
     def text(length: int) -> Tensor:
         return usable[torch.randint(len(usable), (length,), generator=generator)]
 
-    prompts = [text(9), text(5)]
+    common = text(3)
+    prompts = [torch.cat([common, text(6)]), torch.cat([common, text(2)])]
     shared = text(12)
     completions = [(0, text(max(16, window + 8))), (0, shared), (1, shared), (1, text(7)), (0, text(1))]
     width, columns = len(prompts[0]), len(completions[0][1])
@@ -127,7 +130,7 @@ def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) 
         used = slice(width - len(prompt), width + len(completion))
         input_ids[row, used] = torch.cat([prompt, completion])
         attention_mask[row, used] = 1
-        rows.append(RowShape(len(prompt), len(completion), number))
+        rows.append(RowShape(len(prompt), len(completion), number, len(common)))
     return _Batch(rows, input_ids.to(device), attention_mask.to(device), columns)
 
 
@@ -138,7 +141,10 @@ def _compare(model: torch.nn.Module) -> Packing:
     batch = _made_up_batch(config, window, next(model.parameters()).device)
     # The first row by itself: without padding, other kernels compute the same numbers.
     padded, alone = _attempt(batch, model), _attempt(batch.first(), model)
-    layouts = [batch.layout(by_column) for by_column in (True, False)]
+    # If the first token of each row has position 0, as in samplers, a common start has the same positions in all
+    # prompts. GPT-2 needs columns. So may models on longer rows than these; then their configuration says so.
+    order = (True, False) if configured_traits(model).left_padding else (False, True)
+    layouts = [batch.layout(by_column) for by_column in order]
     results = [_attempt(batch, PackedForward(model, layout)) for layout in layouts]
     if isinstance(padded, str) or isinstance(alone, str):
         return Packing(f"it fails on made-up rows ({padded if isinstance(padded, str) else alone})")
