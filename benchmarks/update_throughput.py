@@ -4,7 +4,7 @@ Time of an update: GRPOTrainer against A3POTrainer with its default savings, on 
     python benchmarks/update_throughput.py [--micro-batch 8] [--prompt 109] [--headline]
     python benchmarks/update_throughput.py --model DIR --problems gsm8k.jsonl --rows 32 --length 108 --longest 240 \
         --threads 2 --repeats 3 --headline
-    python benchmarks/update_throughput.py --count-only [--prompt 2000]
+    python benchmarks/update_throughput.py --count-only [--prompt 2000] [--common 150]
     python benchmarks/update_throughput.py --whole-steps [--vllm]
     python benchmarks/update_throughput.py --device cuda --size 1.5b --length 1500 --longest 8192 \
         --vocabulary 151936 --headline --repeats 3

@@ -62,6 +62,7 @@ def parser(description):
     parser.add_argument("--model", metavar="DIR", help="a real model, in place of one of random weights")
     parser.add_argument("--problems", metavar="FILE", help="real problems (.jsonl or .parquet), with --model")
     parser.add_argument("--prompt", type=int, default=109, help="mean of the prompt lengths, without --problems")
+    parser.add_argument("--common", type=int, default=0, help="tokens that all made-up prompts have before their own")
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16, not all parameters")
     parser.add_argument("--rows", type=int, default=64, help=f"completions an update, in groups of {GROUP}")
     parser.add_argument("--length", type=int, default=100, help="mean of the completion lengths")
@@ -93,7 +94,8 @@ def start(args):
 def make_rollout(sigma, dead, args):
     """
     Prompts, completions and rewards of one generation batch, and the number of its distinct positions: the tokens of
-    the completions that have an advantage, and once those of each prompt that has such completions.
+    the completions that have an advantage, and once those of each prompt that has such completions, a common start of
+    the prompts included.
 
     Completions are made up. Their lengths are log-normal, and so are those of prompts that are made up. With a `sigma`
     of 0 there is nothing to save: all completions are equally long, and prompts have one token. `dead` is the share of
@@ -120,7 +122,8 @@ def make_rollout(sigma, dead, args):
         ]
     else:
         lengths_of_prompts = log_normal(groups, args.prompt, PROMPT_SIGMA) if sigma else torch.ones(groups).long()
-        prompts = [draw(n) for n in lengths_of_prompts.clamp(1).tolist()]
+        common = draw(args.common)
+        prompts = [common + draw(n) for n in lengths_of_prompts.clamp(1).tolist()]
     completions = [[*draw(n - 1), tokenizer.eos_token_id] for n in lengths]
     is_live = [row // GROUP not in without_spread for row in range(rows)]
     distinct = sum(map(len, itertools.compress(completions, is_live)))
