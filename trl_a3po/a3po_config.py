@@ -103,10 +103,10 @@ class A3POConfig(GRPOConfig):
         > Parameters that control which positions of a rollout are computed
 
         trim_padding (`bool`, *optional*, defaults to `True`):
-            Whether passes over the model compute no padding, and the prompt of a group only once. Rows are packed; a
-            model that cannot be packed gets padded rows of similar length. The rows of an optimizer step are regrouped
-            if the loss does not depend on the grouping and the method is A3PO. The update is the same to rounding.
-            Ignored for models with images.
+            Whether passes over the model compute no padding, the prompt of a group only once, and a start that all
+            prompts share only once. Rows are packed; a model that cannot be packed gets padded rows of similar length.
+            The rows of an optimizer step are regrouped if the loss does not depend on the grouping and the method is
+            A3PO. The update is the same to rounding. Ignored for models with images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
@@ -242,10 +242,10 @@ class A3POConfig(GRPOConfig):
     trim_padding: bool = field(
         default=True,
         metadata={
-            "help": "Whether passes over the model compute no padding, and the prompt of a group only once. Rows are "
-            "packed; a model that cannot be packed gets padded rows of similar length. The rows of an "
-            "optimizer step are regrouped if the loss does not depend on the grouping and the method is A3PO. "
-            "The update is the same to rounding. Ignored for models with images."
+            "help": "Whether passes over the model compute no padding, the prompt of a group only once, and a start "
+            "that all prompts share only once. Rows are packed; a model that cannot be packed gets padded rows of "
+            "similar length. The rows of an optimizer step are regrouped if the loss does not depend on the grouping "
+            "and the method is A3PO. The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(

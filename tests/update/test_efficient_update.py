@@ -20,7 +20,7 @@ from transformers import (
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.update import efficient_update
 from trl_a3po.update.loss_scope import PLAN
-from trl_a3po.update.model_traits import has_experts_as_modules
+from trl_a3po.update.model_traits import PaddingTraits, has_experts_as_modules
 from trl_a3po.update.packed_forward import trl_has_fused_head
 from trl_a3po.update.plan import NOTHING
 from trl_a3po.update.probe import Packing
@@ -269,6 +269,16 @@ def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir
     assert update_difference(saved, plain) < 1e-4
     assert saved.cells < plain.cells
     assert saved._packing.reason is None or saved._traits.left_padding
+
+
+def test_a_trait_that_another_process_finds_holds_for_all(model_dir, tmp_path, padded):
+    trainer = train_rollout(model_dir, tmp_path, max_steps=1)
+    assert trainer._traits == PaddingTraits()
+    trainer.accelerator.gather = lambda own: torch.cat([own, own.new_tensor([[False, True, False, True]])])
+    trainer._check_model()
+    assert trainer._traits == PaddingTraits(right_padding=True, company=True)
+    assert not trainer._trims
+    assert not trainer._may_skip
 
 
 def test_experts_are_modules_before_transformers_5():

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 from typing import Any, cast
 
 import torch
@@ -101,7 +102,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._packing.reason is None and not self.args.dynamic_sampling:
             return  # only attention, which depends only on the tokens of a row
         if self._trims or self._may_skip or self.args.dynamic_sampling:
-            self._traits = padding_traits(self.model)
+            # Numbers may differ between processes, and so may the traits. Savings have to be the same.
+            traits = torch.tensor([astuple(padding_traits(self.model))], device=self.accelerator.device)
+            self._traits = PaddingTraits(*self.accelerator.gather(traits).any(0).tolist())
         if self._packing.reason is not None:
             self._trims &= not (self._traits.right_padding or self._traits.company)
             self._may_skip &= not self._traits.company
