@@ -271,10 +271,21 @@ def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir
     assert saved._packing.reason is None or saved._traits.left_padding
 
 
+@pytest.mark.parametrize("own", [None, "this process finds a reason"])
+def test_all_processes_ask_whether_the_others_pack(own, model_dir, tmp_path, monkeypatch):
+    trainer = train_rollout(model_dir, tmp_path, max_steps=1)
+    monkeypatch.setattr(efficient_update, "check_packing", lambda model: Packing(own))
+    asked = []
+    trainer.accelerator.gather = lambda found: asked.append(found) or torch.cat([found, ~found])
+    assert (own or "another process finds") in trainer._agree_on_packing().reason
+    assert len(asked) == 1
+
+
 def test_a_trait_that_another_process_finds_holds_for_all(model_dir, tmp_path, padded):
     trainer = train_rollout(model_dir, tmp_path, max_steps=1)
     assert trainer._traits == PaddingTraits()
-    trainer.accelerator.gather = lambda own: torch.cat([own, own.new_tensor([[False, True, False, True]])])
+    theirs = {2: [False, False], 4: [False, True, False, True]}  # packing, and traits
+    trainer.accelerator.gather = lambda own: torch.cat([own, own.new_tensor([theirs[own.shape[1]]])])
     trainer._check_model()
     assert trainer._traits == PaddingTraits(right_padding=True, company=True)
     assert not trainer._trims

@@ -102,7 +102,7 @@ SHAPES = [(7, 9, 0), (1, 8, 1), (7, 3, 0), (4, 1, 2), (1, 5, 1), (7, 0, 0), (4, 
 COMMON = [(7, 9, 0, 3), (4, 8, 1, 3), (7, 3, 0, 3), (6, 1, 2, 3), (4, 5, 1, 3), (7, 0, 0, 3), (6, 6, 2, 3)]
 
 
-def one_by_one(model, batch, by_column=True):
+def one_by_one(model, batch, by_column=False):
     """The plain reference: each row by itself, without padding. Log-probabilities and entropies, (B, C)."""
     rows, width, columns = batch.shape
     results = []
@@ -125,7 +125,7 @@ def one_by_one(model, batch, by_column=True):
     return tuple(torch.stack(each) for each in zip(*results, strict=True))
 
 
-def packed(model, batch, by_column=True):
+def packed(model, batch, by_column=False):
     outputs = PackedForward(model, PackedLayout(batch.rows, batch.shape, by_column))(**batch.inputs)
     return outputs.log_probs, outputs.entropy
 
@@ -140,7 +140,7 @@ def gradients(model, compute, *args):
     return logps.detach(), entropies.detach(), named
 
 
-def assert_same(model, batch, by_column=True, tolerance=1e-5):
+def assert_same(model, batch, by_column=False, tolerance=1e-5):
     logps, entropies, named = gradients(model, packed, batch, by_column)
     others = gradients(model, one_by_one, batch, by_column)
     torch.testing.assert_close(logps, others[0], rtol=tolerance, atol=tolerance)
@@ -157,7 +157,7 @@ def assert_same(model, batch, by_column=True, tolerance=1e-5):
 class TestPackedLayout:
     def test_a_prompt_lies_there_once_without_its_last_token(self):
         rows = [RowShape(3, 2, 0), RowShape(3, 3, 0)]
-        layout = PackedLayout(rows, (2, 4, 3))
+        layout = PackedLayout(rows, (2, 4, 3), by_column=True)
         # Row 0 is columns 0 to 6 of the padded micro-batch, row 1 is 7 to 13; prompts begin in column 1.
         assert layout.sources.tolist() == [1, 2, 3, 4, 10, 11, 12]
         assert layout.position_ids.tolist() == [[1, 2, 3, 4, 3, 4, 5]]
@@ -166,7 +166,7 @@ class TestPackedLayout:
 
     def test_a_common_start_lies_there_once(self):
         rows = [RowShape(4, 2, 0, 2), RowShape(5, 2, 1, 2), RowShape(5, 1, 1, 2), RowShape(3, 1, 2, 2)]
-        layout = PackedLayout(rows, (4, 5, 2), by_column=False)
+        layout = PackedLayout(rows, (4, 5, 2))
         # Rows have 7 columns. The prompts of 4, 5 and 3 tokens begin in columns 1, 0 and 2.
         assert layout.sources.tolist() == [1, 2, 3, 4, 5, 9, 10, 11, 12, 18, 25]
         assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 5, 4, 2]]
@@ -174,8 +174,18 @@ class TestPackedLayout:
         first, *others = [(0, 3, 0, 0, 0), (3, 5, 0, 3, 0)], (5, 7, 5, 5, 2), (7, 9, 5, 7, 2), (9, 10, 5, 7, 2)
         assert [tuple(segment) for segment in layout.segments] == [*first, *others, (10, 11, 10, 10, 2)]
 
+    @pytest.mark.parametrize(("own", "is_causal"), [(299, False), (300, True)])
+    def test_a_long_prompt_after_a_common_start_needs_no_mask(self, own, is_causal):
+        layout = PackedLayout([RowShape(400, 1, 0, 300), RowShape(300 + own + 1, 1, 1, 300)], (2, 700, 1))
+        assert [block.segments for block in layout.blocks] == [1, 1, 1, 1]
+        assert [block.is_causal for block in layout.blocks] == [True, False, is_causal, False]
+
+    def test_by_column_there_is_no_common_start(self):
+        with pytest.raises(ValueError, match="other positions"):
+            PackedLayout([RowShape(3, 2, 0, 1)], (1, 3, 2), by_column=True)
+
     def test_positions_are_counted_from_the_first_token_where_models_do(self):
-        layout = PackedLayout([RowShape(3, 2, 0)], (1, 5, 2), by_column=False)
+        layout = PackedLayout([RowShape(3, 2, 0)], (1, 5, 2))
         assert layout.position_ids.tolist() == [[0, 1, 2, 3]]
 
     def test_without_a_token_to_predict_the_model_still_runs(self):
@@ -217,7 +227,7 @@ class TestPackedLayout:
     def test_a_block_attends_as_its_segments_do(self, rows, size, window, common):
         prompt_lengths = [common + more for more in (1, 2, 5, 3)]
         batch = make_batch([(prompt_lengths[number], completion, number, common) for number, completion in rows])
-        layout = PackedLayout(batch.rows, batch.shape, by_column=False)
+        layout = PackedLayout(batch.rows, batch.shape)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("trl_a3po.update.layout._BLOCK", size)
             blocks = layout.blocks
@@ -246,7 +256,7 @@ class TestPackedLayout:
         assert starts.of_queries.dtype == starts.of_keys.dtype == torch.int32
 
     def test_boundaries_for_kernels_gather_the_common_start_too(self):
-        layout = PackedLayout([RowShape(3, 1, 0, 1), RowShape(3, 2, 1, 1)], (2, 3, 2), by_column=False)
+        layout = PackedLayout([RowShape(3, 1, 0, 1), RowShape(3, 2, 1, 1)], (2, 3, 2))
         starts = layout.starts
         assert starts.of_queries.tolist() == [0, 2, 3, 4, 6]
         assert starts.keys.tolist() == [0, 1, 0, 1, 2, 0, 3, 0, 3, 4, 5]
@@ -275,13 +285,6 @@ class TestRowShapes:
         # Each row computes the last token of its prompt for itself.
         one_prompt = [part[[0, 2]] for part in parts]
         assert {row.common for row in row_shapes(*one_prompt)} == {6}
-
-    @pytest.mark.parametrize(("length", "common"), [(12, 3), (13, 0)])
-    def test_a_start_of_less_than_a_quarter_of_a_prompt_is_not_shared(self, length, common):
-        batch = make_batch([(length, 2, 0, 3), (7, 2, 1, 3)])
-        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
-        rows = row_shapes(ids[:, : batch.width], mask[:, : batch.width], mask[:, batch.width :])
-        assert {row.common for row in rows} == {common}
 
     @pytest.mark.parametrize("which", ["prompt", "completion", "no prompt"])
     def test_padding_between_tokens_cannot_be_packed(self, which):
@@ -326,7 +329,7 @@ def test_a_family_is_packed_and_exact(name):
     if name == "gptj" and not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
         pytest.skip("this transformers gives GPT-J attention classes of its own")
     packing = packing_of(model)
-    assert packing.by_column == (name in ("gpt2", "gpt_bigcode", "ministral3"))
+    assert packing.by_column == (name in ("gpt2", "gpt_bigcode", "gptj", "ministral3"))
     assert_same(model, make_batch(SHAPES), packing.by_column)
     if not packing.by_column:
         assert_same(model, make_batch(COMMON), packing.by_column)
@@ -387,7 +390,7 @@ def test_what_the_kernel_of_a_gpu_gets(name, takes, monkeypatch):
     monkeypatch.setattr(attention, "_varlen_takes", lambda *_: True)
     model = make_model(name)
     for shapes in (SHAPES, COMMON):
-        assert_same(model, make_batch(shapes), by_column=False)
+        assert_same(model, make_batch(shapes))
     window = getattr(model.config, "sliding_window", None)
     assert set(calls) == {(-1 if window is None else window - 1, 0)}
 
@@ -450,6 +453,25 @@ class TestCheck:
         model = make_model("llama")
         model.model.layers[1].register_forward_hook(lambda _, args, output: output + 0.1 * output.cumsum(1))
         assert "log-probabilities differ" in check_packing(model).reason
+
+    def test_learned_positions_count_by_column_in_half_precision_too(self):
+        """Their table changes so slowly that a shift is lost among the rounding."""
+        model = make_model("gpt2").bfloat16()
+        positions = torch.arange(128)[:, None] / torch.linspace(20, 60, 32)
+        model.transformer.wpe.weight.data.copy_(0.05 * positions.sin())
+        packing = check_packing(model)
+        assert (packing.reason, packing.by_column) == (None, True)
+
+    def test_in_a_wrapper(self):
+        class Wrapper(torch.nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, **kwargs):
+                return self.model(**kwargs)
+
+        assert check_packing(Wrapper(make_model("llama"))) == check_packing(make_model("llama"))
 
     def test_a_long_window_has_to_reach_the_attention(self, monkeypatch):
         assert check_packing(make_model("mistral", sliding_window=100_000)).reason is None
@@ -516,10 +538,10 @@ class TestPackedForward:
     @pytest.mark.parametrize("shapes", [SHAPES, COMMON], ids=["apart", "common start"])
     def test_gradient_checkpointing(self, reentrant, shapes):
         model = make_model("mistral")
-        expected = gradients(model, packed, make_batch(shapes), False)
+        expected = gradients(model, packed, make_batch(shapes))
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.train()
-        actual = gradients(model, packed, make_batch(shapes), False)
+        actual = gradients(model, packed, make_batch(shapes))
         for name, gradient in expected[2].items():
             torch.testing.assert_close(actual[2][name], gradient, rtol=0, atol=1e-6)
         assert model.config._attn_implementation == "sdpa"

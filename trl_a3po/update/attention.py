@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -156,18 +156,22 @@ def _attend_packed(
     queries, keys, values = (
         each.split([end - start for start, end, *_ in blocks], dim=2) for each in (query, key, value)
     )
+
+    def with_keys_before(parts: Sequence[Tensor], number: int) -> Tensor:
+        """A block's part of a tensor, after the parts of the keys that lie before the block."""
+        before = []
+        for start, end in blocks[number].spans:
+            holder = bisect(blocks, start, key=operator.attrgetter("start")) - 1
+            before.append(parts[holder][:, :, start - blocks[holder].start : end - blocks[holder].start])
+        return torch.cat([*before, parts[number]], dim=2) if before else parts[number]
+
     outputs = []
     for number, block in enumerate(blocks):
-        seen_keys, seen_values = [keys[number]], [values[number]]
-        for start, end in ((block.prefix_start, block.prefix_end), (0, block.common)):
-            if end > start:
-                holder = bisect(blocks, start, key=operator.attrgetter("start")) - 1
-                part = slice(start - blocks[holder].start, end - blocks[holder].start)
-                seen_keys.insert(0, keys[holder][:, :, part])
-                seen_values.insert(0, values[holder][:, :, part])
-        seen = torch.cat(seen_keys, dim=2), torch.cat(seen_values, dim=2)
         mask = _mask(layout, block, sliding_window)
-        outputs.append(attend(queries[number], *seen, mask, scaling, dropout).transpose(1, 2))
+        asking = with_keys_before(queries, number) if mask is None else queries[number]
+        seen = with_keys_before(keys, number), with_keys_before(values, number)
+        attended = attend(asking, *seen, mask, scaling, dropout)
+        outputs.append(attended[:, :, block.start - block.end :].transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
@@ -175,7 +179,7 @@ AttentionInterface.register(_NAME, _attend_packed)
 
 
 def _mask(layout: PackedLayout, block: Block, window: int | None) -> Tensor | None:
-    """Mask of a block, true where a position attends to a key; `None` if the block is only causal."""
+    """Mask of a block, true where a position attends to a key; `None` if it is computed as a causal row."""
     if window is not None and window >= block.keys:
         window = None
     if block.is_causal and window is None:

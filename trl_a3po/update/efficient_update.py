@@ -118,7 +118,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             packing = check_packing(self.model)
         # Numbers may differ between processes, and so may the decision.
         found = torch.tensor([[packing.reason is None, packing.by_column]], device=self.accelerator.device)
-        if packing.reason is None and not (self.accelerator.gather(found) == found).all():
+        all_agree = bool((self.accelerator.gather(found) == found).all())  # all processes take part
+        if packing.reason is None and not all_agree:
             packing = Packing("another process finds that it cannot be packed, or only in another way")
         if packing.reason is not None:
             logger.info("The rows of an update are padded, not packed: %s.", packing.reason)
@@ -339,7 +340,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             )
         budget, passes = batch_size * input_ids.shape[1], math.ceil(rows / batch_size)
         least = 1 if self.accelerator.num_processes == 1 else passes
-        shared = fill_up(in_fewest(shapes, live, budget, rows, least, passes), rows)
+        shared = fill_up(in_fewest(shapes, live, budget, self.num_generations, least, passes), rows)
         parts = []
         for numbers in shared:
             chosen = numbers or [0]  # the model always runs, so that no other process waits

@@ -25,7 +25,8 @@ class RowShape(NamedTuple):
     """
     Numbers of tokens of a row, and the number of its prompt, which rows with the same prompt share.
 
-    The first `common` tokens of the prompt are those of every prompt. The number is the same for all rows.
+    `common` is the same for all rows: all prompts begin with the same tokens, and so many of them are shared. The last
+    token of a prompt never is.
     """
 
     prompt: int
@@ -51,7 +52,8 @@ class Block(NamedTuple):
     """
     Adjacent segments that one call of an attention function computes. A call costs more than a short segment.
 
-    Its positions attend to the first `common` positions, to a prefix before the block, and to parts of the block.
+    Its positions attend to the first `common` positions, to a prefix before the block, and to parts of the block:
+    its keys.
     """
 
     start: int
@@ -62,25 +64,34 @@ class Block(NamedTuple):
     segments: int
 
     @property
-    def is_causal(self) -> bool:
-        return self.segments == 1 and self.keys == self.end - self.start
+    def spans(self) -> list[tuple[int, int]]:
+        """Where its keys lie before it, in their order."""
+        spans = (0, self.common), (self.prefix_start, self.prefix_end)
+        return [(start, end) for start, end in spans if end > start]
 
     @property
     def keys(self) -> int:
-        """Number of positions that it attends to."""
         return self.common + self.prefix_end - self.prefix_start + self.end - self.start
 
+    @property
+    def is_causal(self) -> bool:
+        """
+        Whether it is computed as the end of a causal row of all its keys, without a mask.
+
+        That computes the attention of the keys again. Under a mask, each position looks at all keys. If the block has
+        most of the keys, that is more work.
+        """
+        return self.segments == 1 and self.keys <= 2 * (self.end - self.start)
+
     def sees(self, start: int, end: int) -> bool:
-        """Whether its keys include these positions, none of which lies after the block."""
-        within_prefix = self.prefix_start <= start and end <= self.prefix_end
-        return start == end or start >= self.start or within_prefix or end <= self.common
+        """Whether its keys include these positions, which must not lie after it."""
+        in_itself = start >= self.start
+        in_prefix = self.prefix_start <= start and end <= self.prefix_end
+        return start == end or in_itself or in_prefix or end <= self.common
 
 
 # Maximum positions of a block with several segments. In a larger one, unneeded scores cost more than further calls.
 _BLOCK = 128
-# The least part of the longest prompt that is shared as a common start. For the prompts that follow, attention needs a
-# mask and no longer skips the keys after a position. A short start saves less than that costs.
-_COMMON_PART = 1 / 4
 
 
 class Starts(NamedTuple):
@@ -123,10 +134,7 @@ def row_shapes(
     if not all(row[-1] for row in rows):
         return None
     shapes = [RowShape(*row[:-1]) for row in rows]
-    prompts = [shape.prompt for shape in shapes]
-    shared = min(shapes[0].common, min(prompts) - 1)
-    if by_column or shared < _COMMON_PART * max(prompts):
-        shared = 0
+    shared = 0 if by_column else min(min(shape.common, shape.prompt - 1) for shape in shapes)
     return [shape._replace(common=shared) for shape in shapes]
 
 
@@ -147,8 +155,8 @@ class PackedLayout:
     Args:
         rows (sequence of [`RowShape`]): Shapes of the rows. Rows with an empty completion take no position.
         shape (`tuple[int, int, int]`): B, P and C of the padded micro-batch. B may be larger than the number of rows.
-        by_column (`bool`, *optional*, defaults to `True`): Whether positions are counted from the first column, as
-            models do that ignore padding, or from the first token of the row.
+        by_column (`bool`, *optional*, defaults to `False`): Whether positions are counted from the first column, as
+            models do that ignore padding, or from the first token of the row. By column, rows have no common start.
         device (`torch.device`, *optional*): Device of the tensors.
 
     Attributes:
@@ -161,7 +169,7 @@ class PackedLayout:
 
     rows: Sequence[RowShape]
     shape: tuple[int, int, int]
-    by_column: bool = True
+    by_column: bool = False
     device: torch.device | str = "cpu"
 
     positions: int = field(init=False)
@@ -176,19 +184,21 @@ class PackedLayout:
 
     def __post_init__(self):
         batch, width, completion_width = self.shape
+        if self.by_column and any(row.common for row in self.rows):
+            raise ValueError("Counted by column, a common start has other positions in each prompt.")
         self.positions = packed_positions(self.rows)
         places = torch.full((batch, completion_width), self.positions)
         segments, sources, position_ids = [], [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)]
         end = 0
 
-        def add(row: int, first: int, length: int, prefix: tuple[int, int], common: int) -> None:
-            """Appends tokens of a row, from its token number `first` on."""
+        def add(row: int, start: int, length: int, prefix: tuple[int, int], common: int) -> None:
+            """Appends tokens of a row, from its token number `start` on."""
             nonlocal end
             if length == 0:
                 return
-            column = width - self.rows[row].prompt + first
+            column = width - self.rows[row].prompt + start
             sources.append(torch.arange(length) + row * (width + completion_width) + column)
-            position_ids.append(torch.arange(length) + (column if self.by_column else first))
+            position_ids.append(torch.arange(length) + (column if self.by_column else start))
             segments.append(Segment(end, end + length, *prefix, common))
             end += length
 
@@ -217,7 +227,8 @@ class PackedLayout:
     def starts(self) -> Starts:
         keys, queries, counts = [], [0], [0]
         for segment in self.segments:
-            spans = (0, segment.common), segment[2:4], segment[:2]
+            prefix, own = (segment.prefix_start, segment.prefix_end), (segment.start, segment.end)
+            spans = (0, segment.common), prefix, own
             keys += [torch.arange(*span) for span in spans]
             queries.append(segment.end - segment.start)
             counts.append(sum(end - start for start, end in spans))
@@ -253,9 +264,9 @@ class PackedLayout:
         Returns:
             `torch.Tensor` of shape `(Q, K)`, of booleans.
         """
-        queries, prefix = slice(block.start, block.end), slice(block.prefix_start, block.prefix_end)
+        queries = slice(block.start, block.end)
         numbers = torch.arange(self.positions, device=self.device)
-        keys = torch.cat([numbers[: block.common], numbers[prefix], numbers[queries]])
+        keys = torch.cat([numbers[start:end] for start, end in (*block.spans, block[:2])])
         start, prefix_start, prefix_end, common = self._bounds[:, queries, None]
         attends = ((keys >= prefix_start) & (keys < prefix_end)) | ((keys >= start) & (keys <= numbers[queries, None]))
         attends |= keys < common
@@ -266,7 +277,7 @@ class PackedLayout:
 
     @cached_property
     def _bounds(self) -> Tensor:
-        """(4, N) for each position: where its segment starts, where its prefix starts and ends, the common start."""
+        """(4, N) for each position: the start of its segment; start and end of its prefix; the common start."""
         bounds = torch.tensor([(each.start, *each[2:]) for each in self.segments])
         lengths = torch.tensor([each.end - each.start for each in self.segments])
         return _to_device(bounds.repeat_interleave(lengths, dim=0).T.contiguous(), self.device)

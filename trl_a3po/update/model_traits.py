@@ -105,7 +105,7 @@ def configured_traits(model: torch.nn.Module) -> PaddingTraits:
     attention that is scaled or cut into chunks by column (Llama 4, Ministral 3), virtual tokens before the padding.
     """
     adapters = getattr(model, "peft_config", {}).values()
-    config = cast(PretrainedConfig, model.config).get_text_config()
+    config = text_config(model)
     rope = _rope(config)
     nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     rotates_by_length = not {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint(
@@ -154,6 +154,12 @@ def never_alone(forward: Forward) -> Forward:
         return tuple(each[:1] if isinstance(each, Tensor) and each.dim() else each for each in outputs)
 
     return in_company
+
+
+def text_config(model: torch.nn.Module) -> PretrainedConfig:
+    """The configuration of the language model in any wrapper."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next(each for each in configs if isinstance(each, PretrainedConfig)).get_text_config()
 
 
 def has_experts_as_modules(model: torch.nn.Module) -> bool:

@@ -43,7 +43,7 @@ NOTHING = Plan(0, 0, 0, lambda count: Extent(0, 1, 1), frozenset(), 1.0)
 
 
 # The attention kernel of a GPU gets a copy of the prompt's keys for each row. So rows that share a micro-batch have at
-# most this number of tokens, per position of its budget, each with its prompt.
+# most this number of tokens, per position of its budget, each with its prompt. A prompt itself gets at most one copy.
 _TOKENS_PER_POSITION = 2
 
 
@@ -103,7 +103,7 @@ def by_prompt(
         if live[row]:
             groups.setdefault(shape.prompt_number, []).append(row)
 
-    common = shapes[0].common if shapes else 0  # lies in each micro-batch once
+    common = shapes[0].common if shapes else 0  # lies in a micro-batch once, and counts in an empty one, too
 
     def prefix(group: Sequence[int]) -> int:
         return shapes[group[0]].prompt - 1 - common

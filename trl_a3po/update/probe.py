@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .layout import PackedLayout, RowShape
-from .model_traits import configured_traits
+from .model_traits import configured_traits, has_rotary_positions, text_config
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
@@ -63,7 +63,7 @@ def _excluded(model: torch.nn.Module) -> str | None:
         for adapter in getattr(module, "peft_config", {}).values():
             if adapter.is_prompt_learning:
                 return "an adapter puts virtual tokens before each row"
-    others = set(getattr(_config(model), "layer_types", None) or ()) - _ATTENTION
+    others = set(getattr(text_config(model), "layer_types", None) or ()) - _ATTENTION
     if others:
         return f"it has layers other than attention ({', '.join(sorted(others))})"
     return None
@@ -135,22 +135,25 @@ def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) 
 
 
 def _compare(model: torch.nn.Module) -> Packing:
-    config = _config(model)
+    config = text_config(model)
     window = getattr(config, "sliding_window", None) or 0
     window = window if window <= _LONGEST_WINDOW else 0
     batch = _made_up_batch(config, window, next(model.parameters()).device)
     # The first row by itself: without padding, other kernels compute the same numbers.
     padded, alone = _attempt(batch, model), _attempt(batch.first(), model)
-    # If the first token of each row has position 0, as in samplers, a common start has the same positions in all
-    # prompts. GPT-2 needs columns. So may models on longer rows than these; then their configuration says so.
-    order = (True, False) if configured_traits(model).left_padding else (False, True)
-    layouts = [batch.layout(by_column) for by_column in order]
+    # If each row counts from its first token, as in samplers, a common start has the same positions in all prompts.
+    # Rotations depend on distances only, so it makes no difference to them. Other models try columns first, as TRL
+    # counts: in half precision, learned positions that change slowly would pass. Some rotations, or scales, depend on
+    # the column beyond some length; `configured_traits` knows them.
+    any_origin = has_rotary_positions(config) and not configured_traits(model).left_padding
+    layouts = [batch.layout(by_column) for by_column in ((False, True) if any_origin else (True, False))]
     results = [_attempt(batch, PackedForward(model, layout)) for layout in layouts]
     if isinstance(padded, str) or isinstance(alone, str):
         return Packing(f"it fails on made-up rows ({padded if isinstance(padded, str) else alone})")
     noise = _distance(alone[0], padded[0])
     shared = batch.rows[1].completion
     signal = _distance(padded[1, :shared], padded[2, :shared])  # the same completion after another prompt
+    tokens = batch.attention_mask[:, -batch.columns :].bool()
     coarse = _in_half_precision(model)
     tolerance = max(4 * noise, signal * (0.05 if coarse else 1e-4), 1e-6)
     reasons = []
@@ -158,7 +161,7 @@ def _compare(model: torch.nn.Module) -> Packing:
         if isinstance(packed, str):
             reasons.append(packed)
             continue
-        error = _distance(packed, padded)
+        error = _distance(packed[tokens], padded[tokens])
         if not error <= tolerance <= signal / 2:
             reasons.append(
                 f"its log-probabilities differ by {error:.1g}; padding changes them by {noise:.1g}, another prompt by "
@@ -197,11 +200,6 @@ def _in_half_precision(model: torch.nn.Module) -> bool:
     kind = next(model.parameters()).device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in halves
     return autocast or any(parameter.dtype in halves for parameter in model.parameters())
-
-
-def _config(model: torch.nn.Module) -> PretrainedConfig:
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return next(each for each in configs if isinstance(each, PretrainedConfig)).get_text_config()
 
 
 @contextmanager
