@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -12,6 +13,13 @@ os.environ.update(
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
 
 import pytest
+
+
+with contextlib.suppress(ImportError):  # the environment of vLLM does without
+    from hypothesis import settings
+
+    settings.register_profile("busy machine", settings.default, deadline=None)
+    settings.load_profile("busy machine")
 
 
 @pytest.fixture(scope="session")
