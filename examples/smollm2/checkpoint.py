@@ -64,7 +64,10 @@ def expand(weights: Path, directory: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.tie_weights()
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # As the file says. With transformers 5.17, the tokenizer has another end token, and no padding.
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":
