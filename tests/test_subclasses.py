@@ -44,7 +44,7 @@ def test_every_sentence_of_the_guide_has_a_test():
     }
     tests = [value for name, value in vars(sys.modules[__name__]).items() if name.startswith("test_")]
     quoted = {" ".join(inspect.getdoc(test).split()) for test in tests if inspect.getdoc(test)}
-    assert len(sentences) == 14
+    assert len(sentences) == 15
     assert sentences == quoted
 
 
@@ -139,6 +139,23 @@ def test_own_fields_stay_with_their_rows(fields, tmp_path):
     """Each field reaches `_compute_loss` with the rows that it belongs to."""
     trainer_class = type("Trainer", (OwnFields, A3POTrainer), {})
     trainer = train(tmp_path, trainer_class, reward_funcs=sometimes_equal_reward, **fields)
+    assert trainer.losses == 3 * fields.get("gradient_accumulation_steps", 1)
+    assert moved(trainer)
+
+
+class ReadsItsFields(OwnFields):
+    def shape_advantages(self, advantages, *, sums, pairs, names, generated_at, **batch):
+        assert torch.equal(pairs[:, 0], sums)
+        assert names == [f"completion {int(each)}" for each in sums]
+        assert len(sums) == len(advantages)
+        assert generated_at.dim() == 0
+        return super().shape_advantages(advantages, **batch)
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 2, "num_iterations": 2}], ids=str)
+def test_own_fields_reach_the_hook(fields, tmp_path):
+    """It also reaches your hook, if the hook names it."""
+    trainer = train(tmp_path, type("Trainer", (ReadsItsFields, A3POTrainer), {}), **fields)
     assert trainer.losses == 3 * fields.get("gradient_accumulation_steps", 1)
     assert moved(trainer)
 
@@ -391,8 +408,8 @@ class OtherLogps(A3POTrainer):
 
 def test_other_log_probabilities(tmp_path):
     """
-    The hook runs inside `_get_per_token_logps_and_entropies`: it does not see log-probabilities that you change after
-    calling `super()` there.
+    The hook runs inside `_get_per_token_logps_and_entropies`. If you change log-probabilities there after `super()`,
+    the hook does not see the change.
     """
     trainer = train(tmp_path, OtherLogps, max_steps=1)
     assert torch.equal(trainer.seen, trainer.before)
@@ -405,9 +422,7 @@ class RanksTheOtherWay(A3POTrainer):
 
 
 def test_other_arguments(tmp_path):
-    """
-    Change the arguments of the hook instead: override it, and call `super().shape_advantages` with other tensors.
-    """
+    """Change them in your `shape_advantages` instead, and pass them to `super().shape_advantages`."""
     trainer = make(tmp_path, RanksTheOtherWay, scale_decay="constant", positive_low_ratio=0.4)
 
     def slow(advantages, *, old_per_token_logps, mask, **batch):

@@ -133,6 +133,32 @@ def test_takes_the_fields_that_a_loss_reads(tmp_path):
     assert seen[-1] == pytest.approx([0.6, -0.7, 0.0, 0.0, -0.5, 0.0])
 
 
+def test_hook_and_reference_get_the_fields_that_they_name(tmp_path):
+    class ByWeight(A3POTrainer):
+        def _generate_and_score_completions(self, inputs):
+            rollout = super()._generate_and_score_completions(inputs)
+            return {**rollout, "weight": torch.ones_like(rollout["advantages"])}
+
+        def shape_advantages(self, advantages, *, weight, **batch):
+            return advantages * weight
+
+    class FromBatch(A3POTrainer):
+        def shape_advantages(self, advantages, **batch):
+            return advantages * batch["weight"]
+
+    def reference(advantages, *, weight, **batch):
+        return torch.tensor([a * w for a, w in zip(advantages.tolist(), weight.tolist(), strict=True)])
+
+    fields = {"weight": torch.tensor([0.5, 2.0, 1.0, 1.0, 1.0, 1.0])}
+    assert_gradients_follow(make(tmp_path, ByWeight), reference, fields=fields)
+    with pytest.raises(AssertionError, match="completion 0"):
+        assert_gradients_follow(make(tmp_path, ByWeight), lambda advantages, **batch: advantages, fields=fields)
+    with pytest.raises(ValueError, match=r"takes `weight`.* pass it in `fields`"):
+        assert_gradients_follow(make(tmp_path, ByWeight), reference)
+    with pytest.raises(ValueError, match=r"reads 'weight'.* name it there"):
+        assert_gradients_follow(make(tmp_path, FromBatch), reference, fields=fields)
+
+
 def test_says_that_the_class_does_not_override_the_hook(tmp_path):
     class Misspelled(A3POTrainer):
         def shape_advantage(self, advantages, **batch):

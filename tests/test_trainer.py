@@ -111,6 +111,33 @@ def test_a_hook_that_cannot_take_its_arguments_is_refused_at_once(tmp_path):
             make(tmp_path, trainer_class)
 
 
+class OfRollout(A3POTrainer):
+    """Its hook reads a field of the rollout: the rewards, under a name of its own."""
+
+    field = "score"
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        return {**rollout, self.field: rollout["rewards"].clone()}
+
+    def shape_advantages(self, advantages, *, rewards, score, **batch):
+        assert score.equal(rewards)
+        self.seen = getattr(self, "seen", 0) + 1
+        return super().shape_advantages(advantages, rewards=rewards, **batch)
+
+
+def test_the_hook_gets_the_fields_of_the_rollout_that_it_names(tmp_path):
+    # Rows change places: they are shuffled, and regrouped by their prompts.
+    trainer = train(tmp_path, OfRollout, gradient_accumulation_steps=2, num_iterations=2, max_steps=4)
+    assert trainer.seen == 8
+
+    class Misspelled(OfRollout):
+        field = "scores"
+
+    with pytest.raises(ValueError, match=r"takes `score`, which is neither .*_generate_and_score_completions"):
+        train(tmp_path, Misspelled)
+
+
 @pytest.mark.parametrize(
     ("calls_super", "settings", "said"),
     [
@@ -372,6 +399,13 @@ def test_model_card_says_whose_the_shaping_is(trainer_class, tmp_path):
     assert ("They apply where `OnlyTheFirstToken.shape_advantages` calls" in card) == (
         trainer_class is OnlyTheFirstToken
     )
+
+
+def test_model_card_has_no_settings_that_were_not_used(tmp_path):
+    train(tmp_path, OnlyTheFirstToken).create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "`OnlyTheFirstToken.shape_advantages`, in place of the method of the package." in card
+    assert "positive_low_scale" not in card
 
 
 def test_every_field_of_the_shaping_is_on_the_model_card(tmp_path):

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,17 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             )
 
     def _check_arguments_of_hook(self) -> None:
+        # A rollout that is TRL's has no field that the hook could name.
+        fields = frozenset() if self._rollout_is_ours() else _fields_named_by(self.shape_advantages)
         try:
-            inspect.signature(self.shape_advantages).bind(None, **dict.fromkeys(peers.HOOK_ARGUMENTS))
+            inspect.signature(self.shape_advantages).bind(None, **dict.fromkeys(peers.HOOK_ARGUMENTS | fields))
         except TypeError as error:
             arguments = list(inspect.signature(A3POTrainer.shape_advantages).parameters)
             raise TypeError(
                 f"`{type(self).__name__}.shape_advantages` cannot be called with the arguments of the hook: {error}. "
                 f"They are {', '.join(arguments[:2])}, and by name {', '.join(arguments[2:])}. Name those that you "
-                "use, and take the rest as `**batch`."
+                "use, and take the rest as `**batch`. Any other name must be a field that your class adds to its "
+                "rollouts, in `_generate_and_score_completions`."
             ) from error
 
     def shape_advantages(
@@ -201,6 +205,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 returned None. `None` if `_generate_and_score_completions` is overridden without `super()`.
             progress (`float`):
                 Share of the optimizer steps that are done, from 0 to 1.
+
+        An override may also name fields that its class adds to the rollout in `_generate_and_score_completions`: it
+        gets their rows of this micro-batch.
 
         Returns:
             `torch.Tensor` of shape `(B, T)`, or of shape `(B,)` if all tokens of a completion share one advantage.
@@ -267,6 +274,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         shape = self._shape_in_its_own_way if self._shapes_its_own_way else self.shape_advantages
         inputs["advantages"] = shaped = shape(
             advantages,
+            **self._fields_of_hook(inputs),
             per_token_logps=per_token_logps,
             old_per_token_logps=old_per_token_logps,
             entropies=entropies,
@@ -305,6 +313,18 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         mask = super().get_high_entropy_mask(*args, **kwargs)
         self._signal_budget.add_entropy_mask(mask)
         return mask
+
+    def _fields_of_hook(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The fields of the rollout that a subclass's `shape_advantages` names."""
+        fields = _fields_named_by(self.shape_advantages) if self._overrides_shaping else frozenset()
+        if missing := ", ".join(f"`{name}`" for name in sorted(fields - inputs.keys())):
+            raise ValueError(
+                f"`{type(self).__name__}.shape_advantages` takes {missing}, "
+                "which is neither an argument of the hook nor a field of the rollout. Add it to what "
+                "`_generate_and_score_completions` returns, with one row per completion; in a test with "
+                "`assert_gradients_follow`, pass it in `fields`."
+            )
+        return {name: inputs[name] for name in fields}
 
     def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
         """A subclass's `shape_advantages`, with the checks that need not wait for the device."""
@@ -406,9 +426,12 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             settings |= self.args.shaping_settings | {name: getattr(self.args, name) for name in names}
         else:
             settings |= self.args.peer_settings
+        hook = f"`{type(self).__name__}.shape_advantages`"
         section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
         if self._overrides_shaping:
-            section += f"They apply where `{type(self).__name__}.shape_advantages` calls `super()`.\n\n"
+            section += f"They apply where {hook} calls `super()`.\n\n"
+            if self.state.global_step and not self._settings_were_used:
+                section = f"### Advantage shaping\n\n{hook}, in place of the method of the package.\n\n"
         path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
         card = path.read_text(encoding="utf-8")
         before, heading, after = card.partition("### Framework versions")
@@ -425,3 +448,11 @@ class _CheckDecayEnds(TrainerCallback):
 def _ratio_has_gradient(args: A3POConfig) -> bool:
     """Whether the loss's gradient runs through the importance ratio. Not with CISPO and VESPO."""
     return args.loss_type not in ("cispo", "vespo")
+
+
+def _fields_named_by(hook: Callable[..., Any]) -> frozenset[str]:
+    """The parameters of a `shape_advantages` that have no default and are no arguments of the hook."""
+    named = list(inspect.signature(hook).parameters.values())[1:]
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    required = {each.name for each in named if each.default is each.empty and each.kind not in variable}
+    return frozenset(required - peers.HOOK_ARGUMENTS)

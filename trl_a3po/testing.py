@@ -1,5 +1,6 @@
 """A check for the tests of your own shaping: each token gets the gradient that you intend."""
 
+import functools
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,8 +44,8 @@ def assert_gradients_follow(
             The same computation, written in another way. It gets the arguments of `shape_advantages` without `self`,
             and returns the advantages, of shape `(B, T)` or `(B,)`. Values where `mask` is 0 have no influence.
         fields (`dict`, *optional*):
-            Fields that your class adds to its rollouts, if its loss reads them: for 6 completions of 8 tokens. Tensors
-            are copied.
+            Fields that your class adds to its rollouts, if its hook or its loss reads them: for 6 completions of 8
+            tokens. Tensors are copied. The hook and the reference get those that they name.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the made-up log-probabilities and entropies.
 
@@ -56,8 +57,8 @@ def assert_gradients_follow(
         `AssertionError`: a gradient differs. Names the token, its advantage by `reference`, its gradient and the
             expected one.
         `TypeError`, `ValueError`: your method or the reference returns something else than advantages; your method
-            changes an argument in place, or reads one that the hook does not have; or your loss reads a field that is
-            not in `fields`.
+            changes an argument in place, or reads one that the hook does not have; or your hook or loss reads a field
+            that is not in `fields`.
     """
     if not isinstance(trainer, A3POTrainer):
         raise TypeError(f"`trainer` must be an `A3POTrainer`, got {trainer!r}.")
@@ -84,19 +85,23 @@ def _compare(
         shaped = reference(advantages, **batch)
         return torch.ones_like(advantages)
 
+    functools.update_wrapper(unit, reference)  # it gets the fields that the reference names
+
     def of(shape_advantages: Callable[..., Tensor] | None) -> Tensor:
         copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         try:
             return loss_gradient(trainer, copies, logps, entropies, shape_advantages, progress)
         except KeyError as error:
             name = error.args[0]
-            if name in copies:
-                raise
             if any(frame.name == "shape_advantages" for frame in traceback.extract_tb(error.__traceback__)):
                 raise ValueError(
                     f"`{type(trainer).__name__}.shape_advantages` reads {name!r}, which is not an argument of the "
-                    f"hook. Its arguments are advantages, {', '.join(sorted(HOOK_ARGUMENTS))}."
+                    f"hook. Its arguments are advantages, {', '.join(sorted(HOOK_ARGUMENTS))}, and the fields of the "
+                    f"rollout that its signature names. If {name!r} is a field, name it there, and pass it in "
+                    "`fields`."
                 ) from error
+            if name in copies:
+                raise
             raise ValueError(
                 f"The loss of {type(trainer).__name__} reads {name!r}, which made-up completions do not have. Pass it "
                 f"in `fields`, for 6 completions of 8 tokens: fields={{{name!r}: torch.zeros(6)}}."

@@ -141,5 +141,9 @@ CASES = {
     ),
     "never evaluated": ({"steps": 1000}, {"steps": 999}),
     "tool calls fail": ({"tools/failure_frequency": 0.5}, {"tools/failure_frequency": 0.49}),
+    "settled early": (
+        {"entropy": lambda t: 0.8 if t <= 0.3 else 0.4, **FLAT},
+        {"entropy": lambda t: 0.8 if t <= 0.3 else 0.4, "reward": HEALTHY["reward"]},
+    ),
     "reward flat": (FLAT, {"steps": 29, **FLAT}),
 }

@@ -88,7 +88,7 @@ class EvaluateArguments:
     max_completion_length: int = field(default=4096, metadata={"help": "Maximum tokens per completion."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     batch_size: int = field(
-        default=32, metadata={"help": "Problems sampled at once. Completions do not depend on it."}
+        default=32, metadata={"help": "Problems sampled at once. Completions do not depend on it, except by rounding."}
     )
     use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM instead of transformers."})
     dtype: str = field(

@@ -256,6 +256,15 @@ def _flat(log: Log, bound: float) -> Seen | None:
     return Seen("reward", points[0][0], f"the reward was {start} at the start and is {end} at the end")
 
 
+def _settled(log: Log, bound: float) -> Seen | None:
+    start, end = log.start("entropy"), log.end("entropy")
+    change, error = log.rise("entropy")
+    if not (end <= bound * start and -change > ERRORS * error) or (flat := _flat(log, FLAT_LOGS)) is None:
+        return None
+    since = _since(log.known("entropy"), lambda value: value <= bound * start)
+    return Seen("entropy", since, f"the entropy fell from {_n(start)} to {_n(end)} nats a token; {flat.text}")
+
+
 def _trend(points: Points) -> float:
     """The slope of a straight line through the values, in its standard errors."""
     order = range(len(points))
@@ -391,10 +400,12 @@ def _tools_fail(log: Log, bound: float) -> Seen | None:
 
 # The table. The first rules explain the others, so they come first.
 
+FLAT_LOGS = 30
+_NO_RISE = ("settled early", "reward flat")
 _SYMPTOMS = (
     "gradient of 0",
     "most completions truncated",
-    "reward flat",
+    *_NO_RISE,
     "entropy collapsed",
     "a reward function that gives nothing",
     "scales decayed too early",
@@ -501,7 +512,7 @@ RULES: tuple[Rule, ...] = (
         "entropy exploding",
         2.0,
         "the entropy at the end, relative to the start, and 0.5 nats above it, if the reward does not rise",
-        "in 295 runs of our benchmarks it never rose by more than 6 %",
+        "no run of our benchmarks ended more than 6 % above its start",
         "The model drifts to random text.",
         "Lower `learning_rate`, `negative_high_scale`, `negative_weight` or `temperature`; set `beta` to a small "
         "value such as 0.001.",
@@ -510,7 +521,7 @@ RULES: tuple[Rule, ...] = (
             "completions run into the limit",
             "most completions truncated",
             "reward fell",
-            "reward flat",
+            *_NO_RISE,
             "gradient spikes",
         ),
     ),
@@ -540,7 +551,7 @@ RULES: tuple[Rule, ...] = (
         "entropy collapsed",
         0.1,
         "the entropy at the end, relative to the start (or at 0.001 nats), if the reward neither rises nor is solved",
-        "295 runs of our benchmarks kept more than half of it",
+        "every run of our benchmarks kept more than a quarter of it",
         "The model answers the same each time. Nothing new is tried.",
         "Raise `temperature`, `epsilon_high`, `positive_low_scale` or `scale_decay_steps`; lower `learning_rate` or "
         "`positive_weight`.",
@@ -549,7 +560,7 @@ RULES: tuple[Rule, ...] = (
             "no signal: all wrong",
             "no signal: same reward within groups",
             "gradient of 0",
-            "reward flat",
+            *_NO_RISE,
             "scales decayed too early",
         ),
     ),
@@ -612,7 +623,7 @@ RULES: tuple[Rule, ...] = (
         "Check this function of `reward_funcs` on a completion that should score, and the names of the columns that "
         "it reads.",
         _constant_reward,
-        ("reward flat",),
+        _NO_RISE,
     ),
     Rule(
         "gradient spikes",
@@ -661,7 +672,7 @@ RULES: tuple[Rule, ...] = (
         "clip share high",
         0.3,
         "share of clipped tokens at the end",
-        "295 runs of our benchmarks clipped at most 4 % in any log",
+        "no run of our benchmarks clipped more than 4 % in any log",
         "Many tokens moved further than the clipping allows, and have no gradient in that direction.",
         "Lower `learning_rate`, `num_iterations` or `steps_per_generation`, or raise `epsilon_high`.",
         _clipped,
@@ -674,7 +685,7 @@ RULES: tuple[Rule, ...] = (
         "The model learned to stop early.",
         "Lower `learning_rate`, and check whether `reward_funcs` reward short or empty completions.",
         _lengths_to_nothing,
-        ("reward flat",),
+        _NO_RISE,
     ),
     Rule(
         "reward fell",
@@ -684,7 +695,7 @@ RULES: tuple[Rule, ...] = (
         "The model gets worse at what is rewarded.",
         "Lower `learning_rate`, set `beta`, and check the sign of `reward_funcs` and `reward_weights`.",
         _reward_fell,
-        ("reward flat",),
+        _NO_RISE,
     ),
     Rule(
         "scales decayed too early",
@@ -733,10 +744,22 @@ RULES: tuple[Rule, ...] = (
         _tools_fail,
     ),
     Rule(
+        "settled early",
+        0.5,
+        "the entropy at the end, relative to the start, if the reward is flat (next row)",
+        "our choice: of four runs of SmolLM2 whose accuracy doubled in the first steps, it was from 0.3 to 0.4",
+        "The policy became certain, and the reward has not risen since. It may have risen in the first logs, which "
+        "scatter hides.",
+        "Evaluate the model before and after: it may have learned. To explore for longer, lower `learning_rate`, or "
+        "raise `epsilon_high`, `positive_low_scale`, `scale_decay_steps` or `temperature`.",
+        _settled,
+        ("reward flat",),
+    ),
+    Rule(
         "reward flat",
-        30,
+        FLAT_LOGS,
         "logs whose reward has neither a trend nor a rise beyond three standard errors",
-        "280 of 295 runs of our benchmarks had one within 25 logs",
+        "325 of 340 runs of a small model had one within 25 logs",
         "Rewards differ within groups, and the reward does not rise all the same.",
         "Raise `learning_rate`; lower `beta`; raise `max_grad_norm`; check that rewards depend on something that the "
         "model can learn, and read some completions (`log_completions=True`).",
