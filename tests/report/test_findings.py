@@ -64,6 +64,35 @@ def test_empty_answers_are_a_fault_whatever_their_reward():
     assert names(history(**{"completions/mean_length": late(1.6, 3.2)})) == []
 
 
+def test_a_step_that_was_skipped_hides_nothing():
+    first_overflows = {"grad_norm": lambda t: math.inf if t <= 2 / STEPS else 0.5}
+    assert names(history(**first_overflows)) == []
+    assert names(history(**first_overflows, **FLAT)) == ["reward flat"]
+    assert names(history(grad_norm=lambda t: math.inf if t <= 0.1 else 0.5)) == ["not finite"]
+
+
+def test_a_warm_up_that_ends_between_two_logs():
+    def logs(*rates):
+        return [{"step": 10 * i, "learning_rate": rate} for i, rate in enumerate(rates, 1)] + [
+            {"step": 30, "train_runtime": 1.0}
+        ]
+
+    assert names(logs(3.6e-5, 7.6e-5, 1e-4)) == []
+    assert names(logs(3.6e-5, 7.6e-5, 11.6e-5)) == ["warm-up longer than the run"]
+    evaluated = [*logs(3.6e-5, 7.6e-5, 11.6e-5), {"step": 30, "eval_reward": 0.5}]
+    assert names(evaluated) == ["warm-up longer than the run"]
+    assert names([*evaluated, {"step": 40, "learning_rate": 15.6e-5}]) == []  # it goes on
+
+
+@pytest.mark.parametrize("step", [math.nan, math.inf, "3", None])
+def test_steps_that_are_no_numbers_are_passed_over(step):
+    assert names([{"step": step, "loss": math.nan}, *history()]) == []
+
+
+def test_rewards_too_small_to_square():
+    assert "not finite" not in names(history(reward=lambda t: 1e-200 * t, reward_std=1e-200))
+
+
 def test_every_rule_has_its_case():
     assert list(CASES) == [rule.name for rule in RULES]
 
@@ -168,7 +197,16 @@ def test_the_name_of_a_reward_function_gives_no_orders(tmp_path, capsys):
 def test_a_run_of_which_only_tokens_are_left_has_no_findings_to_tell(tmp_path, capsys):
     logged_runs.write_tokens(tmp_path / "run", [logged_runs.completion(3)])
     assert main([str(tmp_path / "run"), "--output", str(tmp_path / "out.html")]) == 0
-    assert capsys.readouterr().out == f"Report: {tmp_path / 'out.html'}\n"
+    said = "run: too few logs to tell what is wrong"
+    assert capsys.readouterr().out == f"{said}\nReport: {tmp_path / 'out.html'}\n"
+
+
+@pytest.mark.parametrize("logs", [[], history()[:2], history()[-1:]], ids=["none", "two", "summary"])
+def test_a_run_with_too_few_logs_is_not_called_healthy(logs, tmp_path):
+    logged_runs.write_state(tmp_path, logs, 2)
+    assert read_run(tmp_path).findings is None
+    logged_runs.write_state(tmp_path, [*history()[:2], {"step": 3, "loss": math.nan}], 3)
+    assert [finding.name for finding in read_run(tmp_path).findings] == ["not finite"]
 
 
 def test_tokens_per_second(tmp_path):

@@ -1,6 +1,7 @@
 """The report as a file: it holds what runs have logged, all of it as data, and says what it cannot read."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,36 @@ def test_the_newest_state_counts(tmp_path):
     logged_runs.write_state(tmp_path, [{"step": 10, "loss": 11}], 10)
     assert read_run(tmp_path).metrics == {"loss": [(10, 11)]}
     assert read_run(tmp_path / "checkpoint-5").metrics == {"loss": [(5, 5)]}
+
+
+def test_an_earlier_run_with_more_steps_does_not_count(tmp_path):
+    def write(name, steps, run, at):
+        logs = [{"step": step, "loss": 100 * run + step} for step in range(1, steps + 1)]
+        logged_runs.write_state(tmp_path / name, [*logs, {"step": steps, "train_runtime": 1.0}], steps)
+        os.utime(tmp_path / name / "trainer_state.json", (at, at))
+
+    def last():
+        return read_run(tmp_path).metrics["loss"][-1]
+
+    write("checkpoint-4", 4, run=1, at=10)
+    write("checkpoint-8", 8, run=1, at=20)
+    write(".", 8, run=1, at=30)
+    assert last() == (8, 108)
+    write("checkpoint-2", 2, run=2, at=40)  # the second run was killed
+    assert last() == (2, 202)
+    write(".", 3, run=2, at=50)
+    assert last() == (3, 203)
+    write("checkpoint-5", 5, run=2, at=60)  # and goes on
+    assert last() == (5, 205)
+
+
+def test_the_end_of_a_run_whose_files_were_copied_in_another_order(tmp_path):
+    for steps, at in ((2, 30), (4, 20), (6, 10)):
+        logs = [{"step": step, "loss": step} for step in range(1, steps + 1)]
+        name = "." if steps == 6 else f"checkpoint-{steps}"
+        logged_runs.write_state(tmp_path / name, logs, steps)
+        os.utime(tmp_path / name / "trainer_state.json", (at, at))
+    assert read_run(tmp_path).metrics["loss"][-1] == (6, 6)
 
 
 def test_tokens_alone_are_enough(tmp_path):

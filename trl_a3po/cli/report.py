@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             runs = [read_run(run_dir) for run_dir in parsed.run_dirs]
             path = write_page(runs, parsed.output)
             for name, run in zip(names_of(runs), runs, strict=True):
-                if run.findings is not None:
-                    print(as_text(visible(name), run.findings))
+                print(as_text(visible(name), run.findings))
             print(f"Report: {path}")
     except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

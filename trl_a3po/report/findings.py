@@ -65,8 +65,10 @@ def find(log_history: Iterable[Any]) -> list[Finding]:
     return findings
 
 
-def as_text(name: str, findings: Sequence[Finding]) -> str:
+def as_text(name: str, findings: Sequence[Finding] | None) -> str:
     """The findings on a run, for a terminal. Names that a user gave to reward functions are made safe."""
+    if findings is None:
+        return f"{name}: too few logs to tell what is wrong"
     if not findings:
         return f"{name}: no findings"
     lines = [f"{name}: {len(findings)} finding{'s' if len(findings) > 1 else ''}"]

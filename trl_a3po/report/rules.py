@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import correlation, fmean, median
+from statistics import StatisticsError, correlation, fmean, median
 from typing import NamedTuple
 
 from .training_log import (
@@ -67,8 +67,10 @@ class Rule:
 
 def _not_finite(log: Log, bound: float) -> Seen | None:
     for name in ("loss", "grad_norm"):
-        steps = [step for step, value in log.all(name) if not math.isfinite(value)]
-        if len(steps) >= bound:
+        points = log.all(name)
+        steps = [step for step, value in points if not math.isfinite(value)]
+        # Parameters that are not finite stay so. With fp16, single steps overflow and are skipped.
+        if steps and (steps[-1] == points[-1][0] or len(steps) >= max(FEWEST_LOGS, bound * len(points))):
             return Seen(name, steps[0], f"`{name}` is not finite in {_logs(len(steps))}")
     return None
 
@@ -96,8 +98,9 @@ def _warm_up(log: Log, bound: float) -> Seen | None:
     points = log.known("learning_rate")
     if not log.has_ended or not is_enough(points):
         return None
-    rises = [after > before for (_, before), (_, after) in pairwise(points)]
-    if sum(rises) < bound * max(1, len(rises)):
+    rises = [(after - before) / (step - previous) for (previous, before), (step, after) in pairwise(points)]
+    # A last rise that is smaller than the first: the warm-up ended between two logs.
+    if sum(rise > 0 for rise in rises) < bound * max(1, len(rises)) or (rises and rises[-1] < 0.99 * rises[0]):
         return None
     return Seen("learning_rate", points[0][0], f"the learning rate rose in every log, to {_n(points[-1][1])}")
 
@@ -271,7 +274,10 @@ def _trend(points: Points) -> float:
     values = [value for _, value in points]
     if len(points) < FEWEST_LOGS or min(values) == max(values):
         return 0.0
-    r = correlation(order, values)
+    try:
+        r = correlation(order, values)
+    except StatisticsError:  # their squares are too small for a number
+        return 0.0
     return r * math.sqrt((len(points) - 2) / max(1 - r * r, 1e-12))
 
 
@@ -438,9 +444,9 @@ def _without_signal(name: str, *reasons: str, means: str, change: str) -> Rule:
 RULES: tuple[Rule, ...] = (
     Rule(
         "not finite",
-        1,
-        "logs whose `loss` or `grad_norm` is NaN or infinite",
-        "one such step can ruin the parameters",
+        0.1,
+        "share of the logs whose `loss` or `grad_norm` is NaN or infinite, at least three, or the last one",
+        "with fp16, single steps overflow and are skipped; parameters that are not finite stay so",
         "The update overflowed. Parameters may be ruined from there on.",
         "Lower `learning_rate`; set `bf16=True` instead of `fp16`; resume from a checkpoint before that step.",
         _not_finite,

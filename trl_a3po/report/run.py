@@ -1,6 +1,7 @@
 """Reads the directory of a run: metrics over time, and completions token by token."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from ..training.checkpoint_files import STATE_FILE, checkpoints_in, is_marked, read_state
 from ..training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
 from .findings import Finding, find
+from .training_log import Log
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Run:
         completions (`list[LoggedCompletion]`): Completions of some steps, in the order of the log.
         logged_steps (`int`): Number of steps with logged completions.
         unreadable_lines (`int`): Number of unreadable lines of the token log.
-        findings (`list[Finding]`, *optional*): What is wrong with the run; `None` if it has no metrics.
+        findings (`list[Finding]`, *optional*): What is wrong with the run; `None` if its log is too short to tell.
     """
 
     directory: Path
@@ -86,26 +88,47 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
         steps = _evenly(sorted(tokens_of_step), MAX_TOKENS_SHOWN // max(tokens_of_step.values(), default=1))
     chosen = set(steps)
     completions = [each for each in _read_completions(tokens) if each and each.step in chosen]
-    findings = find(state["log_history"]) if state else None
+    findings = find(state["log_history"]) if state else []
+    if not findings and not (state and Log(state["log_history"]).is_long_enough()):
+        findings = None
     return Run(directory, _metrics(state), completions, len(tokens_of_step), unreadable, findings)
 
 
 def _newest_state(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
     """
-    The state that covers most of the run, and the later states that are skipped because a kill has damaged them.
+    The state that covers most of the last run, and the later states that are skipped because a kill has damaged them.
 
     A damaged state is also skipped if it has no mark, because GRPOTrainer makes no marks. The state before it lacks
     only the metrics of the last steps.
+
+    An earlier run may have left checkpoints of higher steps. The file that was written last is of the last run, and so
+    is every state that goes on with its log. The second also finds the longest state where files were copied.
     """
     checkpoints = checkpoints_in(directory)
     # A marked checkpoint may be from an earlier run. It is used only if there is no other.
     last = next((path for path in sorted(checkpoints, key=is_marked) if read_state(path / STATE_FILE)), None)
     passed_over = [path / STATE_FILE for path in takewhile(lambda path: path != last, checkpoints)]
-    states = [read_state(path / STATE_FILE) for path in (directory, last) if path]
-    if states[0] is None:
+    youngest = max((path for path in checkpoints if not is_marked(path)), key=_written_at, default=None)
+    paths = sorted({path for path in (directory, last, youngest) if path}, key=_written_at, reverse=True)
+    states = [state for path in paths if (state := read_state(path / STATE_FILE))]
+    if read_state(directory / STATE_FILE) is None:
         passed_over.insert(0, directory / STATE_FILE)
-    state = max(filter(None, states), key=lambda state: state["global_step"], default=None)
+    of_last_run = [state for state in states if _goes_on_from(state, states[0])]
+    state = max(of_last_run, key=lambda state: state["global_step"], default=None)
     return state, [path for path in passed_over if path.exists()]
+
+
+def _written_at(directory: Path) -> float:
+    path = directory / STATE_FILE
+    return path.stat().st_mtime if path.is_file() else -math.inf
+
+
+def _goes_on_from(state: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether the log of a state begins with that of another, apart from summaries at the end of a training."""
+    logs, begin = (
+        [text for log in each["log_history"] if "train_runtime" not in (text := str(log))] for each in (state, earlier)
+    )
+    return logs[: len(begin)] == begin
 
 
 def _metrics(state: dict[str, Any] | None) -> dict[str, list[tuple[int, float]]]:

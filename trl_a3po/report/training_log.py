@@ -13,6 +13,8 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
+from ..training.token_log_format import is_number
+
 
 Points = list[tuple[int, float]]
 
@@ -42,11 +44,13 @@ class Log:
         by_name: dict[str, dict[int, float]] = {}
         self.has_ended = False
         for entry in history:
-            if not isinstance(entry, dict) or not _is_number(entry.get("step")):
+            if not isinstance(entry, dict) or not is_number(entry.get("step")):
                 continue
-            self.has_ended = "train_runtime" in entry
-            if self.has_ended:
+            if "train_runtime" in entry:
+                self.has_ended = True
                 continue
+            # More training may follow, and so may an evaluation.
+            self.has_ended &= any(str(name).startswith("eval_") for name in entry)
             for name, value in entry.items():
                 if value is None or _is_number(value):
                     by_name.setdefault(name, {})[int(entry["step"])] = math.nan if value is None else float(value)
@@ -60,6 +64,10 @@ class Log:
 
     def all(self, name: str) -> Points:
         return self._by_name.get(name, [])
+
+    def is_long_enough(self) -> bool:
+        """Whether it says anything of the end of the run."""
+        return any(is_enough(self.known(name)) for name in self)
 
     def known(self, name: str) -> Points:
         """Without those that are not finite."""
