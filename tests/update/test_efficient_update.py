@@ -1,13 +1,16 @@
 """The same update from fewer positions: packed, padded or with rows skipped, the parameters are GRPOTrainer's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from peft import PromptEncoderConfig, PromptTuningConfig
 from support import tiny
-from support.training import SGD, Recorder, assert_same_update, gpt2, is_time, moved, train, update_difference
+from support.training import SGD, Recorder, assert_same_update, gpt2, is_time, make, moved, train, update_difference
 from torch._dynamo.utils import counters
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -23,9 +26,15 @@ from trl_a3po.update.loss_scope import PLAN
 from trl_a3po.update.model_traits import PaddingTraits, has_experts_as_modules
 from trl_a3po.update.packed_forward import trl_has_fused_head
 from trl_a3po.update.plan import NOTHING
-from trl_a3po.update.probe import Packing
+from trl_a3po.update.probe import Packing, check_packing
 
 
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # before TRL 1.15
+    add_fused_lm_head = None
+
+needs_fused_head = pytest.mark.skipif(not trl_has_fused_head(), reason="this TRL has no fused head")
 pytestmark = pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 
 
@@ -340,3 +349,138 @@ def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path, monke
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(trainer.passes)) > 12  # as many shapes
     assert graphs[0] == graphs[1] < 12
+
+
+# What subclasses and users change
+
+
+class AnotherReference(A3POTrainer):
+    """Its reference is of another family than its policy."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ref_model = gpt2().eval()
+        add_fused_lm_head(self.ref_model, outputs=("log_probs", "entropy"))
+
+
+@needs_fused_head
+def test_a_reference_that_was_not_checked_is_computed_as_trl_does(model_dir, tmp_path):
+    fields = {"beta": 0.2, "max_steps": 2}
+    plain = train_rollout(model_dir, tmp_path, AnotherReference, **tiny.PLAIN, **fields)
+    assert update_difference(train_rollout(model_dir, tmp_path, AnotherReference, **fields), plain) < 1e-4
+
+
+def test_an_adapter_that_looks_for_tokens_in_each_row_is_not_packed():
+    model = tiny.model()
+    model.peft_config = {"default": SimpleNamespace(is_prompt_learning=False, alora_invocation_tokens=[13])}
+    reason = check_packing(model).reason
+    assert reason is not None
+    assert not trl_has_fused_head() or "looks for tokens" in reason
+
+
+class LengthBonus(A3POTrainer):
+    """Also gives an advantage to completions that GRPO gives none."""
+
+    def _bonus(self, inputs):
+        return {**inputs, "advantages": inputs["advantages"] + 0.01 * inputs["completion_mask"].sum(1)}
+
+
+class BonusInTheLoss(LengthBonus):
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, self._bonus(inputs))
+
+
+class BonusInPlace(LengthBonus):
+    def _compute_loss(self, model, inputs):
+        if not hasattr(inputs["advantages"], "has_bonus"):  # once, for all iterations
+            inputs["advantages"].copy_(self._bonus(inputs)["advantages"])
+            inputs["advantages"].has_bonus = True
+        return super()._compute_loss(model, inputs)
+
+
+class BonusBefore(LengthBonus):
+    def _prepare_inputs(self, generation_batch):
+        inputs = self._bonus(super()._prepare_inputs(generation_batch))
+        assert inputs["completion_mask"].sum(1).max() > 0  # no micro-batch is empty
+        return inputs
+
+
+@pytest.mark.parametrize("trainer_class", [BonusInTheLoss, BonusInPlace, BonusBefore])
+@pytest.mark.parametrize("fields", [{}, {"num_iterations": 2, "max_steps": 4}], ids=str)
+def test_rows_that_get_an_advantage_late_are_computed(trainer_class, fields, model_dir, tmp_path):
+    plain = train_rollout(model_dir, tmp_path, trainer_class, **tiny.PLAIN, **fields)
+    assert update_difference(train_rollout(model_dir, tmp_path, trainer_class, **fields), plain) < 1e-4
+
+
+def rollout_that_asks_the_model(prompts, trainer):
+    """Its log-probabilities are those of the policy."""
+    output = rollout(prompts, trainer)
+    tokens = [torch.tensor(ids) for ids in output["completion_ids"]]
+    completions = pad_sequence(tokens, batch_first=True)
+    input_ids = torch.cat([torch.full((len(tokens), 1), 5), completions], dim=1)
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(
+            trainer.model, input_ids, (input_ids != 0).long(), completions.shape[1]
+        )[0]
+    assert (logps < 0).any()
+    output["logprobs"] = [row[: len(ids)].tolist() for row, ids in zip(logps, tokens, strict=True)]
+    return output
+
+
+def test_log_probabilities_that_a_rollout_function_asks_for_are_computed(model_dir, tmp_path):
+    arguments = {"rollout_func": rollout_that_asks_the_model}
+    fields = {"arguments": arguments, "num_iterations": 2, "max_steps": 4}
+    plain = train_rollout(model_dir, tmp_path, **tiny.PLAIN, **fields)
+    assert update_difference(train_rollout(model_dir, tmp_path, **fields), plain) < 1e-4
+
+
+class RowByRow(A3POTrainer):
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
+        for row in range(len(input_ids)):
+            output = super()._get_per_token_logps_and_entropies(
+                model, input_ids[row : row + 1], attention_mask[row : row + 1], *args, **kwargs
+            )
+        return output
+
+
+class OwnLogps(A3POTrainer):
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, -logits_to_keep - 1 : -1]
+        logps = logits.log_softmax(-1)
+        taken = logps.gather(-1, input_ids[:, -logits_to_keep:, None]).squeeze(-1)
+        entropies = -(logps.exp() * logps).sum(-1)
+        return (taken, entropies, None)[: 3 if "compute_aux_loss" in kwargs or trl_has_fused_head() else 2]
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "message"),
+    [(RowByRow, "Pass all rows and columns at once"), (OwnLogps, "did not call `super\\(\\)`.*not shaped")],
+)
+def test_overrides_that_would_train_something_else_are_refused(trainer_class, message, model_dir, tmp_path):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train_rollout(model_dir, tmp_path, trainer_class)
+
+
+@needs_fused_head
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_the_model_has_its_own_attention_after_an_error_in_a_backward_pass(error, model_dir, tmp_path):
+    trainer = make(
+        tmp_path,
+        model=model_dir,
+        reward_funcs=given_reward,
+        arguments={"rollout_func": rollout},
+        max_completion_length=12,
+        **SGD,
+    )
+
+    def interrupt(gradient):
+        raise error
+
+    handle = trainer.model.get_input_embeddings().weight.register_hook(interrupt)
+    with pytest.raises(error):
+        trainer.train()
+    handle.remove()
+    trainer.model.eval()
+    trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    trainer.train()
+    assert moved(trainer)

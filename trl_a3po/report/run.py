@@ -88,7 +88,7 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
         steps = _evenly(sorted(tokens_of_step), MAX_TOKENS_SHOWN // max(tokens_of_step.values(), default=1))
     chosen = set(steps)
     completions = [each for each in _read_completions(tokens) if each and each.step in chosen]
-    findings = find(state["log_history"]) if state else []
+    findings: list[Finding] | None = find(state["log_history"]) if state else []
     if not findings and not (state and Log(state["log_history"]).is_long_enough()):
         findings = None
     return Run(directory, _metrics(state), completions, len(tokens_of_step), unreadable, findings)

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
-from ..update.model_traits import has_rotary_positions
+from ..update.model_traits import learned_positions
 from .dataset_checks import check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
@@ -79,16 +79,20 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return super().get_train_dataloader()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        config = cast(PretrainedConfig, self.model.config)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions and self.max_completion_length and not has_rotary_positions(config):
+        positions = learned_positions(self.model)
+        if positions and self.max_completion_length:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _generate(self, prompts, *args, **kwargs):
-        with self._timed("generation"):
-            return super()._generate(prompts, *args, **kwargs)
+        # A `rollout_func` may compute log-probabilities. Only TRL's own pass, which comes later, is skipped.
+        skips, self._skips_next_pass = self._skips_next_pass, False
+        try:
+            with self._timed("generation"):
+                return super()._generate(prompts, *args, **kwargs)
+        finally:
+            self._skips_next_pass = skips
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..a3po_config import A3POConfig
+from .attention import restore_attention
 from .layout import PackedLayout, RowShape, row_shapes
 from .loss_scope import PLAN, LossScope
 from .micro_batches import (
@@ -87,6 +88,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self._may_skip_old_logps = self.args.skip_old_logps and suited and trl_has_fused_head()
         corrects = self.args.use_vllm and self.args.vllm_importance_sampling_correction
         self._sampler = SamplerCorrection(self) if corrects else None
+        # What is found out about the model holds for the reference that TRL made of it, and for no other model.
+        self._checked_configs = [self._config_of(model) for model in (self.model, self.ref_model) if model is not None]
         self._traits: PaddingTraits = configured_traits(self.model)
         self._packing = Packing("it was not checked")
         # A sharded model cannot run before training begins.
@@ -108,6 +111,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._packing.reason is not None:
             self._trims &= not (self._traits.right_padding or self._traits.company)
             self._may_skip &= not self._traits.company
+
+    def _config_of(self, model: torch.nn.Module) -> Any:
+        return getattr(self.accelerator.unwrap_model(model), "config", None)
 
     def _agree_on_packing(self) -> Packing:
         if self.args.torch_compile:
@@ -172,11 +178,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         )
 
     def _loss_is_trls(self) -> bool:
+        """Whether no subclass changes the loss, or what it reads."""
         own = type(self)
         return (
-            own._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
+            own._prepare_inputs is EfficientUpdateGRPOTrainer._prepare_inputs
+            and own._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
             and own.compute_loss is GRPOTrainer.compute_loss
-            and not {"_compute_loss", "compute_loss"} & vars(self).keys()
+            and not {"_prepare_inputs", "_compute_loss", "compute_loss"} & vars(self).keys()
         )
 
     def _prepare_inputs(self, generation_batch):
@@ -191,6 +199,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             return inputs  # a reused rollout, or an evaluation with batches of the needed width
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def training_step(self, *args, **kwargs):
+        try:
+            return super().training_step(*args, **kwargs)
+        except BaseException:
+            restore_attention(self.model)  # the backward pass of a packed row may be what was interrupted
+            raise
 
     def _plan_update(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         regroups, skipped = self._regroups(), self._skippable_signs()
@@ -230,7 +245,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 rows = [part.start + number for number in numbers]
                 batch = {key: take_rows(value, rows) for key, value in rollout.items()}
                 positions_of = self._positions_of(rows, lengths, shapes, most, batch)
-                plan = Plan(len(computed), len(rows), most, positions_of, skipped, loss_scale)
+                advantages = batch["advantages"]
+                plan = Plan(len(computed), len(rows), most, positions_of, skipped, advantages, loss_scale)
                 planned.append({**batch, PLAN: plan})
         return planned
 
@@ -269,6 +285,12 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self._loss_scope = scope = LossScope(self, inputs)
         try:
             loss = super()._compute_loss(model, scope.inputs)
+            if scope.waits_for_logps:
+                raise RuntimeError(
+                    f"`{type(self).__name__}._get_per_token_logps_and_entropies` did not call `super()`, so the loss "
+                    "read advantages that are not shaped. Call it with the arguments that you get, and change what it "
+                    "returns."
+                )
         finally:
             scope.end()
             self._loss_scope = None
@@ -282,6 +304,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             self._skips_next_pass = False
             return input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32), None, None
         compute = functools.partial(super()._get_per_token_logps_and_entropies, **kwargs)
+        if not any(self._config_of(model) is config for config in self._checked_configs):
+            return compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope = self._loss_scope
         if scope is None or not scope.waits_for_logps:
             run = compute if not self._trims else functools.partial(self._run_all, compute, live=self._live_rows)
@@ -302,10 +326,18 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _run_planned(self, compute, model, input_ids, attention_mask, logits_to_keep, scope: LossScope):
         """Computes the planned rows. The results have the shape of all rows of the loss."""
         plan = cast(Plan, scope.plan)
+        planned = [scope.inputs[f"{name}_ids"].shape[1] for name in ("prompt", "completion")]
+        if input_ids.shape != (plan.rows, sum(planned)) or logits_to_keep != planned[1]:
+            raise ValueError(
+                f"`{type(self).__name__}._get_per_token_logps_and_entropies` passed `input_ids` of shape "
+                f"{tuple(input_ids.shape)} and `logits_to_keep={logits_to_keep}` to `super()`; it got "
+                f"{(plan.rows, sum(planned))} and {planned[1]}. Pass all rows and columns at once, or set "
+                "`trim_padding=False`, `skip_zero_advantage=False` and `skip_old_logps=False`."
+            )
         computed, positions = plan.computed, plan.positions
-        if not plan.skipped_signs <= self._skippable_signs():
+        if not plan.skipped_signs <= self._skippable_signs() or scope.advantages_changed:
             # A row that was skipped in the plan may have a gradient now: a subclass may change the weights from step
-            # to step, or a hook was assigned in the meantime.
+            # to step, or the advantages before the loss, or a hook was assigned in the meantime.
             computed, positions = plan.present, plan.positions_of(plan.present)
             if "old_per_token_logps" in scope.inputs and 0 not in self._skippable_signs() and self._may_skip_old_logps:
                 raise RuntimeError(

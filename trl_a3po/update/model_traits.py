@@ -169,6 +169,17 @@ def has_experts_as_modules(model: torch.nn.Module) -> bool:
     )
 
 
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """Number of positions in a model's table of learned positions; `None` if it has no such table."""
+    config = text_config(model)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions or has_rotary_positions(config):
+        return None
+    # The table of OPT and of models like it has two more rows.
+    sizes = {module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    return positions if sizes & {positions, positions + 2} else None
+
+
 def has_rotary_positions(config: PretrainedConfig) -> bool:
     """Whether a model rotates its positions instead of looking them up in a table of limited length."""
     return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")

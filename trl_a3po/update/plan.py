@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
 from .layout import PackedLayout, RowShape, packed_positions
 from .micro_batches import Extent
 
@@ -22,6 +25,7 @@ class Plan:
             runs.
         positions_of (callable): Takes a number of rows; returns the positions that the model gets for the first ones.
         skipped_signs (`frozenset[int]`): Signs of advantages (-1, 0 or 1) whose rows are not computed.
+        advantages (`torch.Tensor` of shape `(present,)`): The advantages that these signs are of.
         loss_scale (`float`): Factor of the loss, because TRL divides some losses by the number of rows.
     """
 
@@ -30,7 +34,15 @@ class Plan:
     rows: int
     positions_of: Callable[[int], Extent | PackedLayout]
     skipped_signs: frozenset[int]
+    advantages: Tensor
     loss_scale: float
+
+    def __post_init__(self) -> None:
+        self._version = _version(self.advantages)
+
+    def advantages_changed(self, advantages: Tensor) -> bool:
+        """Whether a loss reads other advantages than those of the plan. Does not wait for the device."""
+        return advantages is not self.advantages or _version(advantages) != self._version
 
     @cached_property
     def positions(self) -> Extent | PackedLayout:
@@ -38,8 +50,13 @@ class Plan:
         return self.positions_of(self.computed)
 
 
+def _version(tensor: Tensor) -> int:
+    """Grows when the tensor changes in place. Tensors of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 # Of a micro-batch without rows.
-NOTHING = Plan(0, 0, 0, lambda count: Extent(0, 1, 1), frozenset(), 1.0)
+NOTHING = Plan(0, 0, 0, lambda count: Extent(0, 1, 1), frozenset(), torch.empty(0), 1.0)
 
 
 # The attention kernel of a GPU gets a copy of the prompt's keys for each row. So rows that share a micro-batch have at

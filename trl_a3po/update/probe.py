@@ -63,6 +63,8 @@ def _excluded(model: torch.nn.Module) -> str | None:
         for adapter in getattr(module, "peft_config", {}).values():
             if adapter.is_prompt_learning:
                 return "an adapter puts virtual tokens before each row"
+            if getattr(adapter, "alora_invocation_tokens", None):
+                return "an adapter looks for tokens that activate it in each row"
     others = set(getattr(text_config(model), "layer_types", None) or ()) - _ATTENTION
     if others:
         return f"it has layers other than attention ({', '.join(sorted(others))})"
