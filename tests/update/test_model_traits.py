@@ -14,6 +14,7 @@ from trl_a3po.update.model_traits import (
     PaddingTraits,
     configured_traits,
     has_rotary_positions,
+    learned_positions,
     never_alone,
     observed_traits,
     padding_traits,
@@ -291,6 +292,14 @@ def test_virtual_tokens_are_before_the_padding():
 def test_which_models_look_positions_up():
     assert has_rotary_positions(build("Qwen2").config)
     assert not has_rotary_positions(build("GPT2").config)
+    assert learned_positions(build("Qwen2")) is None
+    assert learned_positions(build("GPT2")) == 256
+    opt = transformers.OPTConfig(
+        vocab_size=40, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    assert learned_positions(transformers.OPTForCausalLM(opt)) == 2048
+    grows = transformers.XGLMConfig(vocab_size=40, d_model=32, ffn_dim=32, num_layers=1, attention_heads=2)
+    assert learned_positions(transformers.XGLMForCausalLM(grows)) is None
 
 
 def test_never_alone_gives_the_results_of_the_row():
