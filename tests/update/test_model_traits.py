@@ -266,6 +266,7 @@ COLUMNS = PaddingTraits(left_padding=True)
         ({"attention_chunk_size": 8192}, COLUMNS),
         ({"attn_temperature_tuning": True}, COLUMNS),
         ({"log_scaling_n_floor": 128_000}, COLUMNS),
+        ({"model_type": "hunyuan_v1_dense"}, COLUMNS),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, LENGTH),
         ({"rope_scaling": {"rope_type": "longrope"}}, LENGTH),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, LENGTH),

@@ -329,7 +329,7 @@ def test_a_family_is_packed_and_exact(name):
     if name == "gptj" and not hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS"):
         pytest.skip("this transformers gives GPT-J attention classes of its own")
     packing = packing_of(model)
-    assert packing.by_column == (name in ("gpt2", "gpt_bigcode", "gptj", "ministral3"))
+    assert packing.by_column == (name in ("gpt2", "gpt_bigcode", "gptj", "hunyuan_v1_dense", "ministral3"))
     assert_same(model, make_batch(SHAPES), packing.by_column)
     if not packing.by_column:
         assert_same(model, make_batch(COMMON), packing.by_column)

@@ -30,6 +30,9 @@ _PADDING = 5
 # Linear attention is computed in chunks, of 64 tokens if the configuration gives no size. The check does not run
 # chunks longer than the second number.
 _CHUNK, _LONGEST_CHUNK = 64, 1024
+# HunYuan normalizes queries and keys after their rotation, so the gradient of these norms depends on the position even
+# where the output does not. Beam scales queries by a position that its configuration does not name.
+_BY_POSITION = ("hunyuan", "beam")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def padding_traits(model: torch.nn.Module) -> PaddingTraits:
 def configured_traits(model: torch.nn.Module) -> PaddingTraits:
     """
     The traits that a short run may not show: rotations that change with the length of the batch beyond a threshold,
-    attention that is scaled or cut into chunks by column (Llama 4, Ministral 3), virtual tokens before the padding.
+    attention that is scaled or cut into chunks by column (Llama 4, Ministral 3), virtual tokens before the padding,
+    and what a configuration does not say.
     """
     adapters = getattr(model, "peft_config", {}).values()
     config = text_config(model)
@@ -119,6 +123,7 @@ def configured_traits(model: torch.nn.Module) -> PaddingTraits:
             or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
             or "chunked_attention" in _layer_types(config)
             or max(_chunks(config)) > _LONGEST_CHUNK
+            or config.model_type.startswith(_BY_POSITION)
         ),
         right_padding=rotates_by_length,
     )
