@@ -120,6 +120,17 @@ REFUSED = [
     ),
     ({"dynamic_sampling": -1}, "`dynamic_sampling` must be a number of rounds, 0 or more, got -1."),
     ({"dynamic_sampling": 1.5}, "`dynamic_sampling` must be a number of rounds, 0 or more, got 1.5."),
+    # Options of TRL that it checks only in the first step, or never.
+    ({"temperature": 0}, "`temperature` must be a number above 0, got 0. The update divides logits by it: pass 1.0"),
+    ({"temperature": -1.0}, "`temperature` must be a number above 0, got -1.0."),
+    ({"temperature": math.nan}, "`temperature` must be a number above 0, got nan."),
+    ({"temperature": None}, "`temperature` must be a number above 0, got None."),
+    ({"top_k": -3}, "`top_k` must be a number of tokens, got -3. Pass 0 to sample from all tokens."),
+    (
+        {"scale_rewards": "foo"},
+        "`scale_rewards` must be one of 'group' (or True), 'batch', 'none' (or False), got 'foo'.",
+    ),
+    ({"num_iterations": 0}, "`num_iterations` must be 1 or more, got 0. Pass 1 to use each rollout once."),
     # What contradicts itself.
     (
         {"positive_weight": 0, "negative_weight": 0},
@@ -196,6 +207,14 @@ def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
         {"scale_decay_steps": 500, "max_steps": 300, "scale_decay": "constant"},
         {"scale_decay_steps": 500, "max_steps": 300, "positive_low_scale": 1, "negative_high_scale": 1},
         {"scale_decay_steps": 500},  # of as many steps as the epochs have
+        # What samplers and TRL take.
+        {"top_k": -1},
+        {"top_k": None},
+        {"temperature": math.inf},
+        {"epsilon": math.inf},
+        {"scale_rewards": True},
+        {"scale_rewards": False},
+        {"scale_rewards": "batch"},
     ],
 )
 def test_accepts_what_is_next_to_a_contradiction(fields, config):

@@ -304,6 +304,7 @@ class A3POConfig(GRPOConfig):
                 f"`log_tokens` must be a number of prompts, 0 or more, got {self.log_tokens!r}. Pass for example 2 to "
                 "log the completions of two prompts, or 0 to log none."
             )
+        self._check_options_of_trl()
         self._check_dynamic_sampling()
         self.shaping_args = read_settings(self.shaping_args) or None
         check_shaping(self.shaping, self.shaping_args or {})
@@ -312,6 +313,27 @@ class A3POConfig(GRPOConfig):
         self._check_all_act()
         if self.max_steps > 0:
             self.check_decay_ends(self.max_steps)
+
+    def _check_options_of_trl(self) -> None:
+        """Values that TRL and the samplers refuse only in the first step, or with which nothing is trained."""
+        if self.temperature is None or not self.temperature > 0:
+            raise ValueError(
+                f"`temperature` must be a number above 0, got {self.temperature!r}. The update divides logits by it: "
+                "pass 1.0 to sample from the model as it is."
+            )
+        if self.top_k is not None and self.top_k < -1:
+            raise ValueError(
+                f"`top_k` must be a number of tokens, got {self.top_k!r}. Pass 0 to sample from all tokens."
+            )
+        if self.scale_rewards not in ("group", "batch", "none"):
+            raise ValueError(
+                "`scale_rewards` must be one of 'group' (or True), 'batch', 'none' (or False), got "
+                f"{self.scale_rewards!r}."
+            )
+        if self.num_iterations < 1:
+            raise ValueError(
+                f"`num_iterations` must be 1 or more, got {self.num_iterations!r}. Pass 1 to use each rollout once."
+            )
 
     def _check_dynamic_sampling(self) -> None:
         rounds = self.dynamic_sampling

@@ -20,6 +20,7 @@ from .a3po_config import A3POConfig
 from .methods import A3PO, METHODS, needs_of_trainer, peer
 from .schedules import decay_scale, resolve_decay_steps
 from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
+from .training.checkpoint_files import check_writable
 from .training.checkpoints import KeepsTheBest, ResumableGRPOTrainer
 from .training.finite import NaNGradients
 from .training.hub_warnings import WarnOfFailedPushes
@@ -48,7 +49,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     - The update computes the same gradients from fewer positions: rows are packed, regrouped and skipped. The metric
       `entropy` is then the mean over the completions that are computed.
     - Rewards that are infinite, and parameters that are not finite, raise an error.
-    - A checkpoint that was not written to its end is refused. `resume_from_checkpoint=True` skips such checkpoints.
+    - A checkpoint that was not written to its end is refused, and one without the optimizer's state.
+      `resume_from_checkpoint=True` skips the former, and what an earlier run left.
 
     The arguments are those of [`~trl.GRPOTrainer`], with an [`A3POConfig`] as `args`. To shape advantages in a way of
     your own, override [`~A3POTrainer.shape_advantages`].
@@ -78,7 +80,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         `TypeError`: `args` is not an [`A3POConfig`], or a subclass's `shape_advantages` cannot take the arguments of
             the hook.
         `ValueError`: an option of TRL does not work with advantages of single tokens; in training, a reward is
-            infinite, or a completion has no tokens.
+            infinite, or a completion has no tokens, or a run cannot resume from the given checkpoint.
+        `OSError`: checkpoints cannot be written to `output_dir`.
         `FloatingPointError`: in training, gradients or parameters are not finite.
         `RuntimeError`: the installed TRL no longer computes the loss from the advantages of single tokens.
     """
@@ -101,6 +104,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             )
         self._check_compatible(args)
         self._check_arguments_of_hook()
+        if args.should_save and args.save_strategy != "no":
+            check_writable(Path(args.output_dir))
         if args.shaping != A3PO and self._paper is A3POTrainer._paper:  # a subclass may cite its own
             self._tag_names = ["trl", args.shaping]
             self._name, self._paper = METHODS[args.shaping]

@@ -6,6 +6,7 @@ import pytest
 
 from trl_a3po.cli import eval as eval_command
 from trl_a3po.cli import main as cli
+from trl_a3po.cli import train as train_command
 
 
 REQUIRED = {"model_name_or_path": "model", "dataset_name": "problems.jsonl", "output_dir": "scores"}
@@ -53,6 +54,69 @@ def test_the_other_commands_too(file, capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--config", file(**{option: 2.5})])
         assert f"`{option}` must be a whole number, got 2.5." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("learning_rate", True, "a number"),
+        ("learning_rate", None, "a number"),
+        ("temperature", None, "a number"),
+        ("epsilon", None, "a number"),
+        ("max_steps", 2.5, "a whole number"),
+        ("seed", None, "a whole number"),
+        ("num_generations", [4], "a whole number or null"),
+        ("save_total_limit", False, "a whole number or null"),
+        ("lora_r", 8.5, "a whole number"),
+    ],
+)
+def test_numbers_of_trl_are_checked(option, value, words, file, capsys):
+    path = file(**{option: value})
+    with pytest.raises(SystemExit) as error:
+        cli.main(["train", "--config", path])
+    assert error.value.code == 2
+    assert f"error: '{path}': `{option}` must be {words}, got {value!r}.\n" in capsys.readouterr().err
+
+
+def test_what_trl_takes_is_accepted(file):
+    options = {
+        "learning_rate": "1e-6",  # what YAML reads as text
+        "weight_decay": 0,
+        "max_grad_norm": None,
+        "top_k": None,
+        "save_total_limit": None,
+        "max_completion_length": 16.0,
+        "scale_rewards": False,
+        "lr_scheduler_kwargs": {},
+        "use_cpu": 1,
+        "bf16": False,
+    }
+    _, config, *_ = train_command.make_parser().parse_args_and_config(["--config", file(output_dir="run", **options)])
+    found = {name: getattr(config, name) for name in options}
+    assert found == {**options, "learning_rate": 1e-6, "scale_rewards": "none"}
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "says"),
+    [("on: 3", True, ""), ("no: x", False, ""), ("5: abc", 5, ""), ("config: other.yaml", None, "`config`")],
+)
+@pytest.mark.parametrize("command", ["train", "demo", "eval"])
+def test_names_that_no_option_has(command, line, name, says, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(line)
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, "--config", str(path)])
+    assert error.value.code == 2
+    message = f"has {says}, which is an option of the command line only" if says else f"must be text, got {name!r}."
+    assert message in capsys.readouterr().err
+
+
+def test_two_files_are_refused(file, capsys):
+    for words in (["--config", file(), "--config", file()], ["--config", file(), f"--config={file()}"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(["train", *words])
+        assert error.value.code == 2
+        assert "`--config` was given more than once. Put all options into one file." in capsys.readouterr().err
 
 
 def test_what_yaml_says_naturally_is_accepted(file):

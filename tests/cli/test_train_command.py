@@ -161,6 +161,10 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ("train --config {broken}", "'.*broken.yaml' is not YAML: .*line 1"),
         ("train --config {null} {small}", "An option has a value of the wrong type"),
         ("train {small} --problems", "--model_name_or_path"),
+        (
+            "train {model} {data} --problems --resume_from_checkpoint yes",
+            r"no checkpoint 'yes' for `resume_from_checkpoint`\. Pass the path of a checkpoint, or True for the last",
+        ),
         ("train {model} --problems", "no dataset. Pass `--dataset_name`, or `datasets`"),
         ("train {model} {data}", "no reward. Pass `--reward_funcs`, or `--problems`"),
         ("train {model} --problems --dataset_name none.jsonl", "no file 'none.jsonl'"),
@@ -343,6 +347,20 @@ def test_resuming_without_a_checkpoint(file, tmp_path):
     line = ["--config", file(), "--dataset_name", dataset, "--problems", "--resume_from_checkpoint", "True"]
     with pytest.raises(train.UsageError, match="checkpoint"):
         train.train(line)
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused(file, tmp_path):
+    """Also if no checkpoint will be: the trained model is saved there."""
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    (tmp_path / "output").write_text("a file")
+    with pytest.raises(train.UsageError, match=r"Cannot write to `output_dir='.*output'` \(File exists\)"):
+        train.train(["--config", file(save_strategy="no"), "--dataset_name", dataset, "--problems"])
+
+
+def test_a_loss_that_trl_does_not_know(file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    with pytest.raises(train.UsageError, match=r"`loss_type='gpro'` is not known to the loss of TRL .*default is"):
+        train.train(["--config", file(), "--dataset_name", dataset, "--problems", "--loss_type", "gpro"])
 
 
 def failing_reward(completion_ids, **kwargs):

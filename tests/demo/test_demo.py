@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from support.demo_program import REPOSITORY, SMALL, START_MODEL, run_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.rewards import accuracy_reward
 
+from trl_a3po.cli import demo
 from trl_a3po.cli.main import main
 from trl_a3po.demo import arithmetic
 from trl_a3po.evaluation.runs import evaluate_model, sample_model
@@ -123,7 +125,7 @@ def test_start_model_is_small_and_solves_some_problems(model, tokenizer):
     assert sum(file.stat().st_size for file in START_MODEL.iterdir()) < 1_500_000
     problems = Dataset.from_list([arithmetic.row(problem) for problem in arithmetic.problems("test")[:64]])
     found = evaluate_model(model, tokenizer, problems, num_samples=4, max_completion_length=40)
-    assert 0.1 < found["pass@1"].mean < 0.4
+    assert 0.1 < found["metrics"]["pass@1"]["mean"] < 0.4
 
 
 # Evaluation
@@ -152,14 +154,88 @@ def test_problems_without_a_parseable_solution_are_left_out(model, tokenizer):
         model, tokenizer, Dataset.from_list([rows[0], rows[2]]), num_samples=2, max_completion_length=40
     )
     rows[1]["solution"] = "no answer"
-    assert counted == evaluate_model(
-        model, tokenizer, Dataset.from_list(rows), num_samples=2, max_completion_length=40
-    )
+    found = evaluate_model(model, tokenizer, Dataset.from_list(rows), num_samples=2, max_completion_length=40)
+    assert found["metrics"] == counted["metrics"]
+    assert found["rows_without_a_parseable_solution"] == [1]
     with pytest.raises(ValueError, match="math-verify"):
         evaluate_model(model, tokenizer, Dataset.from_list(rows[1:2]), num_samples=2, max_completion_length=40)
 
 
 # The command line
+
+
+def write_problems(path, answers):
+    rows = [{"question": f"{i}?", "answer": each} for i, each in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def line(tmp_path):
+    """Two steps on problems of a file, of which the last four are held out."""
+    problems = write_problems(tmp_path / "problems.jsonl", ["2"] * 12)
+    options = ["--dataset_name", problems, "--output_dir", str(tmp_path / "out"), "--max_completion_length", "8"]
+    return ["demo", *options, "--max_steps", "2", "--eval_size", "4", *SMALL]
+
+
+@pytest.mark.parametrize("value", ["True", "checkpoint-1"])
+def test_it_resumes(value, line, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*line, "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]) == 0
+    before = json.loads((out / "checkpoint-1" / "trainer_state.json").read_text())
+    assert main([*line, "--resume_from_checkpoint", value if value == "True" else str(out / value)]) == 0
+    after = json.loads((out / "trainer_state.json").read_text())
+    assert after["global_step"] == 2
+    assert after["log_history"][0] == before["log_history"][0]
+    assert re.search(r"^2 steps in \d+ s, resumed from .*checkpoint-1; model saved", capsys.readouterr().out, re.M)
+
+
+def test_the_table_is_printed_before_anything_is_saved(line, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(demo.A3POTrainer, "save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(line)
+    assert re.search(r"^pass@4 +\d", capsys.readouterr().out, re.M)
+
+
+def test_problems_that_do_not_count_are_named(line, tmp_path, capsys, caplog):
+    answers = ["2", "\\text{}", *["2"] * 6, "2", "\\text{}", "2", "2"]
+    path = Path(write_problems(tmp_path / "problems.jsonl", answers))
+    path.write_text(path.read_text().replace('"10?"', json.dumps("1" * 3000)))
+    assert main([*line, "--max_steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 rows were not sampled and count as unsolved:\n  row 10: it has 3003 tokens, but the context has" in out
+    assert "1 rows have a solution that math-verify cannot parse. They do not count: 9\n" in out
+    assert out.index("They do not count") < out.index("step ")
+    assert "mean and 95 % interval over 3 problems" in out
+    assert "cannot parse the solutions of 1 of 8 problems for training. They get no reward: row 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--resume_from_checkpoint", "nowhere/checkpoint-1"], "There is no checkpoint 'nowhere/checkpoint-1'"),
+        (["--resume_from_checkpoint", "True"], "no complete checkpoint in '.*out' to resume from"),
+        (["--model_name_or_path", "out/typo"], "'out/typo' is not a directory and cannot be loaded from the Hub"),
+        (["--model_name_or_path", ""], "`model_name_or_path` is empty"),
+        (["--dataset_name", ""], "`dataset_name` is empty"),
+        (["--dataset_name", "ds/none.csv"], "There is no file 'ds/none.csv'"),
+        (["--output_dir", ""], "`output_dir` is empty"),
+        (["--output_dir", "/sys"], "Cannot write to `output_dir='/sys'` .*[Pp]erm"),
+        (["--output_dir", "problems.jsonl"], "Cannot write to `output_dir='problems.jsonl'` "),
+        (["--dataset_name", "no_answers.jsonl"], "math-verify cannot parse any of the 8 solutions for training"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_evaluated(options, message, line, tmp_path, capsys, monkeypatch):
+    write_problems(tmp_path / "no_answers.jsonl", ["\\text{}"] * 8 + ["2"] * 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "evaluate_model", lambda *_, **__: pytest.fail("a model was evaluated"))
+    with pytest.raises(SystemExit) as end:
+        main([*line, *options])
+    assert end.value.code == 2
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
 def assert_table_and_saved_model(output: str, directory: Path, steps: int) -> None:

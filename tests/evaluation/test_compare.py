@@ -98,6 +98,16 @@ def test_which_problems_only_one_solves(write):
     assert "1 only by first, 1 only by second." in text
 
 
+def test_which_problems_only_one_solves_of_as_many_samples(write, tmp_path):
+    first = write("first", {"a?": [0.0], "b?": [0.0], "c?": [1.0]})
+    second = write("second", {"a?": [0.0, 1.0, 1.0], "b?": [1.0, 0.0, 0.0], "c?": [1.0, 1.0, 1.0]})
+    pair = compare(read(first), read(second))
+    assert [pair.first.texts[each].prompt for each in pair.solved_only_by(pair.second)] == ["b?"]
+    said = "at least one correct among the first 1 samples: 0 only by first, 1 only by second."
+    assert said in markdown([pair.first, pair.second], [pair])
+    assert said in write_page([pair.first, pair.second], [pair], tmp_path / "page.html").read_text()
+
+
 def test_what_is_not_the_same_is_said_and_not_compared(write):
     first = write("first", {"a?": [1.0] * 4, "b?": [0.0] * 4, "c?": [0.0] * 4})
     second = write("second", {"a?": [0.0] * 2, "b?": [0.0] * 2, "d?": [1.0] * 2}, settings={"temperature": 1.0})
@@ -142,6 +152,32 @@ def test_damaged_results_are_named(text, write):
     with pytest.raises(
         ValueError, match=r"first/results.json' is damaged: it .* Delete it and run `trl-a3po eval` ag"
     ):
+        read(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": {"avg@1": 0.5}},
+        {"metrics": {"avg@1": {"mean": "x", "low": None, "high": None}}},
+        {"metrics": {"avg@1": {"mean": 1.0}}},
+        {"problems": None},
+    ],
+)
+def test_results_of_another_shape_are_named(change, write):
+    directory = write("first", {"a?": [1.0]})
+    results = json.loads((directory / "results.json").read_text()) | change
+    (directory / "results.json").write_text(json.dumps({name: each for name, each in results.items() if each}))
+    with pytest.raises(ValueError, match=r"first/results.json' is damaged: its metrics .* run `trl-a3po eval` again"):
+        read(directory)
+
+
+def test_samples_that_are_not_utf8_are_named(write):
+    directory = write("first", {"a?": [1.0]})
+    samples, results = directory / "samples.jsonl", directory / "results.json"
+    samples.write_bytes(samples.read_bytes().replace(b"boxed", b"\xffoxed"))
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"samples_sha256": hash_of_file(samples)}))
+    with pytest.raises(ValueError, match=r"first/samples.jsonl' is damaged: it is not UTF-8"):
         read(directory)
 
 

@@ -427,6 +427,15 @@ def test_end_tokens_are_those_of_tokenizer_and_model(tmp_path):
     assert load_chat(find_model(str(tmp_path))).end_ids == (1,)
 
 
+@pytest.mark.parametrize("declared", [["x"], "x", [1.5]])
+def test_end_tokens_that_are_none_are_named(declared, tmp_path):
+    tiny.save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": declared}))
+    with pytest.raises(ValueError, match=f"the model '{tmp_path}': .*eos_token_id") as error:
+        load_chat(find_model(str(tmp_path)))
+    assert "TypeError" not in str(error.value)
+
+
 def test_an_end_token_outside_the_vocabulary_changes_nothing(model_dir):
     model = load_model(Path(model_dir), "float32")
     requests = [Request(prompt, 12, 0) for prompt in ([3, 4, 5], [6, 7])]

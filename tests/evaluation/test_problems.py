@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from trl_a3po.evaluation.problems import (
     accepted_answers,
+    file_source,
     final_answer,
     load_problems,
     split_off_last,
@@ -319,6 +320,11 @@ def test_an_instruction_follows_the_problem():
     assert row["prompt"] == [conversation[0], {"role": "user", "content": "1+1?\nBox it."}]
 
 
+def test_an_empty_instruction_is_none():
+    (row,) = to_prompt_and_solution(Dataset.from_list([{"question": "1?", "answer": "1"}]), "")
+    assert row["prompt"][0]["content"] == "1?"
+
+
 def test_an_instruction_follows_a_problem_in_parts():
     parts = [{"type": "text", "text": "1+1?"}]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}], "solution": "2"}])
@@ -395,6 +401,36 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
         load_problems(str(tmp_path / "problems.jsonl"), "test")
 
 
+ROW = '{"question": "1?", "answer": "1"}'
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["null", ROW], "Line 1 of '.*{name}' is not an object: null"),
+        (["\ufeffnull", ROW], "Line 1 of '.*{name}' is not an object: null"),
+        ([ROW, "", " null "], "Line 3 of '.*{name}' is not an object: null"),
+        ([ROW, "5", ROW], "Line 2 of '.*{name}' is not an object: 5"),
+        ([ROW, json.dumps("a" * 100)], "Line 2 of '.*{name}' is not an object: \"a+ ?...$"),
+    ],
+)
+def test_lines_that_are_no_objects_are_refused(name, lines, message, tmp_path):
+    (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message.format(name=name)):
+        file_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+def test_a_list_of_rows_may_have_any_line_breaks(indent, tmp_path):
+    rows = [
+        {"question": "?", "answer": ["1", "2"], "other": [5, None]},
+        {"question": "?", "answer": ["3"], "other": []},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=indent))
+    assert load_problems(str(tmp_path / "rows.json"), "test")["solution"] == [["$1$", "$2$"], ["$3$"]]
+
+
 def test_rows_are_those_of_the_file(tmp_path, caplog):
     rows = [{"question": f"{i}?", "answer": "" if i == 2 else "$x$ $y$" if i == 4 else "1"} for i in range(6)]
     path = tmp_path / "problems.jsonl"
@@ -417,7 +453,11 @@ def test_a_folder_is_read(tmp_path):
     ("name", "content", "message"),
     [
         ("none.jsonl", None, "There is no file '.*none.jsonl'"),
+        ("none.csv", None, "There is no file '.*none.csv'"),
+        ("none.jsonl.gz", None, "There is no file '.*none.jsonl.gz'"),
         ("empty.jsonl", "", "'.*empty.jsonl' is empty"),
+        ("blank.jsonl", "\n  \n", "'.*blank.jsonl' is empty"),
+        ("blank.json", "\n", "'.*blank.json' is empty"),
         ("rows.csv", "question,answer\n1,2\n", r"'.*rows.csv' is not a \.jsonl, \.json, \.parquet file"),
         ("broken.jsonl", '{"question": 1\n', "Cannot read the dataset '.*broken.jsonl': .*JSON"),
         ("broken.parquet", "no parquet", "Cannot read the dataset '.*broken.parquet': .*[Pp]arquet"),

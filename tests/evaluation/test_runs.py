@@ -273,6 +273,28 @@ def test_a_damaged_file_is_named(name, text, problems, arguments, tmp_path):
         evaluate(arguments(), problems, guesses)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"correct": "x"}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
+        ({"correct": ["x"] * 4}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
+        ({"correct": [1.0] * 3}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
+        ({"tokens": []}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
+        ({"completions": [1] * 4}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
+        (b"\xff", "'.*samples.jsonl' is damaged: it is not UTF-8 .* Delete the file to sample again"),
+    ],
+)
+def test_damaged_samples_are_named(change, message, problems, arguments, tmp_path):
+    evaluate(arguments(), problems, guesses)
+    interrupt(tmp_path / "scores")
+    path = tmp_path / "scores" / "samples.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1] = change if isinstance(change, bytes) else json.dumps(json.loads(lines[1]) | change).encode()
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    with pytest.raises(ValueError, match=message):
+        evaluate(arguments(), problems, guesses)
+
+
 def test_a_second_evaluation_in_the_directory_is_refused_until_the_first_ends(problems, arguments, tmp_path):
     (tmp_path / "scores").mkdir()
     program = "import pathlib, runpy, sys\nwriter = runpy.run_path(sys.argv[1])['only_writer']\n"
@@ -576,6 +598,23 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr()
     assert "checkpoint-2' contains no model" in out.err
     assert "checkpoint-12 minus checkpoint-10" in out.out
+
+
+def test_a_dataset_is_checked_before_any_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    for step in (1, 2):
+        tiny.save(tmp_path / "run" / f"checkpoint-{step}")
+    line = ["eval", "--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path), "--checkpoints"]
+    with pytest.raises(SystemExit):
+        cli.main([*line, "--dataset_name", write(tmp_path / "problems.jsonl", [{"text": "2"}])])
+    assert "The dataset has the columns ['text']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "output_dir", "dataset_split"])
+def test_empty_text_as_of_an_unset_variable_is_refused(name, arguments):
+    fields = {"model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "scores", name: ""}
+    with pytest.raises(ValueError, match=f"`{name}` is empty"):
+        EvaluateArguments(**fields)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,9 @@ def test_files_that_cannot_be_read(write, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"question": 1\n')
     with pytest.raises(ValueError, match=r"Cannot read the dataset '.*broken.jsonl': .*JSON"):
         load_worked_examples(str(tmp_path / "broken.jsonl"))
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"Cannot read the dataset '.*broken.parquet': .*[Pp]arquet"):
+        load_worked_examples(str(tmp_path / "broken.parquet"))
 
 
 def test_a_path_is_no_pattern_and_an_edited_file_is_read_again(write, tmp_path):

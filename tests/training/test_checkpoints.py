@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,16 @@ from support.training import make
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
-from trl_a3po.training.checkpoint_files import delete, flush, is_complete, mark_of, outdated, put_back
-from trl_a3po.training.checkpoints import last_complete_checkpoint
+from trl_a3po.training.checkpoint_files import (
+    delete,
+    flush,
+    has_optimizer,
+    is_complete,
+    mark_of,
+    outdated,
+    put_back,
+)
+from trl_a3po.training.checkpoints import last_complete_checkpoint, resume_argument
 
 
 def saving_trainer(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
@@ -218,6 +228,92 @@ def test_a_run_resumes_from_the_checkpoint_that_waited(by, model_dir, tmp_path):
     assert digests(tmp_path / "checkpoint-2") == before
 
 
+# Which a run resumes from
+
+
+def test_what_has_no_optimizer_is_no_place_to_resume_from(model_dir, tmp_path):
+    saving_trainer(model_dir, tmp_path, max_steps=2, save_steps=2, save_only_model=True).train()
+    trainer = saving_trainer(model_dir, tmp_path)
+    for given in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(ValueError, match=r"cannot resume from '.*checkpoint-2'.* with `save_only_model=True`"):
+            trainer.train(given)
+
+
+def test_the_directory_of_a_run_is_no_checkpoint(model_dir, tmp_path):
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=2, save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    message = f"'{tmp_path}' is the directory of a run, whose model is saved without the state of the optimizer. Pass "
+    message += f"`resume_from_checkpoint=True`, or '{tmp_path / 'checkpoint-2'}'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        saving_trainer(model_dir, tmp_path).train(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["optimizer.pt", "scheduler.pt"], True),
+        (["optimizer.bin", "scheduler.pt"], True),  # FSDP
+        (["optimizer_0/__0_0.distcp", "scheduler.pt"], True),  # FSDP, sharded
+        (["rank0-of-2-optimizer.pt", "scheduler.pt"], True),  # XLA
+        (["optimizer.pt_0", "scheduler.pt"], True),  # SageMaker
+        (["global_step4/mp_rank_00_model_states.pt"], True),  # DeepSpeed
+        (["optimizer.pt"], False),  # transformers loads neither
+        (["scheduler.pt"], False),
+        (["pytorch_model_fsdp_0/__0_0.distcp", "model.safetensors"], False),
+    ],
+)
+def test_which_files_are_the_optimizer(files, expected, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert has_optimizer(tmp_path) is expected
+
+
+def test_a_run_started_anew_resumes_from_its_own_checkpoint(model_dir, tmp_path, caplog):
+    """Those of higher steps are from the run before, which nothing has deleted."""
+    options = {"save_total_limit": None, "logging_steps": 1}
+    saving_trainer(model_dir, tmp_path, max_steps=4, save_steps=2, **options).train()
+    saving_trainer(model_dir, tmp_path, max_steps=2, **options).train()
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in (1, 2, 4)]
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=3, **options)
+    trainer.train(True)
+    assert "Skipped checkpoints that are incomplete or of an earlier run: checkpoint-4." in caplog.text
+    own = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert trainer.state.log_history[:2] == own
+    assert trainer.state.global_step == 3
+    with pytest.raises(ValueError, match=r"checkpoint-4' is of step 4, beyond `max_steps=3`\. Pass the checkpoint"):
+        trainer.train(str(tmp_path / "checkpoint-4"))
+
+
+def test_times_that_a_copy_has_mixed_up_do_not_matter(tmp_path):
+    log = [{"step": 2, "grad_norm": float("nan")}, {"step": 4, "loss": 0.5}]
+    for step in (4, 2):  # the order in which they were copied
+        checkpoint = write(tmp_path, step)
+        state = {"global_step": step, "log_history": log[: step // 2]}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    os.utime(tmp_path / "checkpoint-4" / "trainer_state.json", (0, 0))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("option", "argument"),
+    [("True", True), ("true", True), (True, True), ("FALSE", None), (False, None), ("", None), (None, None)],
+)
+def test_the_option_of_a_command_line(option, argument):
+    assert resume_argument(option) is argument
+
+
+def test_a_path_of_a_command_line_exists(tmp_path):
+    waiting = write(tmp_path, 4, previous=True)
+    for path in (tmp_path / "checkpoint-4", waiting):  # `train` gives it its name back
+        assert resume_argument(str(path)) == str(path)
+    with pytest.raises(ValueError, match="There is no checkpoint 'nowhere' for `resume_from_checkpoint`"):
+        resume_argument("nowhere")
+
+
 # What file systems do
 
 
@@ -372,6 +468,28 @@ def test_a_full_disk_is_told_plainly(error, model_dir, tmp_path, monkeypatch):
     assert f"The last complete one is '{tmp_path / 'checkpoint-1'}'. Free some space" in str(caught.value)
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     assert trainer.args.save_total_limit == 1
+
+
+def test_an_error_with_a_cause_keeps_it_where_no_space_is_ever_free(model_dir, tmp_path, monkeypatch):
+    """As in /sys."""
+    trainer = saving_trainer(model_dir, tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer, "_save_rng_state", fails(PermissionError(errno.EACCES, "Permission denied")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    with pytest.raises(PermissionError, match="Permission denied"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_directory_that_cannot_be_written_is_refused_if_there_will_be_checkpoints(
+    strategy, model_dir, tmp_path, monkeypatch
+):
+    def refuse(**kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint_files.tempfile, "TemporaryFile", refuse)
+    refusal = pytest.raises(PermissionError, match=r"Cannot write to `output_dir='.*'` \(Permission denied\)\. Name a")
+    with nullcontext() if strategy == "no" else refusal:
+        saving_trainer(model_dir, tmp_path, save_strategy=strategy)
 
 
 def test_other_errors_stay_as_they_are(model_dir, tmp_path, monkeypatch):

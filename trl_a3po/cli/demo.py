@@ -35,12 +35,16 @@ from transformers.utils.logging import disable_progress_bar
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
 from ..demo import arithmetic
-from ..evaluation.metrics import Estimate
-from ..evaluation.problems import load_problems, split_off_last
-from ..evaluation.runs import evaluate_model
+from ..evaluation.metrics import check_math_verify
+from ..evaluation.models import find_model
+from ..evaluation.problems import check_parseable, load_problems, split_off_last
+from ..evaluation.runs import estimates, evaluate_model, refuse_empty
 from ..report import write_report
 from ..rewards import accuracy_reward
+from ..training.checkpoint_files import check_writable
+from ..training.checkpoints import check_not_beyond, checkpoint_to_resume_from, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
+from .eval import uncounted
 from .main import parser_of
 from .parser import Parser, group_options
 
@@ -91,6 +95,7 @@ class DemoArguments:
     eval_samples: int = field(default=8, metadata={"help": "Completions sampled for each held-out problem."})
 
     def __post_init__(self):
+        refuse_empty(self, "model_name_or_path", "dataset_name", "dataset_train_split")
         for name in ("eval_size", "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
@@ -120,13 +125,16 @@ def make_parser() -> Parser:
 
 def train_and_held_out(demo: DemoArguments) -> tuple[Dataset, Dataset]:
     if demo.dataset_name != ARITHMETIC:
-        return split_off_last(load_problems(demo.dataset_name, demo.dataset_train_split), demo.eval_size)
+        problems = load_problems(demo.dataset_name, demo.dataset_train_split)
+        train_problems, held_out_problems = split_off_last(problems, demo.eval_size)
+        check_parseable(train_problems, "training")
+        return train_problems.remove_columns("row"), held_out_problems
     train = [arithmetic.row(problem) for problem in arithmetic.problems("train")]
     held_out = [arithmetic.row(problem) for problem in arithmetic.problems("test")[: demo.eval_size]]
     return Dataset.from_list(train), Dataset.from_list(held_out)
 
 
-def held_out_metrics(trainer: A3POTrainer, problems: Dataset, num_samples: int) -> dict[str, Estimate]:
+def held_out_results(trainer: A3POTrainer, problems: Dataset, num_samples: int) -> dict[str, Any]:
     return evaluate_model(
         cast(PreTrainedModel, trainer.model),
         cast(PreTrainedTokenizerBase, trainer.processing_class),
@@ -136,11 +144,12 @@ def held_out_metrics(trainer: A3POTrainer, problems: Dataset, num_samples: int) 
     )
 
 
-def before_after_table(before: dict[str, Estimate], after: dict[str, Estimate], num_samples: int) -> str:
+def before_after_table(before: dict[str, Any], after: dict[str, Any], num_samples: int) -> str:
     lines = [f"{'held-out':<10}{'before':>22}{'after':>22}"]
+    first, last = estimates(before), estimates(after)
     for name in ("pass@1", f"pass@{num_samples}"):
-        lines.append(f"{name:<10}{before[name]!s:>22}{after[name]!s:>22}")
-    return "\n".join([*lines, "mean and 95 % interval over the problems"])
+        lines.append(f"{name:<10}{first[name]!s:>22}{last[name]!s:>22}")
+    return "\n".join([*lines, f"mean and 95 % interval over {after['problems']} problems"])
 
 
 def main(line: Sequence[str] | None = None) -> int:
@@ -161,24 +170,33 @@ def main(line: Sequence[str] | None = None) -> int:
     parser = make_parser()
     try:
         demo, config = parser.parse_args_and_config(list(sys.argv[1:] if line is None else line))
+        refuse_empty(config, "output_dir")
+        check_math_verify()
+        resume = resume_argument(config.resume_from_checkpoint)
+        find_model(demo.model_name_or_path)
         train_problems, held_out_problems = train_and_held_out(demo)
         check_dataset_sizes(config, train_problems)
+        output_dir = Path(config.output_dir)
+        check_writable(output_dir)
         trainer = make_trainer(demo, config, train_problems)
+        checkpoint = checkpoint_to_resume_from(resume, output_dir, trainer.accelerator)
+        if checkpoint and config.max_steps > 0:
+            check_not_beyond(config.max_steps, Path(checkpoint))
         print(f"{len(train_problems)} training problems, {len(held_out_problems)} held out", flush=True)
-        before = held_out_metrics(trainer, held_out_problems, demo.eval_samples)
+        before = held_out_results(trainer, held_out_problems, demo.eval_samples)
+        print("".join(f"{each}\n" for each in uncounted(before)), end="", flush=True)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
 
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(resume)
     seconds = time.perf_counter() - start
-    after = held_out_metrics(trainer, held_out_problems, demo.eval_samples)
-    output_dir = Path(config.output_dir)
+    after = held_out_results(trainer, held_out_problems, demo.eval_samples)
+    print(before_after_table(before, after, demo.eval_samples), flush=True)
     trainer.save_model(str(output_dir))
     trainer.save_state()
-
-    print(before_after_table(before, after, demo.eval_samples))
-    print(f"\n{trainer.state.global_step} steps in {seconds:.0f} s; model saved in {config.output_dir}")
+    since = f", resumed from {checkpoint}" if checkpoint else ""
+    print(f"\n{trainer.state.global_step} steps in {seconds:.0f} s{since}; model saved in {config.output_dir}")
     print(f"Report, token by token: {write_report([output_dir], output_dir / 'report.html')}")
     return 0
 

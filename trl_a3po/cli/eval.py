@@ -38,8 +38,6 @@ def main(line: Sequence[str] | None = None) -> int:
     try:
         (arguments,) = parser.parse_args_and_config(line)
         check_math_verify()
-        if arguments.checkpoints:
-            return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         examples = []
         if arguments.worked_examples is not None:
             examples = load_worked_examples(arguments.worked_examples, arguments.instruction)
@@ -49,6 +47,8 @@ def main(line: Sequence[str] | None = None) -> int:
         if arguments.max_problems is not None:
             problems = problems.select(range(min(arguments.max_problems, len(problems))))
         check_no_overlap(problems, examples, "to evaluate on")
+        if arguments.checkpoints:
+            return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         results = evaluate(arguments, problems, worked_examples=examples)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -96,12 +96,19 @@ def lines_of(results: dict[str, Any]) -> list[str]:
         lines.append(f"{examples['count']} worked examples before each problem")
     kwargs, source = results["settings"]["chat_template_kwargs"], results["chat_template_kwargs_from"]
     lines.append(f"chat_template_kwargs: {kwargs} ({source})")
+    lines += uncounted(results)
+    if several := results["problems_with_several_solutions"]:
+        lines.append(f"{several} problems have rows with different solutions")
+    return lines
+
+
+def uncounted(results: dict[str, Any]) -> list[str]:
+    """The lines on rows that were not sampled or do not count."""
+    lines = []
     if skipped := results["rows_not_sampled"]:
         lines.append(f"{len(skipped)} rows were not sampled and count as unsolved:")
         lines += [f"  row {row}: {reason}" for row, reason in list(skipped.items())[:NAMED]]
     if unparsed := results["rows_without_a_parseable_solution"]:
         rows = ", ".join(map(str, unparsed[:NAMED])) + (", ..." if len(unparsed) > NAMED else "")
         lines.append(f"{len(unparsed)} rows have a solution that math-verify cannot parse. They do not count: {rows}")
-    if several := results["problems_with_several_solutions"]:
-        lines.append(f"{several} problems have rows with different solutions")
     return lines

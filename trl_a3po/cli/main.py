@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import io
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
 
     Returns:
-        `int`: the exit status: 0, or 2 if the line or its input is wrong.
+        `int`: the exit status: 0, 2 if the line or its input is wrong, or 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po",
@@ -50,5 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    module, _ = COMMANDS[parser.parse_args(arguments[:1]).command]
-    return importlib.import_module(f"trl_a3po.cli.{module}").main(arguments[1:])
+    command = parser.parse_args(arguments[:1]).command
+    module, _ = COMMANDS[command]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may have characters that the terminal has not
+    try:
+        return importlib.import_module(f"trl_a3po.cli.{module}").main(arguments[1:])
+    except KeyboardInterrupt:
+        print(f"\ntrl-a3po {command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from inspect import get_annotations
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -55,13 +55,15 @@ class Parser(TrlParser):
 
         Raises:
             `OSError`: there is neither a file nor a recipe of this name.
-            `ValueError`: the name is missing.
+            `ValueError`: the name is missing, or there are several.
         """
         words = [
             part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
         ]
         if "--config" not in words:
             return words
+        if words.count("--config") > 1:
+            raise ValueError("`--config` was given more than once. Put all options into one file.")
         index = words.index("--config") + 1
         if index == len(words) or not words[index]:
             raise ValueError("`--config` needs the name of a file.")
@@ -90,22 +92,35 @@ class Parser(TrlParser):
             raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(config, dict):
             raise ValueError(f"'{path}' must contain options, one `name: value` per line.")
+        for name in config:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"'{path}': the name of an option must be text, got {name!r}. YAML reads `on`, `off`, `yes` and "
+                    "`no` as true or false."
+                )
+        if of_line := config.keys() & {"config", "help"}:
+            raise ValueError(f"'{path}' has `{min(of_line)}`, which is an option of the command line only.")
         unknown = config.keys() - {action.dest for action in self._actions} - {"env"}
         if unknown and not return_remaining_strings:
             raise ValueError(f"'{path}' has options that `{self.prog}` does not have: {', '.join(sorted(unknown))}.")
         self._check_types(path, config)
 
     def _check_types(self, path: Path, config: dict[str, Any]) -> None:
-        """Only of our own options: TRL declares some as `str` that also take `false`, and checks them itself."""
+        """Of our own options all, of TRL's the numbers: it declares some as `str` that also take `false`."""
         for kind in self.dataclass_types:
             for name, hint in get_type_hints(kind).items():
-                if name not in config or not _is_ours(kind, name):
-                    continue
                 allowed = _types(hint)
+                if name not in config or not (_is_ours(kind, name) or _is_number(allowed)):
+                    continue
+                value = config[name]
                 # argparse converts text, as on the command line.
-                if type(config[name]) not in {*allowed, str} and not (type(config[name]) is int and float in allowed):
+                fits = type(value) in {*allowed, str} or (type(value) is int and float in allowed)
+                if not _is_ours(kind, name):
+                    # What TRL's trainer takes, whatever the declaration says.
+                    fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())
+                if not fits:
                     words = " or ".join(WORDS.get(each, each.__name__) for each in allowed)
-                    raise ValueError(f"'{path}': `{name}` must be {words}, got {config[name]!r}.")
+                    raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.")
 
 
 # What the file of `--config` contains for a type.
@@ -119,8 +134,17 @@ WORDS = {
 }
 
 
+# Options that are declared as numbers, for which null turns off what they control.
+MAY_BE_NULL = {"max_grad_norm", "repetition_penalty", "top_k", "top_p"}
+
+
 def _types(hint: Any) -> list[type]:
-    return [get_origin(each) or each for each in (get_args(hint) if isinstance(hint, UnionType) else [hint])]
+    is_union = get_origin(hint) in (Union, UnionType)
+    return [get_origin(each) or each for each in (get_args(hint) if is_union else [hint])]
+
+
+def _is_number(allowed: list[type]) -> bool:
+    return {*allowed} <= {int, float, NoneType} and allowed != [NoneType]
 
 
 def _is_ours(kind: type, name: str) -> bool:

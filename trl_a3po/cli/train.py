@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import trl
@@ -36,6 +37,8 @@ from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
 from ..evaluation.problems import Message, rows, to_prompt_and_solution, unparseable_rows, unreadable
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
+from ..training.checkpoint_files import check_writable
+from ..training.checkpoints import resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
 from .main import parser_of
@@ -129,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("the following arguments are required: --model_name_or_path")
         _resolve(script, config, mixture)
         _worked_examples(script, config, mixture)
+        resume_argument(config.resume_from_checkpoint)
         return _launch(launcher.parse_args([*for_launcher, *arguments]))
     except (OSError, ValueError) as error:
         parser.error(_one_line(error))
@@ -208,12 +212,13 @@ def train(arguments: Sequence[str] | None = None) -> None:
         named = f" from '{script.dataset_name}'" if script.dataset_name else ""
         train_slice, test_slice = _resolve(script, config, mixture)
         examples = _worked_examples(script, config, mixture)
+        config.resume_from_checkpoint = resume_argument(config.resume_from_checkpoint)
+        if config.should_save:  # the trained model, with any `save_strategy`
+            check_writable(Path(config.output_dir))
     except (OSError, ValueError) as error:
         raise UsageError(_one_line(error)) from error
     script.reward_funcs = [OUR_REWARDS.get(name, name) for name in script.reward_funcs or ()]
     checks_answers = not set(OUR_REWARDS.values()).isdisjoint(script.reward_funcs)
-    if config.resume_from_checkpoint == "True":  # otherwise it is a path
-        config.resume_from_checkpoint = True
     if config.process_index:
         logging.getLogger("trl_a3po").setLevel(logging.ERROR)  # the main process warns for all
 

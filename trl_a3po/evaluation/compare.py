@@ -65,6 +65,7 @@ class Pair:
         first (`Result`): The baseline.
         second (`Result`): The other evaluation. A difference is `second` minus `first`.
         shared (`list[str]`): The problems that both have, with the same solutions.
+        samples (`int`): The least number of samples that either has of a shared problem.
         differences (`dict[str, Difference]`): By metric, for those that both have enough samples for.
         notes (`list[str]`): Remarks that a reader of the differences needs.
     """
@@ -72,17 +73,26 @@ class Pair:
     first: Result
     second: Result
     shared: list[str]
+    samples: int
     differences: dict[str, Difference]
     notes: list[str]
 
     def solved_only_by(self, result: Result) -> list[str]:
-        """Problems for which this evaluation has a correct sample and the other has none."""
+        """
+        Problems for which this evaluation has a correct sample and the other has none, among the first [`samples`] of
+        both: with more samples, the same model solves more problems.
+        """
         other = self.first if result is self.second else self.second
-        return [
-            problem
-            for problem in self.shared
-            if any(result.problems[problem].correct) and not any(other.problems[problem].correct)
-        ]
+        return [each for each in self.shared if self._is_solved(result, each) and not self._is_solved(other, each)]
+
+    def _is_solved(self, result: Result, problem: str) -> bool:
+        return any(result.problems[problem].correct[: self.samples])
+
+    @property
+    def solved_only(self) -> str:
+        """One sentence on [`solved_only_by`]."""
+        only = [f"{len(self.solved_only_by(result))} only by {result.name}" for result in (self.first, self.second)]
+        return f"With at least one correct among the first {self.samples} samples: {', '.join(only)}."
 
     def by_difference(self) -> list[str]:
         """The problems whose share of correct samples differs, the largest differences first."""
@@ -106,10 +116,9 @@ def read_result(directory: Path, name: str) -> Result:
         `ValueError`: the evaluation is not complete or damaged, or the directory has none.
     """
     samples, results_file = directory / "samples.jsonl", directory / "results.json"
+    fix = "Delete it and run `trl-a3po eval` again."
     try:
-        results = read_object(
-            results_file, "metrics", "settings", "versions", fix="Delete it and run `trl-a3po eval` again."
-        )
+        results = read_object(results_file, "metrics", "settings", "versions", fix=fix)
         samples_hash = hash_of_file(samples)
     except FileNotFoundError as error:
         raise ValueError(
@@ -121,7 +130,11 @@ def read_result(directory: Path, name: str) -> Result:
             f"'{samples}' is not the file that '{results_file}' was computed from. Run the evaluation again with "
             "another `output_dir`."
         )
-    records = records_of(samples.read_text(encoding="utf-8"), samples)
+    try:
+        _table_of_results([Result(name, results, {}, {})])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{results_file}' is damaged: its metrics are not those of an evaluation. {fix}") from error
+    records = records_of(samples.read_bytes(), samples)
     solutions: dict[str, set[str]] = {}
     for record in records:
         solution = record["solution"]
@@ -162,7 +175,8 @@ def compare(first: Result, second: Result) -> Pair:
     for name in values[0]:
         paired = [after - before for before, after in zip(values[0][name], values[1][name], strict=True)]
         differences[name] = Difference(estimate(paired), share_above_zero(paired))
-    return Pair(first, second, shared, differences, _notes(first, second, len(common), len(shared), numbers))
+    notes = _notes(first, second, len(common), len(shared), numbers)
+    return Pair(first, second, shared, min(numbers), differences, notes)
 
 
 def _notes(first: Result, second: Result, common: int, shared: int, numbers: list[int]) -> list[str]:
@@ -214,8 +228,7 @@ def markdown(results: Sequence[Result], pairs: Sequence[Pair]) -> str:
             f"| {name} | {each.estimate.signed} | {each.share_above_zero:.1%} | {each.verdict} |"
             for name, each in pair.differences.items()
         ]
-        only = [f"{len(pair.solved_only_by(result))} only by {result.name}" for result in (pair.first, pair.second)]
-        lines += ["", f"With at least one correct sample: {', '.join(only)}.", *pair.notes]
+        lines += ["", pair.solved_only, *pair.notes]
     if len(pairs) > 1:
         lines += ["", f"The intervals are not corrected for making {len(pairs)} comparisons."]
     return "\n".join(lines)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
-# What each line of `samples.jsonl` has.
-RECORD = {"problem", "prompt", "solution", "completions", "tokens", "ended", "correct"}
+# What each line of `samples.jsonl` has: of the problem, and of each sample with its type.
+OF_PROBLEM = {"problem", "prompt", "solution"}
+OF_SAMPLES = {"completions": str, "tokens": int, "ended": bool, "correct": float | int | None}
 
 
 @contextmanager
@@ -41,32 +42,50 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     """Reads the lines of the file. Removes the last line from the file if it was cut off."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
         _replace(path, whole)
     return records_of(whole, path)
 
 
-def records_of(text: str, path: Path) -> list[dict[str, Any]]:
+def records_of(data: bytes, path: Path) -> list[dict[str, Any]]:
     """
     Reads the lines of `samples.jsonl`.
 
     Raises:
         `ValueError`: a line is not what an evaluation writes.
     """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"'{path}' is damaged: it is not UTF-8 ({error}). Delete the file to sample again."
+        ) from error
     records = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not record.keys() >= RECORD:
+        if not _is_record(record):
             raise ValueError(
                 f"Line {number} of '{path}' is damaged: it is not a sample. Delete the file to sample again."
             )
         records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    if not isinstance(value, dict) or not value.keys() >= OF_PROBLEM | OF_SAMPLES.keys():
+        return False
+    number = len(value["correct"]) if isinstance(value["correct"], list) else 0
+    return number > 0 and all(
+        isinstance(value[name], list)
+        and len(value[name]) == number
+        and all(isinstance(each, kind) for each in value[name])
+        for name, kind in OF_SAMPLES.items()
+    )
 
 
 def read_object(path: Path, *parts: str, fix: str) -> dict[str, Any]:
@@ -98,10 +117,10 @@ def hash_of_file(path: Path) -> str:
 
 
 def write_whole(path: Path, value: dict[str, Any]) -> None:
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    _replace(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)

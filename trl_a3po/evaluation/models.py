@@ -306,6 +306,8 @@ class Chat:
         tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
         declared = generation_config.eos_token_id if generation_config is not None else None
         ids = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
+        if not all(each is None or isinstance(each, int) for each in ids):
+            raise ValueError(f"`eos_token_id` must be a whole number or a list of whole numbers, got {declared!r}.")
         image = getattr(config, "image_token_id", None) if isinstance(processor, ProcessorMixin) else None
         return cls(
             processor=processor,
@@ -341,8 +343,8 @@ def load_chat(
     Loads the tokenizer or processor of a model, and the settings of its chat template.
 
     Raises:
-        `ValueError`: the tokenizer cannot be loaded or has no chat template, or the template does not read one of
-        `template_kwargs`.
+        `ValueError`: the tokenizer cannot be loaded or has no chat template, the template does not read one of
+        `template_kwargs`, or an end token is not a number.
     """
     config = load_config(files, trust_remote_code)
     directory = files.tokenizer
@@ -367,7 +369,8 @@ def load_chat(
     unread = [name for name in template_kwargs or {} if name not in str(template)]
     if unread:
         raise ValueError(f"`chat_template_kwargs`: the chat template of '{files.name}' ignores {', '.join(unread)}.")
-    return Chat.of(processor, config, generation_config, template_kwargs)
+    with loading(f"the model '{files.base}'"):
+        return Chat.of(processor, config, generation_config, template_kwargs)
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool = False) -> PretrainedConfig:

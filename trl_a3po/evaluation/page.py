@@ -96,11 +96,7 @@ def _pair(pair: Pair) -> list[str]:
         )
     lines.append("</table>")
     lines += [f'<p class="note">{_shown(note)}</p>' for note in pair.notes]
-    only_first, only_second = (len(pair.solved_only_by(result)) for result in (pair.first, pair.second))
-    lines.append(
-        f"<p>Problems with at least one correct sample: {only_first} only by {first}, {only_second} only by {second}."
-        "</p>"
-    )
+    lines.append(f"<p>{_shown(pair.solved_only)}</p>")
     differing = pair.by_difference()
     for problem in differing[:SHOWN]:
         lines += _problem(pair, problem)

@@ -24,6 +24,10 @@ from datasets.exceptions import DatasetGenerationError
 logger = logging.getLogger(__name__)
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Files of other types, which nobody means to be found on the Hub.
+OTHER_FILES = {".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip"}
+# What `datasets` raises if it cannot read a file.
+READ_ERRORS = (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError)
 
 PROBLEMS = ("prompt", "question", "problem")
 ANSWERS = ("answer", "solution", "reward_model")
@@ -38,7 +42,7 @@ Message = dict[str, Any]
 def is_file_name(name: str) -> bool:
     """Whether a dataset of this name is a local file, and not a folder or a dataset on the Hub."""
     path = Path(name)
-    return not path.is_dir() and (path.suffix in LOADERS or path.is_file())
+    return not path.is_dir() and (path.suffix in {*LOADERS, *OTHER_FILES} or path.is_file())
 
 
 def check_file(name: str) -> None:
@@ -48,10 +52,10 @@ def check_file(name: str) -> None:
         `ValueError`: the file is empty, or its type is not supported.
     """
     path = Path(name)
+    if path.suffix in {*LOADERS, *OTHER_FILES} and not path.is_file():
+        raise FileNotFoundError(f"There is no file '{name}'.")
     if path.suffix not in LOADERS:
         raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these types.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file '{name}'.")
     if path.stat().st_size == 0:
         raise ValueError(f"'{name}' is empty.")
 
@@ -75,17 +79,28 @@ def file_source(name: str) -> dict[str, Any]:
 
     Raises:
         `OSError`: the file does not exist.
-        `ValueError`: the file is empty, its type is not supported, or its text is not UTF-8.
+        `ValueError`: the file is empty, its type is not supported, its text is not UTF-8, or a line is not an object.
     """
     check_file(name)
     loader, digest = LOADERS[Path(name).suffix], hashlib.sha256()
+    before = ""  # the last line with a text
     with open(name, "rb") as file:
         for number, line in enumerate(file, start=1):
             digest.update(line)
+            if loader != "json":
+                continue
             try:
-                _ = line.decode() if loader == "json" else None
+                text = line.decode().strip("\ufeff \t\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"Line {number} of '{name}' is not UTF-8. Save the file as UTF-8.") from error
+            # At `null`, pyarrow crashes. Within a list or an object of several lines, values follow one of these.
+            if text and text[0] not in "{[]},:" and not before.endswith(("{", "[", ",", ":")):
+                raise ValueError(
+                    f"Line {number} of '{name}' is not an object: {text if len(text) <= 40 else text[:40] + ' ...'}"
+                )
+            before = text or before
+    if loader == "json" and not before:
+        raise ValueError(f"'{name}' is empty.")
     return {"path": loader, "name": digest.hexdigest()[:32], "data_files": glob.escape(os.path.abspath(name))}
 
 
@@ -120,7 +135,7 @@ def load_problems(
         source = {"path": name, "name": config}
     try:
         dataset = load_dataset(**source, split=split)
-    except (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError) as error:
+    except READ_ERRORS as error:
         raise ValueError(unreadable(name, error)) from error
     row_numbers = None
     if "[" in split:
@@ -308,6 +323,27 @@ def unparseable_rows(dataset: Dataset) -> list[int]:
     return found
 
 
+def check_parseable(dataset: Dataset, use: str) -> None:
+    """
+    Warns about the problems of [`to_prompt_and_solution`] that `accuracy_reward` cannot score. `use` is what they are
+    for, such as `"training"`.
+
+    Raises:
+        `ValueError`: it can score none.
+    """
+    unparseable = unparseable_rows(dataset)
+    if len(unparseable) == len(dataset):
+        raise ValueError(f"math-verify cannot parse any of the {len(dataset)} solutions for {use}.")
+    if unparseable:
+        logger.warning(
+            "math-verify cannot parse the solutions of %d of %d problems for %s. They get no reward: %s.",
+            len(unparseable),
+            len(dataset),
+            use,
+            rows(unparseable),
+        )
+
+
 def as_conversation(problem: Any) -> list[Message]:
     """
     The messages of a problem; none if it has no text.
@@ -389,7 +425,7 @@ def _verl_answers(reward_model: Any) -> list[str]:
 
 
 def with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> list[dict[str, Any]]:
-    if instruction is None:
+    if not instruction:
         return prompt
     *before, last = prompt
     content = last["content"]

@@ -110,6 +110,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
+        refuse_empty(self, "model_name_or_path", "dataset_name", "output_dir", "dataset_split")
         for name in ("num_samples", "max_completion_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
@@ -135,6 +136,18 @@ class EvaluateArguments:
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got '{self.dtype}'.")
         _template_kwargs(self.chat_template_kwargs)
+
+
+def refuse_empty(arguments: Any, *names: str) -> None:
+    """
+    Refuses empty texts, as of an unset variable in the shell. As a path, they would be the current directory.
+
+    Raises:
+        `ValueError`: an option is empty.
+    """
+    for name in names:
+        if getattr(arguments, name) == "":
+            raise ValueError(f"`{name}` is empty. Give it a value; a variable of the shell may not be set.")
 
 
 def _template_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
@@ -581,9 +594,9 @@ def evaluate_model(
     num_samples: int,
     max_completion_length: int,
     seed: int = 0,
-) -> dict[str, Estimate]:
+) -> dict[str, Any]:
     """
-    Computes the metrics of a model in memory, see [`sample_model`].
+    Samples from a model in memory, see [`sample_model`], and returns the [`summary`].
 
     Raises:
         `ValueError`: math-verify can parse none of the solutions, or is not installed.
@@ -597,7 +610,9 @@ def evaluate_model(
         max_completion_length=max_completion_length,
         seed=seed,
     )
-    return estimates(summary([_record(*each) for each in zip(problems, drawn, strict=True)]))
+    chat = Chat.of(processor, model.config, model.generation_config)
+    tasks = tasks_of(list(problems["prompt"]), chat, max_completion_length, chat.context)
+    return summary([_record(*each) for each in zip(problems, drawn, tasks, strict=True)])
 
 
 # Results

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
-from .problems import Message, file_source, problem_and_answers, unreadable, with_instruction
+from .problems import READ_ERRORS, Message, file_source, problem_and_answers, unreadable, with_instruction
 
 
 def load_worked_examples(name: str, instruction: str | None = None, checks_answers: bool = True) -> list[Message]:
@@ -38,7 +37,7 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
     source = file_source(name)
     try:
         rows = load_dataset(**source, split="train")
-    except DatasetGenerationError as error:
+    except READ_ERRORS as error:
         raise ValueError(unreadable(name, error)) from error
     if not len(rows):
         raise ValueError(f"'{name}' has no rows.")

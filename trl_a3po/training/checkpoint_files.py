@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,49 @@ def is_marked(checkpoint: Path) -> bool:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a trainer can resume from it. GRPOTrainer makes no mark, but it writes the state last."""
+    """Whether it was written to its end. GRPOTrainer makes no mark, but it writes the state last."""
     return not is_marked(checkpoint) and read_state(checkpoint / STATE_FILE) is not None
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether it has the files from which transformers or DeepSpeed loads the optimizer and the schedule."""
+    # transformers names all optimizer files, and folders of FSDP, after the optimizer, and loads none without the
+    # schedule. DeepSpeed has one folder for both, and leaves only some schedules to transformers.
+    of_transformers = any(checkpoint.glob("*optimizer*")) and (checkpoint / "scheduler.pt").exists()
+    return of_transformers or any(checkpoint.glob("global_step*"))
+
+
+def is_of_later_run(checkpoint: Path, higher: Path) -> bool:
+    """
+    Whether a complete checkpoint is from a run that was started anew after another complete one of a higher step.
+
+    Then it was written later, and the log of the higher one does not continue its log. The times alone would be
+    wrong for copies of checkpoints.
+    """
+    state, of_higher = checkpoint / STATE_FILE, higher / STATE_FILE
+    if _waits(checkpoint) or state.stat().st_mtime <= of_higher.stat().st_mtime:
+        return False
+    log, longer = ((read_state(path) or {}).get("log_history", []) for path in (state, of_higher))
+    return repr(longer[: len(log)]) != repr(log)  # as text, because NaN is not equal to itself
+
+
+def check_writable(directory: Path) -> None:
+    """
+    Fails unless files can be created in the directory, which is created if it does not exist.
+
+    Raises:
+        `OSError`: naming the directory, the reason and the fix.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot write to `output_dir='{directory}'` ({error.strerror}). Name a directory in which you may "
+            "create files.",
+        ) from error
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

@@ -28,15 +28,19 @@ from trl import GRPOTrainer
 
 from .checkpoint_files import (
     PREVIOUS,
+    STATE_FILE,
     checkpoints_in,
     delete,
     flush,
+    has_optimizer,
     is_complete,
     is_marked,
+    is_of_later_run,
     mark_of,
     outdated,
     previous_of,
     put_back,
+    read_state,
 )
 from .finite import check_parameters
 
@@ -49,7 +53,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
     The part of [`A3POTrainer`] that writes checkpoints and resumes from them.
 
     Only finite parameters are saved. After the first complete checkpoint there is always at least one, for any
-    `save_total_limit`. A run resumes only from a complete checkpoint, with the prompts that would have come next.
+    `save_total_limit`. A run resumes only from a complete checkpoint with the optimizer's state, with the prompts that
+    would have come next.
     """
 
     _resumed_from: str | None = None
@@ -64,6 +69,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 put_back(directory)
             self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
+        if self._resumed_from and self.args.max_steps > 0:
+            check_not_beyond(self.args.max_steps, Path(self._resumed_from))
         output = super().train(self._resumed_from, *args, **kwargs)
         self._check_parameters(f"Training ended after step {self.state.global_step}")
         return output
@@ -124,7 +131,8 @@ class KeepsTheBest(TrainerCallback):
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
-    Like transformers' `get_last_checkpoint`, but skips incomplete checkpoints.
+    Like transformers' `get_last_checkpoint`, but skips incomplete checkpoints, and those of higher steps that an
+    earlier run has left in the directory.
 
     If a kill interrupted the overwriting of the only one, this is its old version, `checkpoint-12.previous`.
 
@@ -134,7 +142,36 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: The path of the checkpoint, if there is one.
     """
-    return next((str(path) for path in checkpoints_in(Path(output_dir)) if is_complete(path)), None)
+    last = None
+    for path in filter(is_complete, checkpoints_in(Path(output_dir))):
+        if last is None or is_of_later_run(path, last):
+            last = path
+    return None if last is None else str(last)
+
+
+def resume_argument(option: str | bool | None) -> str | bool | None:
+    """
+    The argument of `Trainer.train` for the option `resume_from_checkpoint` of a command line or its file.
+
+    Args:
+        option (`str` or `bool`, *optional*): A path, or true or false in any case. An empty text is false.
+
+    Returns:
+        `str`, `bool` or `None`: A path, `True` for the last checkpoint in `output_dir`, or `None`.
+
+    Raises:
+        `ValueError`: there is no such path.
+    """
+    if str(option).lower() in ("true", "false", "none", ""):
+        return str(option).lower() == "true" or None
+    path = Path(str(option))
+    # A checkpoint may wait under its other name, see `put_back`.
+    if not any(each.exists() for each in (path, previous_of(path), Path(str(path).removesuffix(PREVIOUS)))):
+        raise ValueError(
+            f"There is no checkpoint '{path}' for `resume_from_checkpoint`. Pass the path of a checkpoint, or True "
+            "for the last one in `output_dir`."
+        )
+    return str(path)
 
 
 def checkpoint_to_resume_from(
@@ -146,12 +183,13 @@ def checkpoint_to_resume_from(
     The first process decides for all: on a shared network file system, other processes may see outdated files.
 
     Raises:
-        `ValueError`: the checkpoint is incomplete, or `True` was given and there is no complete checkpoint.
+        `ValueError`: the checkpoint is incomplete or has no state of the optimizer, or `True` was given and there is
+            no complete checkpoint.
     """
     if resume_from_checkpoint is True:
         last = last_complete_checkpoint(output_dir)
         passed_over = [
-            path.name for path in takewhile(lambda path: not is_complete(path), checkpoints_in(Path(output_dir)))
+            path.name for path in takewhile(lambda path: str(path) != last, checkpoints_in(Path(output_dir)))
         ]
         (last,) = broadcast_object_list([last])
         if last is None:
@@ -160,7 +198,12 @@ def checkpoint_to_resume_from(
                 f"{', '.join(passed_over) or 'none'}. To train from the start, do not set `resume_from_checkpoint`."
             )
         if passed_over and accelerator.is_main_process:
-            logger.warning("Resuming from '%s'. Skipped incomplete checkpoints: %s.", last, ", ".join(passed_over))
+            logger.warning(
+                "Resuming from '%s'. Skipped checkpoints that are incomplete or of an earlier run: %s.",
+                last,
+                ", ".join(passed_over),
+            )
+        check_has_optimizer(Path(last))
         return last
     if resume_from_checkpoint and not Path(resume_from_checkpoint).exists():
         resume_from_checkpoint = str(resume_from_checkpoint).removesuffix(PREVIOUS)  # it was put back
@@ -169,7 +212,45 @@ def checkpoint_to_resume_from(
             f"'{resume_from_checkpoint}' is incomplete. Pass `resume_from_checkpoint=True` to resume from the last "
             "complete checkpoint."
         )
+    if resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():  # else transformers says what is missing
+        check_has_optimizer(Path(resume_from_checkpoint))
     return resume_from_checkpoint or None
+
+
+def check_has_optimizer(checkpoint: Path) -> None:
+    """
+    Refuses to resume without the states of the optimizer and the schedule, which transformers would start anew.
+
+    Raises:
+        `ValueError`: naming the directory and the fix.
+    """
+    if has_optimizer(checkpoint):
+        return
+    if last := last_complete_checkpoint(checkpoint):
+        raise ValueError(
+            f"'{checkpoint}' is the directory of a run, whose model is saved without the state of the optimizer. Pass "
+            f"`resume_from_checkpoint=True`, or '{last}'."
+        )
+    raise ValueError(
+        f"A run cannot resume from '{checkpoint}', which has no state of the optimizer and the learning-rate "
+        "schedule: it was saved with `save_only_model=True`, or is no checkpoint. Pass another checkpoint. To start a "
+        "new run from its weights, pass it as the model, without `resume_from_checkpoint`."
+    )
+
+
+def check_not_beyond(max_steps: int, checkpoint: Path) -> None:
+    """
+    Refuses a checkpoint of a later step than the last one of the run, which would save its model as the result.
+
+    Raises:
+        `ValueError`: naming the checkpoint, both steps and the fix.
+    """
+    state = read_state(checkpoint / STATE_FILE)
+    if state is not None and state["global_step"] > max_steps:
+        raise ValueError(
+            f"'{checkpoint}' is of step {state['global_step']}, beyond `max_steps={max_steps}`. Pass the checkpoint "
+            "of an earlier step as `resume_from_checkpoint`, or raise `max_steps`."
+        )
 
 
 @contextmanager
@@ -239,7 +320,9 @@ def _telling_of_a_full_disk(checkpoint: Path) -> Iterator[None]:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        is_full = number in _FULL or "No space left" in str(error) or _free_bytes(checkpoint.parent) < 2**20
+        is_full = number in _FULL or "No space left" in str(error)
+        if number is None:  # some file systems always report no free space, so an error with a cause keeps it
+            is_full |= _free_bytes(checkpoint.parent) < 2**20
         if not is_full:
             raise
         last = last_complete_checkpoint(checkpoint.parent)

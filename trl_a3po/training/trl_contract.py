@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from .relied_on import advice, base_description, check_relied_on, our_class
 
@@ -37,11 +37,20 @@ def check_contract(trainer: GRPOTrainer) -> None:
     Raises:
         `RuntimeError`: the check fails. The message has the reason and the TRL version, or the class that has
             replaced TRL's.
+        `ValueError`: the loss refuses the value of an option.
     """
     check_relied_on(trainer)
     try:
         plain, weighted, weights = _gradients(trainer)
     except Exception as error:
+        for option in ("loss_type", "importance_sampling_level"):
+            # A loss that does not know the value says which. Any other error is of TRL, not of the user.
+            if isinstance(error, ValueError) and str(value := getattr(trainer.args, option)) in str(error):
+                raise ValueError(
+                    f"`{option}={value!r}` is not known to the loss of {base_description(trainer)} ({error}). The "
+                    "documentation of `GRPOConfig` lists the values. The default is "
+                    f"{GRPOConfig.__dataclass_fields__[option].default!r}."
+                ) from error
         raise RuntimeError(_message(trainer, f"its loss raises {type(error).__name__}: {error}")) from error
     if not torch.equal(plain != 0, weights != 0):
         raise RuntimeError(_message(trainer, "an unmasked token got no gradient, or a masked token got one"))

@@ -1,0 +1,32 @@
+"""What all commands of `trl-a3po` have in common."""
+
+import os
+import subprocess
+import sys
+
+from support import logged_runs
+
+from trl_a3po.cli import main as cli
+from trl_a3po.cli import report
+
+
+def test_a_terminal_without_the_characters_gets_them_escaped(tmp_path):
+    run = tmp_path / "日本"
+    logged_runs.write_state(run, [{"step": 1, "loss": 1}], 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_a3po.cli", "report", str(run), "--output", str(run / "report.html")],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\u65e5\\u672c" in done.stdout
+
+
+def test_an_interrupt_ends_in_one_line(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "main", interrupted)
+    assert cli.main(["report", "run"]) == 130
+    assert capsys.readouterr().err.strip() == "trl-a3po report: interrupted"
