@@ -196,7 +196,8 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(half_overwritten, mode
     trainer.train(resume_from_checkpoint=True)
     (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.training.checkpoints")
     assert warning == (
-        f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Skipped incomplete checkpoints: checkpoint-4."
+        f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Skipped checkpoints that are incomplete "
+        "or of an earlier run: checkpoint-4."
     )
     assert trainer.state.global_step == 4
     assert last_complete_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")

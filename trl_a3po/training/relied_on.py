@@ -212,6 +212,18 @@ RELIED_ON = (
     ReliedOn("trl.GRPOTrainer", "_step", ("update.efficient_update",), "the savings: counts micro-batches"),
     ReliedOn(
         "trl.GRPOTrainer",
+        "ref_model",
+        ("update.efficient_update",),
+        "the savings: another model than this one and the policy was not checked, and is not packed",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "training_step",
+        ("update.efficient_update",),
+        "packing: gives the model its own attention back after an error",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
         "_generate_and_score_completions",
         ("training.rollouts",),
         "dynamic sampling, and the rewards handed to `shape_advantages`: returns the rollout of a batch of prompts, "
