@@ -324,10 +324,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         fields = _fields_named_by(self.shape_advantages) if self._overrides_shaping else frozenset()
         if missing := ", ".join(f"`{name}`" for name in sorted(fields - inputs.keys())):
             raise ValueError(
-                f"`{type(self).__name__}.shape_advantages` takes {missing}, "
-                "which is neither an argument of the hook nor a field of the rollout. Add it to what "
-                "`_generate_and_score_completions` returns, with one row per completion; in a test with "
-                "`assert_gradients_follow`, pass it in `fields`."
+                f"`{type(self).__name__}.shape_advantages` takes {missing}, which is neither an argument of the hook "
+                "nor a field of the rollout. Add it to what `_generate_and_score_completions` returns, with one row "
+                "per completion; in a test with `assert_gradients_follow`, pass it in `fields`."
             )
         return {name: inputs[name] for name in fields}
 
@@ -432,14 +431,15 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         else:
             settings |= self.args.peer_settings
         hook = f"`{type(self).__name__}.shape_advantages`"
-        section = f"### Advantage shaping\n\n```json\n{json.dumps(settings, indent=2)}\n```\n\n"
-        if self._overrides_shaping:
-            section += f"They apply where {hook} calls `super()`.\n\n"
-            if self.state.global_step and not self._settings_were_used:
-                section = f"### Advantage shaping\n\n{hook}, in place of the method of the package.\n\n"
+        text = f"```json\n{json.dumps(settings, indent=2)}\n```"
+        if self._overrides_shaping and self.state.global_step and not self._settings_were_used:
+            text = f"{hook}, in place of the method of the package."
+        elif self._overrides_shaping:
+            text += f"\n\nThey apply where {hook} calls `super()`."
         path = Path(self.args.output_dir, "README.md")  # type: ignore[arg-type]  # never None once constructed
         card = path.read_text(encoding="utf-8")
         before, heading, after = card.partition("### Framework versions")
+        section = f"### Advantage shaping\n\n{text}\n\n"
         path.write_text(f"{before}{section}{heading}{after}", encoding="utf-8")
 
 

@@ -81,7 +81,7 @@ def test_a_warm_up_that_ends_between_two_logs():
     assert names(logs(3.6e-5, 7.6e-5, 11.6e-5)) == ["warm-up longer than the run"]
     evaluated = [*logs(3.6e-5, 7.6e-5, 11.6e-5), {"step": 30, "eval_reward": 0.5}]
     assert names(evaluated) == ["warm-up longer than the run"]
-    assert names([*evaluated, {"step": 40, "learning_rate": 15.6e-5}]) == []  # it goes on
+    assert names([*evaluated, {"step": 40, "learning_rate": 15.6e-5}]) == []  # training continues
 
 
 @pytest.mark.parametrize("step", [math.nan, math.inf, "3", None])

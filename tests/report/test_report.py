@@ -90,7 +90,7 @@ def test_an_earlier_run_with_more_steps_does_not_count(tmp_path):
     assert last() == (2, 202)
     write(".", 3, run=2, at=50)
     assert last() == (3, 203)
-    write("checkpoint-5", 5, run=2, at=60)  # and goes on
+    write("checkpoint-5", 5, run=2, at=60)  # and is resumed
     assert last() == (5, 205)
 
 

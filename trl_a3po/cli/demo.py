@@ -180,8 +180,7 @@ def main(line: Sequence[str] | None = None) -> int:
         check_writable(output_dir)
         trainer = make_trainer(demo, config, train_problems)
         checkpoint = checkpoint_to_resume_from(resume, output_dir, trainer.accelerator)
-        if checkpoint and config.max_steps > 0:
-            check_not_beyond(config.max_steps, Path(checkpoint))
+        check_not_beyond(config.max_steps, checkpoint)
         print(f"{len(train_problems)} training problems, {len(held_out_problems)} held out", flush=True)
         before = held_out_results(trainer, held_out_problems, demo.eval_samples)
         print("".join(f"{each}\n" for each in uncounted(before)), end="", flush=True)
@@ -189,7 +188,7 @@ def main(line: Sequence[str] | None = None) -> int:
         parser.error(" ".join(str(error).split()))
 
     start = time.perf_counter()
-    trainer.train(resume)
+    trainer.train(checkpoint)
     seconds = time.perf_counter() - start
     after = held_out_results(trainer, held_out_problems, demo.eval_samples)
     print(before_after_table(before, after, demo.eval_samples), flush=True)

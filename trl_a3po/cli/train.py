@@ -35,7 +35,7 @@ from trl.scripts import grpo
 
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
-from ..evaluation.problems import Message, rows, to_prompt_and_solution, unparseable_rows, unreadable
+from ..evaluation.problems import Message, check_parseable, rows, to_prompt_and_solution, unreadable
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
 from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import resume_argument
@@ -320,17 +320,8 @@ def _prepared(
             len(dataset),
             rows([row for row, _, _ in found]),
         )
-    unparseable = unparseable_rows(dataset) if checks_answers else []
-    if len(unparseable) == len(dataset):
-        raise UsageError(f"math-verify cannot parse any of the {len(dataset)} solutions for {use}.")
-    if unparseable:
-        logger.warning(
-            "math-verify cannot parse the solutions of %d of %d problems for %s. They get no reward: %s.",
-            len(unparseable),
-            len(dataset),
-            use,
-            rows(unparseable),
-        )
+    if checks_answers:
+        check_parseable(dataset, use)
     return dataset.remove_columns("row")  # rewards would get it
 
 

@@ -1,5 +1,6 @@
 """Reads the directory of a run: metrics over time, and completions token by token."""
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..training.checkpoint_files import STATE_FILE, checkpoints_in, is_marked, read_state
+from ..training.checkpoint_files import STATE_FILE, checkpoints_in, continues, is_marked, read_state
 from ..training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE, LoggedCompletion, is_number
 from .findings import Finding, find
 from .training_log import Log
@@ -102,18 +103,19 @@ def _newest_state(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
     only the metrics of the last steps.
 
     An earlier run may have left checkpoints of higher steps. The file that was written last is of the last run, and so
-    is every state that goes on with its log. The second also finds the longest state where files were copied.
+    is every state whose log continues its log. The second also finds the longest state where files were copied.
     """
     checkpoints = checkpoints_in(directory)
+    read = functools.cache(lambda path: read_state(path / STATE_FILE))
     # A marked checkpoint may be from an earlier run. It is used only if there is no other.
-    last = next((path for path in sorted(checkpoints, key=is_marked) if read_state(path / STATE_FILE)), None)
+    last = next((path for path in sorted(checkpoints, key=is_marked) if read(path)), None)
     passed_over = [path / STATE_FILE for path in takewhile(lambda path: path != last, checkpoints)]
     youngest = max((path for path in checkpoints if not is_marked(path)), key=_written_at, default=None)
     paths = sorted({path for path in (directory, last, youngest) if path}, key=_written_at, reverse=True)
-    states = [state for path in paths if (state := read_state(path / STATE_FILE))]
-    if read_state(directory / STATE_FILE) is None:
+    states = [state for path in paths if (state := read(path))]
+    if read(directory) is None:
         passed_over.insert(0, directory / STATE_FILE)
-    of_last_run = [state for state in states if _goes_on_from(state, states[0])]
+    of_last_run = [state for state in states if continues(state["log_history"], states[0]["log_history"])]
     state = max(of_last_run, key=lambda state: state["global_step"], default=None)
     return state, [path for path in passed_over if path.exists()]
 
@@ -121,14 +123,6 @@ def _newest_state(directory: Path) -> tuple[dict[str, Any] | None, list[Path]]:
 def _written_at(directory: Path) -> float:
     path = directory / STATE_FILE
     return path.stat().st_mtime if path.is_file() else -math.inf
-
-
-def _goes_on_from(state: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    """Whether the log of a state begins with that of another, apart from summaries at the end of a training."""
-    logs, begin = (
-        [text for log in each["log_history"] if "train_runtime" not in (text := str(log))] for each in (state, earlier)
-    )
-    return logs[: len(begin)] == begin
 
 
 def _metrics(state: dict[str, Any] | None) -> dict[str, list[tuple[int, float]]]:

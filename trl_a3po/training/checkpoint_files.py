@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,14 @@ def is_of_later_run(checkpoint: Path, higher: Path) -> bool:
     if _waits(checkpoint) or state.stat().st_mtime <= of_higher.stat().st_mtime:
         return False
     log, longer = ((read_state(path) or {}).get("log_history", []) for path in (state, of_higher))
-    return repr(longer[: len(log)]) != repr(log)  # as text, because NaN is not equal to itself
+    return not continues(longer, log)
+
+
+def continues(log: Iterable[Any], earlier: Iterable[Any]) -> bool:
+    """Whether the log of a state begins with that of another, apart from summaries at the end of a training."""
+    # As text, because NaN is not equal to itself.
+    texts, begin = ([text for each in one if "train_runtime" not in (text := repr(each))] for one in (log, earlier))
+    return texts[: len(begin)] == begin
 
 
 def check_writable(directory: Path) -> None:

@@ -69,8 +69,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 put_back(directory)
             self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
-        if self._resumed_from and self.args.max_steps > 0:
-            check_not_beyond(self.args.max_steps, Path(self._resumed_from))
+        check_not_beyond(self.args.max_steps, self._resumed_from)
         output = super().train(self._resumed_from, *args, **kwargs)
         self._check_parameters(f"Training ended after step {self.state.global_step}")
         return output
@@ -238,14 +237,20 @@ def check_has_optimizer(checkpoint: Path) -> None:
     )
 
 
-def check_not_beyond(max_steps: int, checkpoint: Path) -> None:
+def check_not_beyond(max_steps: int, checkpoint: str | None) -> None:
     """
     Refuses a checkpoint of a later step than the last one of the run, which would save its model as the result.
+
+    Args:
+        max_steps (`int`): The last step; not positive if the length of the run is given in epochs.
+        checkpoint (`str`, *optional*): The checkpoint to resume from.
 
     Raises:
         `ValueError`: naming the checkpoint, both steps and the fix.
     """
-    state = read_state(checkpoint / STATE_FILE)
+    if checkpoint is None or max_steps <= 0:
+        return
+    state = read_state(Path(checkpoint, STATE_FILE))
     if state is not None and state["global_step"] > max_steps:
         raise ValueError(
             f"'{checkpoint}' is of step {state['global_step']}, beyond `max_steps={max_steps}`. Pass the checkpoint "
