@@ -17,6 +17,7 @@ from support.training import assert_trained, make, moved, train
 
 from trl_a3po import A3POTrainer, peers, weight_polarities
 from trl_a3po.testing import assert_gradients_follow
+from trl_a3po.training.hook import is_completionwise
 from trl_a3po.training.trl_contract import loss_gradient, loss_inputs
 
 
@@ -202,6 +203,15 @@ def test_which_methods_depend_on_the_micro_batch():
                 depends.add(name)
     (paragraph,) = re.findall(r"\*\*Statistics over the micro-batch\.\*\*(.*?)\n\n", peers.__doc__, flags=re.DOTALL)
     assert depends == set(re.findall(r"\[`(\w+)`\]", paragraph))
+    marked = {name for name in METHODS if is_completionwise(getattr(peers, name))}
+    assert marked == set(TOKEN_LEVEL) - depends
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_but_w_reinforce_leave_an_advantage_of_zero_at_zero(name):
+    given = batch(1)
+    shaped = shape(name, **{**given, "advantages": torch.zeros_like(given["advantages"])})
+    assert bool(shaped.any()) == (name == "w_reinforce")
 
 
 # Of single methods

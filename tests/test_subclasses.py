@@ -347,7 +347,10 @@ class RaisesEverything(A3POTrainer):
 
 @pytest.mark.parametrize("reward", [tiny.equal_reward, sometimes_equal_reward])
 def test_every_row(reward, tmp_path):
-    """If you override `shape_advantages`, it sees every row, including those with an advantage of zero."""
+    """
+    If you override `shape_advantages` without the mark `completionwise`, it sees every row, including those with an
+    advantage of zero.
+    """
     trainer = train(tmp_path, RaisesEverything, reward_funcs=reward)
     assert trainer.rows == [True] * 3 * 8
     assert moved(trainer)

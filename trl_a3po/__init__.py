@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .a3po_config import A3POConfig as A3POConfig
     from .a3po_trainer import A3POTrainer as A3POTrainer
+    from .shaping import completionwise as completionwise
     from .shaping import shape_advantages as shape_advantages
     from .shaping import weight_polarities as weight_polarities
 
@@ -16,11 +17,12 @@ __version__ = "0.1.0"
 _HOME = {
     "A3POConfig": "a3po_config",
     "A3POTrainer": "a3po_trainer",
+    "completionwise": "shaping",
     "shape_advantages": "shaping",
     "weight_polarities": "shaping",
 }
 
-__all__ = ["A3POConfig", "A3POTrainer", "__version__", "shape_advantages", "weight_polarities"]
+__all__ = ["A3POConfig", "A3POTrainer", "__version__", "completionwise", "shape_advantages", "weight_polarities"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_adv
 from .training.checkpoint_files import check_writable
 from .training.checkpoints import KeepsTheBest, ResumableGRPOTrainer
 from .training.finite import NaNGradients
+from .training.hook import call_hook, check_completionwise, fields_named_by, is_completionwise
 from .training.hub_warnings import WarnOfFailedPushes
 from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
 from .training.rollouts import RolloutGRPOTrainer
@@ -89,6 +89,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     # Whether training called `A3POTrainer.shape_advantages`, and whether it was said that it did not.
     _settings_were_used: bool = False
     _warned_of_settings: bool = False
+    _promise_was_checked: bool = False
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012
     _name, _paper = METHODS[A3PO]
@@ -135,6 +136,10 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     def _shapes_its_own_way(self) -> bool:
         return self._overrides_shaping or self.args.shaping != A3PO
 
+    @property
+    def _shapes_completionwise(self) -> bool:
+        return is_completionwise(self.shape_advantages if self._overrides_shaping else peer(self.args.shaping))
+
     def _check_compatible(self, args: A3POConfig) -> None:
         if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ValueError(
@@ -157,7 +162,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _check_arguments_of_hook(self) -> None:
         # A rollout that is TRL's has no field that the hook could name.
-        fields = frozenset() if self._rollout_is_ours() else _fields_named_by(self.shape_advantages)
+        fields = frozenset() if self._rollout_is_ours() else fields_named_by(self.shape_advantages)
         try:
             inspect.signature(self.shape_advantages).bind(None, **dict.fromkeys(peers.HOOK_ARGUMENTS | fields))
         except TypeError as error:
@@ -263,7 +268,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _signs_without_gradient(self):
         if self._shapes_its_own_way:
-            return frozenset()  # it may give a gradient to any row, and look at the other rows of a micro-batch
+            # Else it may give a gradient to any row, and look at the other rows of a micro-batch.
+            return frozenset({0} if self._shapes_completionwise else ())
         settings = self.current_shaping_settings()
         weights = {1: settings["positive_weight"], -1: settings["negative_weight"]}
         return frozenset({0, *(sign for sign, weight in weights.items() if weight == 0)})
@@ -276,17 +282,17 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         # Absent while rollout and update are aligned: then the two policies are the same.
         old_per_token_logps = inputs.get("old_per_token_logps", per_token_logps)
 
-        shape = self._shape_in_its_own_way if self._shapes_its_own_way else self.shape_advantages
-        inputs["advantages"] = shaped = shape(
-            advantages,
+        batch = {
             **self._fields_of_hook(inputs),
-            per_token_logps=per_token_logps,
-            old_per_token_logps=old_per_token_logps,
-            entropies=entropies,
-            mask=mask,
-            rewards=inputs.get("rewards"),
-            progress=self.state.global_step / max(1, self.state.max_steps),  # unknown before training
-        )
+            "per_token_logps": per_token_logps,
+            "old_per_token_logps": old_per_token_logps,
+            "entropies": entropies,
+            "mask": mask,
+            "rewards": inputs.get("rewards"),
+            "progress": self.state.global_step / max(1, self.state.max_steps),  # unknown before training
+        }
+        shape = self._shape_in_its_own_way if self._shapes_its_own_way else self.shape_advantages
+        inputs["advantages"] = shaped = shape(advantages, **batch)
         if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
             scope.use_token_level_ratio()
@@ -321,7 +327,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _fields_of_hook(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The fields of the rollout that a subclass's `shape_advantages` names."""
-        fields = _fields_named_by(self.shape_advantages) if self._overrides_shaping else frozenset()
+        fields = fields_named_by(self.shape_advantages) if self._overrides_shaping else frozenset()
         if missing := ", ".join(f"`{name}`" for name in sorted(fields - inputs.keys())):
             raise ValueError(
                 f"`{type(self).__name__}.shape_advantages` takes {missing}, which is neither an argument of the hook "
@@ -330,31 +336,14 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             )
         return {name: inputs[name] for name in fields}
 
-    def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
-        """A subclass's `shape_advantages`, with the checks that need not wait for the device."""
-        given = {"advantages": advantages, "mask": mask, **batch}
-        versions = {
-            name: tensor._version
-            for name, tensor in given.items()
-            if isinstance(tensor, Tensor) and not tensor.is_inference()  # inference tensors have no version
-        }
-        shaped = self.shape_advantages(advantages, mask=mask, **batch)
-        if not isinstance(shaped, Tensor) or not shaped.is_floating_point():
-            found = shaped.dtype if isinstance(shaped, Tensor) else type(shaped).__name__
-            raise TypeError(f"`shape_advantages` must return a tensor of floating-point numbers, got {found}.")
-        if shaped.shape not in (advantages.shape, mask.shape):
-            raise ValueError(
-                f"`shape_advantages` must return a tensor of shape (B, T) = {tuple(mask.shape)} or (B,) = "
-                f"{tuple(advantages.shape)}, got {tuple(shaped.shape)}."
-            )
-        changed = [f"`{name}`" for name, version in versions.items() if given[name]._version != version]
-        if changed:
-            raise ValueError(
-                f"`shape_advantages` changed {', '.join(changed)} in place. These tensors are reused in later "
-                "iterations. Return a new tensor instead."
-            )
-        # TRL multiplies by the mask, and 0 times NaN is NaN.
-        return shaped if shaped.dim() == 1 else shaped.where(mask.bool(), 0.0)
+    def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, entropies: Tensor, **batch: Any) -> Tensor:
+        """The `shape_advantages` of a subclass or of a peer. Rows that are skipped have no tokens there."""
+        batch["entropies"] = entropies
+        if self._shapes_completionwise:
+            mask = mask.masked_fill(entropies.isnan().all(1, keepdim=True), 0)
+            if self._overrides_shaping and not self._promise_was_checked:
+                self._promise_was_checked = check_completionwise(self.shape_advantages, advantages, mask=mask, **batch)
+        return call_hook(self.shape_advantages, advantages, mask=mask, **batch)
 
     def _warn_of_settings_without_effect(self) -> None:
         """After the first step: a hook that does not call `super()` leaves the settings unused."""
@@ -453,11 +442,3 @@ class _CheckDecayEnds(TrainerCallback):
 def _ratio_has_gradient(args: A3POConfig) -> bool:
     """Whether the loss's gradient runs through the importance ratio. Not with CISPO and VESPO."""
     return args.loss_type not in ("cispo", "vespo")
-
-
-def _fields_named_by(hook: Callable[..., Any]) -> frozenset[str]:
-    """The parameters of a `shape_advantages` that have no default and are no arguments of the hook."""
-    named = list(inspect.signature(hook).parameters.values())[1:]
-    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    required = {each.name for each in named if each.default is each.empty and each.kind not in variable}
-    return frozenset(required - peers.HOOK_ARGUMENTS)

@@ -41,6 +41,9 @@ Order, to combine several:
 that they follow. Their result depends on which rows share a micro-batch, and so on `per_device_train_batch_size`. The
 other functions treat each completion by itself.
 
+**Speed.** The update of these others is as fast as A3PO's: they are marked with [`~trl_a3po.completionwise`].
+[`w_reinforce`] is not, because it also trains on completions whose advantage is 0.
+
 **Sources.** "Read" means that the formula and the defaults were compared with the named code at the named commit. The
 equations of the papers were not compared.
 """
@@ -53,7 +56,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .shaping import is_finite_number, select_lowest
+from .shaping import completionwise, is_finite_number, select_lowest
 
 
 # The arguments of the hook. A method ignores those that it does not use.
@@ -105,6 +108,7 @@ def w_reinforce(
 # Each token by itself
 
 
+@completionwise
 def advantage_reweighting(
     advantages: Tensor, *, old_per_token_logps: Tensor, mask: Tensor, alpha: float = 0.2, **unused: Any
 ) -> Tensor:
@@ -126,6 +130,7 @@ def advantage_reweighting(
     return advantages * (alpha * old_logps.exp() + (1 - alpha))
 
 
+@completionwise
 def entropy_advantage(
     advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 0.4, kappa: float = 2.0, **unused: Any
 ) -> Tensor:
@@ -149,6 +154,7 @@ def entropy_advantage(
     return advantages + torch.minimum(alpha * entropies, advantages.abs() / kappa)
 
 
+@completionwise
 def aspo(
     advantages: Tensor,
     *,
@@ -185,6 +191,7 @@ def aspo(
 # Each completion by itself
 
 
+@completionwise
 def position_bonus(
     advantages: Tensor,
     *,
@@ -221,6 +228,7 @@ def position_bonus(
     return advantages + advantages.sign() * bonus
 
 
+@completionwise
 def fipo(
     advantages: Tensor,
     *,

@@ -17,8 +17,8 @@ and all other unmasked tokens are ranked (the released code ignores metrics that
 """
 
 import math
-from collections.abc import Mapping
-from typing import TypeGuard
+from collections.abc import Callable, Mapping
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,36 @@ TOKEN_ENDS = ("positive_low", "positive_high", "negative_low", "negative_high")
 
 # Number of tokens that a CPU thread shapes at a time, so that they and the intermediate results stay in its caches.
 CACHED_TOKENS = 2**16
+
+
+Hook = TypeVar("Hook", bound=Callable[..., Tensor])
+
+
+def completionwise(hook: Hook) -> Hook:
+    """
+    Marks a `shape_advantages` that shapes each completion by itself. Its update is then as fast as A3PO's.
+
+    ```python
+    >>> class HalfOfIt(A3POTrainer):
+    ...     @completionwise
+    ...     def shape_advantages(self, advantages, **batch):
+    ...         return super().shape_advantages(advantages, **batch) / 2
+    ```
+
+    The mark is a promise, for every batch of B completions:
+
+    - the result for a completion does not depend on the other completions of the batch;
+    - it is 0 for a completion whose advantage is 0.
+
+    So the trainer may skip completions of zero advantage (`skip_zero_advantage`) and choose which of the others share
+    a micro-batch (`trim_padding`). In the rows that it skips, `mask` is 0 throughout. The first loss checks the
+    promise on its completions, and raises a `ValueError` if it does not hold there.
+
+    Args:
+        hook (callable): The method, or a function with its arguments. It is returned.
+    """
+    hook.is_completionwise = True  # type: ignore[attr-defined]
+    return hook
 
 
 def shape_advantages(

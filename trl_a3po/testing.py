@@ -85,7 +85,7 @@ def _compare(
         shaped = reference(advantages, **batch)
         return torch.ones_like(advantages)
 
-    functools.update_wrapper(unit, reference)  # it gets the fields that the reference names
+    functools.update_wrapper(unit, reference, updated=())  # it gets the fields that the reference names
 
     def of(shape_advantages: Callable[..., Tensor] | None) -> Tensor:
         copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}

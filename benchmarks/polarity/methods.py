@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from closed_loop import EntropyLoop, MismatchLoop
 
-from trl_a3po import A3POTrainer
+from trl_a3po import A3POTrainer, completionwise
 
 
 # epsilon_high: DAPO (arXiv 2503.14476). No shaping, and all rows and columns: A3POTrainer is then GRPOTrainer, to the
@@ -41,6 +41,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 0.0}
 class RandomTokens(A3POTrainer):
     """A3PO that ranks the tokens of a completion at random: as many are amplified, as much, for as long."""
 
+    @completionwise
     def shape_advantages(self, advantages, **batch):
         numbers = torch.rand_like(batch["per_token_logps"])
         return super().shape_advantages(advantages, **{**batch, "old_per_token_logps": numbers})

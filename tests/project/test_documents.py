@@ -76,7 +76,7 @@ def test_the_shapings_that_the_documentation_writes_train_and_pass_their_test(tm
     namespace = run(SHAPING, tmp_path)
     namespace["test_gradients"]()
     trainers = [value for value in namespace.values() if inspect.isclass(value) and "shape_advantages" in vars(value)]
-    assert len(trainers) == 1 + 11
+    assert len(trainers) == 1 + 12
     for trainer_class in {*trainers} - {trl_a3po.A3POTrainer}:
         args = trl_a3po.A3POConfig("out", **namespace["options"])
         trainer = trainer_class(namespace["model"], namespace["reward"], args, namespace["dataset"])
