@@ -16,8 +16,8 @@ from support import processes, reference, tiny
 from support.training import assert_trained, make, moved, train
 
 from trl_a3po import A3POTrainer, peers, weight_polarities
+from trl_a3po.shaping import is_completionwise
 from trl_a3po.testing import assert_gradients_follow
-from trl_a3po.training.hook import is_completionwise
 from trl_a3po.training.trl_contract import loss_gradient, loss_inputs
 
 

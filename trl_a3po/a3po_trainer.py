@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -18,18 +19,26 @@ from . import peers
 from .a3po_config import A3POConfig
 from .methods import A3PO, METHODS, needs_of_trainer, peer
 from .schedules import decay_scale, resolve_decay_steps
-from .shaping import TOKEN_ENDS, gspo_token_old_logps, selects_tokens, shape_advantages, weight_polarities
+from .shaping import (
+    TOKEN_ENDS,
+    gspo_token_old_logps,
+    is_completionwise,
+    selects_tokens,
+    shape_advantages,
+    weight_polarities,
+)
 from .training.checkpoint_files import check_writable
 from .training.checkpoints import KeepsTheBest, ResumableGRPOTrainer
 from .training.finite import NaNGradients
-from .training.hook import call_hook, check_completionwise, fields_named_by, is_completionwise
+from .training.hook import call_hook, check_completionwise, fields_named_by
 from .training.hub_warnings import WarnOfFailedPushes
 from .training.polarity_metrics import mean_entropy, polarity_metrics, polarity_sums
 from .training.rollouts import RolloutGRPOTrainer
 from .training.token_log import TokenLog
-from .training.trl_contract import check_contract
+from .training.trl_contract import check_contract, shallow_copy
 from .update.efficient_update import EfficientUpdateGRPOTrainer
-from .update.micro_batches import loss_mask
+from .update.loss_scope import LossScope
+from .update.micro_batches import first_rows, loss_mask
 
 
 logger = logging.getLogger(__name__)
@@ -225,6 +234,12 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         """
         self._settings_were_used |= self.is_in_train
         if self.args.shaping != A3PO:
+            if self._shapes_completionwise and not is_completionwise(peer(self.args.shaping)):
+                raise ValueError(
+                    f"`{type(self).__name__}.shape_advantages` is marked with `@completionwise`, but calls `super()`, "
+                    f"which is `shaping={self.args.shaping!r}` and is not marked. Remove the mark, or choose another "
+                    "`shaping`."
+                )
             return peer(self.args.shaping)(
                 advantages,
                 per_token_logps=per_token_logps,
@@ -284,6 +299,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
         batch = {
             **self._fields_of_hook(inputs),
+            "advantages": advantages,
             "per_token_logps": per_token_logps,
             "old_per_token_logps": old_per_token_logps,
             "entropies": entropies,
@@ -291,8 +307,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             "rewards": inputs.get("rewards"),
             "progress": self.state.global_step / max(1, self.state.max_steps),  # unknown before training
         }
-        shape = self._shape_in_its_own_way if self._shapes_its_own_way else self.shape_advantages
-        inputs["advantages"] = shaped = shape(advantages, **batch)
+        own = self._shapes_its_own_way
+        inputs["advantages"] = shaped = self._call_hook(batch, scope) if own else self.shape_advantages(**batch)
         if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
             scope.use_token_level_ratio()
@@ -315,7 +331,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         )
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self.model.training:
-            own = self._shapes_its_own_way or not self._rollout_is_ours()
+            own |= not self._rollout_is_ours()
             self._signal_budget.add_trained(inputs, advantages, unselected, per_token_logps, entropies, rows, own)
         if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
@@ -336,14 +352,18 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             )
         return {name: inputs[name] for name in fields}
 
-    def _shape_in_its_own_way(self, advantages: Tensor, *, mask: Tensor, entropies: Tensor, **batch: Any) -> Tensor:
-        """The `shape_advantages` of a subclass or of a peer. Rows that are skipped have no tokens there."""
-        batch["entropies"] = entropies
-        if self._shapes_completionwise:
-            mask = mask.masked_fill(entropies.isnan().all(1, keepdim=True), 0)
-            if self._overrides_shaping and not self._promise_was_checked:
-                self._promise_was_checked = check_completionwise(self.shape_advantages, advantages, mask=mask, **batch)
-        return call_hook(self.shape_advantages, advantages, mask=mask, **batch)
+    def _call_hook(self, batch: dict[str, Any], scope: LossScope) -> Tensor:
+        """The advantages of a method that is not A3PO. It gets the rows that are computed; the others get 0."""
+        missing = len(batch["advantages"]) - scope.computed
+        if not scope.computed:
+            return torch.zeros_like(batch["advantages"])
+        if missing:
+            batch = {name: first_rows(value, scope.computed) for name, value in batch.items()}
+        if self._shapes_completionwise and not self._promise_was_checked and scope.computed > 1:
+            # On a copy, because the method may assign attributes.
+            self._promise_was_checked = check_completionwise(shallow_copy(self).shape_advantages, **batch)
+        shaped = call_hook(self.shape_advantages, **batch)
+        return pad(shaped, [0, 0] * (shaped.dim() - 1) + [0, missing])
 
     def _warn_of_settings_without_effect(self) -> None:
         """After the first step: a hook that does not call `super()` leaves the settings unused."""

@@ -16,9 +16,10 @@ the entropy), the product on overlaps. Chosen here: ties go to the earlier posit
 and all other unmasked tokens are ranked (the released code ignores metrics that are exactly zero).
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,15 +51,30 @@ def completionwise(hook: Hook) -> Hook:
     - the result for a completion does not depend on the other completions of the batch;
     - it is 0 for a completion whose advantage is 0.
 
-    So the trainer may skip completions of zero advantage (`skip_zero_advantage`) and choose which of the others share
-    a micro-batch (`trim_padding`). In the rows that it skips, `mask` is 0 throughout. The first loss checks the
-    promise on its completions, and raises a `ValueError` if it does not hold there.
+    So the trainer may skip completions of zero advantage (`skip_zero_advantage`), which the method then does not see,
+    and choose which of the others share a micro-batch (`trim_padding`). The first loss with two completions checks
+    the promise on them, and raises a `ValueError` if it does not hold there.
 
     Args:
-        hook (callable): The method, or a function with its arguments. It is returned.
+        hook (callable): The method in its class, or a function with its arguments. It is returned.
+
+    Raises:
+        `TypeError`: `hook` is not a function, but for example a method of an instance.
     """
-    hook.is_completionwise = True  # type: ignore[attr-defined]
+    if not inspect.isfunction(hook):
+        raise TypeError(
+            f"`completionwise` marks functions, got {hook!r}. Write `@completionwise` above the `def` of "
+            "`shape_advantages`, or mark the function before you assign it."
+        )
+    # Not just True: `functools.wraps` copies attributes, and the mark does not hold for what wraps the function.
+    hook._completionwise = hook  # type: ignore[attr-defined]
     return hook
+
+
+def is_completionwise(hook: Callable[..., Any]) -> bool:
+    """Whether a function or method is marked with [`completionwise`]."""
+    function = getattr(hook, "__func__", hook)
+    return getattr(function, "_completionwise", None) is function
 
 
 def shape_advantages(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .a3po_trainer import A3POTrainer
 from .peers import HOOK_ARGUMENTS
+from .training.hook import same_random_numbers
 from .training.trl_contract import loss_gradient, loss_inputs
 
 
@@ -64,6 +65,10 @@ def assert_gradients_follow(
         raise TypeError(f"`trainer` must be an `A3POTrainer`, got {trainer!r}.")
     inputs, logps, entropies = _batch(seed, trainer.accelerator.device)
     inputs.update(fields or {})
+    if trainer._shapes_its_own_way and trainer._shapes_completionwise:
+        # Where each completion has an advantage, there is more to compare.
+        advantages = torch.tensor([1.2, -0.7, 0.9, -1.1, -0.5, 0.4], device=logps.device)
+        _gradient(trainer, {**inputs, "advantages": advantages}, logps, entropies)
     noise = torch.tensor([[-0.6, 0.05, 0.7, -0.1]], device=logps.device).repeat(1, 2)
     for progress in (0.0, 0.25, 0.5, 1.0):
         for case in ({}, {"old_per_token_logps": logps + noise}):
@@ -85,27 +90,10 @@ def _compare(
         shaped = reference(advantages, **batch)
         return torch.ones_like(advantages)
 
-    functools.update_wrapper(unit, reference, updated=())  # it gets the fields that the reference names
+    functools.update_wrapper(unit, reference)  # it gets the fields that the reference names
 
     def of(shape_advantages: Callable[..., Tensor] | None) -> Tensor:
-        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        try:
-            return loss_gradient(trainer, copies, logps, entropies, shape_advantages, progress)
-        except KeyError as error:
-            name = error.args[0]
-            if any(frame.name == "shape_advantages" for frame in traceback.extract_tb(error.__traceback__)):
-                raise ValueError(
-                    f"`{type(trainer).__name__}.shape_advantages` reads {name!r}, which is not an argument of the "
-                    f"hook. Its arguments are advantages, {', '.join(sorted(HOOK_ARGUMENTS))}, and the fields of the "
-                    f"rollout that its signature names. If {name!r} is a field, name it there, and pass it in "
-                    "`fields`."
-                ) from error
-            if name in copies:
-                raise
-            raise ValueError(
-                f"The loss of {type(trainer).__name__} reads {name!r}, which made-up completions do not have. Pass it "
-                f"in `fields`, for 6 completions of 8 tokens: fields={{{name!r}: torch.zeros(6)}}."
-            ) from error
+        return _gradient(trainer, inputs, logps, entropies, shape_advantages, progress)
 
     found, positive, negative = of(None), of(unit), of(lambda advantages, **_: -torch.ones_like(advantages))
     if not isinstance(shaped, Tensor) or shaped.shape not in (logps.shape, logps.shape[:1]):
@@ -125,6 +113,36 @@ def _compare(
             f"{expected[row, token]:g}, because its advantage by the reference is {shaped[row, token]:g} ({case}; "
             f"progress {progress:g}).{hint}"
         )
+
+
+def _gradient(
+    trainer: A3POTrainer,
+    inputs: dict[str, Any],
+    logps: Tensor,
+    entropies: Tensor,
+    shape_advantages: Callable[..., Tensor] | None = None,
+    progress: float = 0.0,
+) -> Tensor:
+    """The gradient of each token, (6, 8). Every call draws the same random numbers."""
+    copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    try:
+        with same_random_numbers(logps.device):
+            return loss_gradient(trainer, copies, logps, entropies, shape_advantages, progress)
+    except KeyError as error:
+        name = error.args[0]
+        if any(frame.name == "shape_advantages" for frame in traceback.extract_tb(error.__traceback__)):
+            raise ValueError(
+                f"`{type(trainer).__name__}.shape_advantages` reads {name!r}, which is not an argument of the "
+                f"hook. Its arguments are advantages, {', '.join(sorted(HOOK_ARGUMENTS))}, and the fields of the "
+                f"rollout that its signature names. If {name!r} is a field, name it there, and pass it in "
+                "`fields`."
+            ) from error
+        if name in copies:
+            raise
+        raise ValueError(
+            f"The loss of {type(trainer).__name__} reads {name!r}, which made-up completions do not have. Pass it "
+            f"in `fields`, for 6 completions of 8 tokens: fields={{{name!r}: torch.zeros(6)}}."
+        ) from error
 
 
 def _batch(seed: int, device: torch.device) -> tuple[dict[str, Any], Tensor, Tensor]:

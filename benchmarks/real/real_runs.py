@@ -243,6 +243,8 @@ def main(line=None):
         return {name: evaluate(preset, model, work / "start", name) for name in ("test", "other")}
 
     def finish(method: str, seed: int) -> None:
+        if start.done():
+            start.result()  # without it no run can end: raise its error before hours of training
         of_run = work / f"{method}-{seed}"
         print(f"{method}, seed {seed}", flush=True)
         if not (of_run / "model" / STATE_FILE).exists():

@@ -92,6 +92,21 @@ def test_no_run_at_a_time_is_an_error(runs, capsys):
     assert "1 or more, got 0" in capsys.readouterr().err
 
 
+def test_nothing_is_trained_if_the_start_cannot_be_evaluated(runs, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def fails(line, **kwargs):
+        started.append(line)
+        raise subprocess.CalledProcessError(2, line)
+
+    monkeypatch.setattr(runs["subprocess"], "run", fails)
+    with pytest.raises(subprocess.CalledProcessError):
+        runs["main"](["--preset", "dry", "--model", "model", "--methods", "grpo", "--output", "out"])
+    assert len(started) == 1
+    assert "eval" in started[0]
+
+
 def results(effects, seeds=5):
     """Results in which `effects` are added to a common level: of method and statistic."""
     methods = {each for claim in CLAIMS["CLAIMS"] for each in claim.comparisons}

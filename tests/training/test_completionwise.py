@@ -1,13 +1,16 @@
 """Methods that shape each completion by itself: the same update from fewer positions, and the mark is true."""
 
+import functools
+
 import pytest
 import torch
 from support import tiny
 from support.training import SGD, Recorder, assert_same_update, make, moved, train, update_difference
 
 from trl_a3po import A3POTrainer, completionwise, peers
+from trl_a3po.shaping import is_completionwise
 from trl_a3po.testing import assert_gradients_follow
-from trl_a3po.training.hook import check_completionwise, is_completionwise
+from trl_a3po.training.hook import check_completionwise
 
 
 # FIPO and ASPO act only on rollouts that are used again.
@@ -86,23 +89,49 @@ def test_an_override_of_a_marked_method_is_not_marked(tmp_path):
 
     assert make(tmp_path, Marked)._shapes_completionwise
     assert not make(tmp_path, Override)._shapes_completionwise
-    # A method that is assigned on the instance has a mark of its own.
     trainer = make(tmp_path, Marked)
-    trainer.shape_advantages = lambda advantages, **batch: advantages
-    assert not trainer._shapes_completionwise
+
+    @functools.wraps(Marked.shape_advantages)
+    def wraps(advantages, **batch):
+        return advantages
+
+    for hook in (wraps, lambda advantages, **batch: advantages):
+        trainer.shape_advantages = hook
+        assert not trainer._shapes_completionwise
+        trainer.shape_advantages = completionwise(hook)
+        assert trainer._shapes_completionwise
 
 
-def test_skipped_rows_have_no_tokens_in_the_hook(tmp_path):
+def test_only_functions_can_be_marked(tmp_path):
+    for hook in (make(tmp_path, Unmarked).shape_advantages, functools.partial(peers.aspo, max_weight=2.0), None):
+        with pytest.raises(TypeError, match=r"`completionwise` marks functions, got .*Write `@comp"):
+            completionwise(hook)
+
+
+def test_the_method_does_not_see_rows_that_are_skipped_or_added(tmp_path):
     class Sees(Marked):
         @completionwise
-        def shape_advantages(self, advantages, *, mask, **batch):
+        def shape_advantages(self, advantages, *, mask, weight, names, **batch):
             if self._promise_was_checked:
                 self.seen = [*getattr(self, "seen", []), (advantages, mask)]
-            return super().shape_advantages(advantages, mask=mask, **batch)
+            assert names == [f"row {number:g}" for number in weight]
+            return super().shape_advantages(advantages, mask=mask, **batch) * weight[:, None]
 
-    for advantages, mask in trained(tmp_path, Sees).seen:
-        assert not mask[advantages == 0].any()
-        assert mask.any(1).sum() > 0
+        def _generate_and_score_completions(self, inputs):
+            rollout = super()._generate_and_score_completions(inputs)
+            rows = range(len(rollout["rewards"]))
+            return {**rollout, "weight": torch.tensor([*rows]).float(), "names": [f"row {row}" for row in rows]}
+
+    class OthersHaveMoreRows(Sees):
+        def _largest(self, numbers):
+            return [number + 2 for number in numbers]
+
+    for trainer_class in (Sees, OthersHaveMoreRows):
+        trainer = trained(tmp_path, trainer_class, max_steps=1)
+        assert sum(len(advantages) for advantages, _ in trainer.seen) == 8  # of 16
+        for advantages, mask in trainer.seen:
+            assert (advantages != 0).all()
+            assert mask.any(1).all()
 
 
 def test_metrics_are_those_of_the_method_without_the_mark(tmp_path):
@@ -116,46 +145,104 @@ def test_metrics_are_those_of_the_method_without_the_mark(tmp_path):
 # Promises that are not kept
 
 
-class MeanOfTheBatch(A3POTrainer):
-    @completionwise
-    def shape_advantages(self, advantages, *, entropies, mask, **batch):
-        mean = entropies[mask.bool()].mean()
-        return advantages[:, None] * (entropies / mean)
+def broken_promise(shape):
+    """A class that is marked, and has a field in its rollouts."""
+
+    class Broken(Recorder):
+        @completionwise
+        def shape_advantages(self, advantages, *, weight, **batch):
+            return shape(advantages, weight=weight, **batch)
+
+        def _generate_and_score_completions(self, inputs):
+            rollout = super()._generate_and_score_completions(inputs)
+            return {**rollout, "weight": 1 + torch.rand(len(rollout["rewards"]))}
+
+    return Broken
 
 
-class MeanReward(A3POTrainer):
-    @completionwise
-    def shape_advantages(self, advantages, *, rewards, **batch):
-        return advantages * rewards.nanmean()
+def mean_of_positive(advantages, *, entropies, mask, **batch):
+    positive = (advantages > 0)[:, None] & mask.bool()
+    mean = entropies[positive].mean()
+    return torch.where(positive, entropies / mean, 1.0) * advantages[:, None]
 
 
-class SomethingForAll(A3POTrainer):
-    @completionwise
-    def shape_advantages(self, advantages, **batch):
-        return advantages + 0.1
+def largest(advantages, *, per_token_logps, mask, **batch):
+    return advantages[:, None] * per_token_logps / per_token_logps[mask.bool()].min()
 
 
+ON_OTHERS = "what it returns for a completion depends on the other completions of the batch"
 BROKEN = {
-    MeanOfTheBatch: "it gives a completion other advantages if other completions of the batch change",
-    MeanReward: "it gives a completion other advantages if other completions of the batch change",
-    SomethingForAll: "it gives an advantage to tokens of a completion whose own advantage is 0",
+    "entropies": (mean_of_positive, ON_OTHERS),
+    "log-probabilities": (largest, ON_OTHERS),
+    "lengths": (lambda advantages, *, mask, **batch: advantages * mask.sum(1) / mask.sum(), ON_OTHERS),
+    "rewards": (lambda advantages, *, rewards, **batch: advantages * rewards.nanmean(), ON_OTHERS),
+    "fields": (lambda advantages, *, weight, **batch: advantages * weight / weight.sum(), ON_OTHERS),
+    "something for all": (
+        lambda advantages, **batch: advantages + 0.1,
+        "it returns 0.1 for a completion whose advantage is 0",
+    ),
+    "something for the wrong": (
+        lambda advantages, *, rewards, **batch: advantages.where((advantages != 0) | (rewards > 0.5), -0.5),
+        "it returns -0.5 for a completion whose advantage is 0",
+    ),
+    "no number": (
+        lambda advantages, **batch: advantages / advantages.abs(),
+        "it returns nan for a completion whose advantage is 0",
+    ),
 }
-broken = pytest.mark.parametrize(("trainer_class", "found"), BROKEN.items())
+broken = pytest.mark.parametrize(("shape", "found"), BROKEN.values(), ids=BROKEN.keys())
 
 
 @broken
-def test_a_broken_promise_ends_the_training_before_the_first_update(trainer_class, found, tmp_path):
-    trainer = make(tmp_path, trainer_class, per_device_train_batch_size=8)
-    with pytest.raises(ValueError, match=rf"`{trainer_class.__name__}\.shape_advantages` is marked .*, but {found}"):
+def test_a_broken_promise_ends_the_training_before_the_first_update(shape, found, tmp_path):
+    fields = {"per_device_train_batch_size": 8, "max_completion_length": 8}
+    trainer = make(tmp_path, broken_promise(shape), reward_funcs=tiny.digit_reward, **fields)
+    with pytest.raises(ValueError, match=rf"Broken\.shape_advantages` is marked .*, but {found}"):
         trainer.train()
     assert not moved(trainer)
 
 
 @broken
-def test_and_fails_the_test_of_the_method(trainer_class, found, tmp_path):
-    trainer = make(tmp_path, trainer_class)
+def test_and_fails_the_test_of_the_method(shape, found, tmp_path):
+    trainer = make(tmp_path, broken_promise(shape))
     with pytest.raises(ValueError, match=found):
-        assert_gradients_follow(trainer, lambda advantages, **batch: advantages)
+        assert_gradients_follow(trainer, lambda advantages, **batch: advantages, fields={"weight": torch.rand(6)})
+
+
+def test_a_method_that_calls_one_without_the_mark_is_refused(tmp_path):
+    trainer = make(tmp_path, Marked, shaping="stare", logging_steps=1)
+    with pytest.raises(ValueError, match=r"Marked.shape_advantages` is marked .*`shaping='stare'` and is not"):
+        trainer.train()
+
+
+def test_the_values_are_real_ones(tmp_path):
+    """A method that works for the rewards and lengths of the run is not called with others."""
+
+    class Picky(Marked):
+        @completionwise
+        def shape_advantages(self, advantages, *, rewards, **batch):
+            assert set(rewards.tolist()) <= {0.0, 1.0}
+            return super().shape_advantages(advantages, rewards=rewards, **batch)
+
+    assert trained(tmp_path, Picky)._promise_was_checked
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_check_changes_no_attribute(size, tmp_path):
+    class Counts(Marked):
+        calls = 0
+
+        @completionwise
+        def shape_advantages(self, advantages, **batch):
+            self.calls += 1
+            return super().shape_advantages(advantages, **batch)
+
+    trainer = trained(
+        tmp_path, Counts, per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, trim_padding=False
+    )
+    live = [int((~batch["entropies"].isnan().all(1)).sum()) for batch in trainer.batches]
+    assert trainer.calls == sum(rows > 0 for rows in live) > 0
+    assert trainer._promise_was_checked == (size > 1)
 
 
 def test_a_marked_function_may_be_the_reference(tmp_path):
@@ -180,6 +267,13 @@ def test_random_numbers_are_the_same_in_the_check(tmp_path):
     assert_same_update(first, second)
     unchecked = type("Unchecked", (AtRandom,), {"_promise_was_checked": True})
     assert_same_update(first, trained(tmp_path, unchecked))
+
+
+def test_a_random_method_draws_what_its_reference_draws(tmp_path):
+    def reference(advantages, *, mask, **batch):
+        return advantages[:, None] * torch.rand(mask.shape)
+
+    assert_gradients_follow(make(tmp_path, AtRandom), reference)
 
 
 @pytest.mark.parametrize(("advantages", "is_enough"), [([0, 0, 0], False), ([0, 1, 0], False), ([1, 0, -1], True)])

@@ -405,7 +405,12 @@ class BonusBefore(LengthBonus):
         return inputs
 
 
-@pytest.mark.parametrize("trainer_class", [BonusInTheLoss, BonusInPlace, BonusBefore])
+class BonusAndShaping(BonusInTheLoss):
+    def shape_advantages(self, advantages, **batch):
+        return super().shape_advantages(advantages, **batch) / 2
+
+
+@pytest.mark.parametrize("trainer_class", [BonusInTheLoss, BonusInPlace, BonusBefore, BonusAndShaping])
 @pytest.mark.parametrize("fields", [{}, {"num_iterations": 2, "max_steps": 4}], ids=str)
 def test_rows_that_get_an_advantage_late_are_computed(trainer_class, fields, model_dir, tmp_path):
     plain = train_rollout(model_dir, tmp_path, trainer_class, **tiny.PLAIN, **fields)

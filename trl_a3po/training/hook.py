@@ -1,13 +1,15 @@
 """Calls a `shape_advantages` that is not A3PO's, and checks what it does."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..peers import HOOK_ARGUMENTS
+from ..update.micro_batches import take_rows
 
 
 def fields_named_by(hook: Callable[..., Any]) -> frozenset[str]:
@@ -16,11 +18,6 @@ def fields_named_by(hook: Callable[..., Any]) -> frozenset[str]:
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     required = {each.name for each in named if each.default is each.empty and each.kind not in variable}
     return frozenset(required - HOOK_ARGUMENTS)
-
-
-def is_completionwise(hook: Callable[..., Any]) -> bool:
-    """Whether a function or method is marked with [`~trl_a3po.completionwise`]."""
-    return getattr(hook, "is_completionwise", False)
 
 
 def call_hook(hook: Callable[..., Tensor], advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:
@@ -57,43 +54,53 @@ def call_hook(hook: Callable[..., Tensor], advantages: Tensor, *, mask: Tensor, 
     return shaped.where(is_counted, 0.0)
 
 
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Restores torch's random generators at the end: what comes next draws the same numbers."""
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        yield
+
+
 def check_completionwise(hook: Callable[..., Tensor], advantages: Tensor, *, mask: Tensor, **batch: Any) -> bool:
     """
     Fails unless `hook` keeps the promise of [`~trl_a3po.completionwise`] on these completions.
 
-    It runs twice, with the same random numbers. The second time, half of the completions have the advantage 0, other
-    rewards, log-probabilities and entropies. The results for the other half have to be the same. Waits for the device.
+    A completion has to get the same beside the others as beside copies of itself without tokens, at the same place
+    and with the same random numbers. If all advantages are 0, the results have to be 0. Waits for the device.
 
     Returns:
-        `bool`: Whether there were at least two completions to compare.
+        `bool`: Whether there were at least two completions to compare. If not, `hook` did not run.
 
     Raises:
-        `ValueError`: a result differs, or a completion of advantage 0 gets another advantage.
+        `ValueError`: the promise is broken.
     """
-    is_live = (advantages != 0) & mask.any(1)
-    is_changed = is_live.cumsum(0) > is_live.sum() // 2
-    changed = dict(batch)
-    for name in ("per_token_logps", "old_per_token_logps", "entropies"):
-        changed[name] = torch.where(is_changed[:, None], batch[name] / 2, batch[name])
-    if (rewards := batch["rewards"]) is not None:
-        changed["rewards"] = torch.where(is_changed, rewards + 1, rewards)
+    live = ((advantages != 0) & mask.any(1)).nonzero().flatten().tolist()
+    if len(live) < 2:
+        return False
+    given = {"advantages": advantages, "mask": mask, **batch}
 
-    def run(advantages: Tensor, batch: dict[str, Any]) -> Tensor:
-        device = advantages.device
-        devices = [] if device.type in ("cpu", "mps") else [device]
-        with torch.random.fork_rng(devices, device_type=device.type):
-            shaped = call_hook(hook, advantages, mask=mask, **batch)
+    def run(changed: dict[str, Any]) -> Tensor:
+        with same_random_numbers(advantages.device):
+            shaped = call_hook(hook, **{**given, **changed})
         return shaped if shaped.dim() == 2 else shaped[:, None]
 
-    before, after = run(advantages, batch), run(advantages.masked_fill(is_changed, 0.0), changed)
-    if (after[is_changed] != 0).any():
-        found = "gives an advantage to tokens of a completion whose own advantage is 0"
-    elif not torch.allclose(before[~is_changed], after[~is_changed], rtol=1e-4, equal_nan=True):
-        found = "gives a completion other advantages if other completions of the batch change"
-    else:
-        return int(is_live.sum()) > 1
+    without = run({"advantages": torch.zeros_like(advantages)})
+    if others := without[without != 0].tolist():
+        _refuse_mark(hook, f"it returns {others[0]:g} for a completion whose advantage is 0")
+    together = run({})
+    for row in live:
+        copies = {name: take_rows(value, [row] * len(advantages)) for name, value in given.items()}
+        is_row = (torch.arange(len(advantages), device=advantages.device) == row)[:, None]
+        alone = run({**copies, "mask": copies["mask"].where(is_row, 0)})
+        if not torch.allclose(alone[row], together[row], rtol=1e-4, equal_nan=True):
+            _refuse_mark(hook, "what it returns for a completion depends on the other completions of the batch")
+    return True
+
+
+def _refuse_mark(hook: Callable[..., Tensor], found: str) -> NoReturn:
     raise ValueError(
-        f"`{getattr(hook, '__qualname__', 'shape_advantages')}` is marked with `@completionwise`, but it {found}. Its "
+        f"`{getattr(hook, '__qualname__', 'shape_advantages')}` is marked with `@completionwise`, but {found}. The "
         "update would be wrong: completions of advantage 0 are skipped, and the others change their micro-batches. "
         "Remove the mark, or compute each row from its own values only."
     )

@@ -98,15 +98,8 @@ def loss_gradient(
     class Probe(trainer_class or type(trainer), _FixedLogps):  # type: ignore[misc]
         pass
 
-    # A shallow copy: attributes that the loss assigns stay on the copy. Containers that it changes are replaced.
-    probe: Any = copy.copy(trainer)
+    probe = shallow_copy(trainer)
     probe.__class__ = Probe
-    probe.args = copy.copy(trainer.args)
-    probe.args.report_to = []
-    probe._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    probe._polarity_sums = {}
-    probe._token_log = None
-    probe.state = copy.copy(trainer.state)
     probe.state.max_steps = max(4, trainer.args.max_steps)
     probe.state.global_step = math.ceil(progress * probe.state.max_steps)
     probe.current_gradient_accumulation_steps = 1
@@ -116,6 +109,18 @@ def loss_gradient(
     with torch.enable_grad():
         loss = probe.compute_loss(trainer.model, inputs)
         return torch.autograd.grad(loss, probe._given[0])[0]
+
+
+def shallow_copy(trainer: GRPOTrainer) -> Any:
+    """A copy that has the attributes which a loss assigns for itself. Containers that the loss changes are new."""
+    copied: Any = copy.copy(trainer)
+    copied.args = copy.copy(trainer.args)
+    copied.args.report_to = []
+    copied._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    copied._polarity_sums = {}
+    copied._token_log = None
+    copied.state = copy.copy(trainer.state)
+    return copied
 
 
 class _FixedLogps(GRPOTrainer):

@@ -316,8 +316,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         else:
             output = self._run_planned(compute, model, input_ids, attention_mask, logits_to_keep, scope)
         if self._sampler is not None and "importance_sampling_ratio" not in scope.inputs:
-            computed = scope.present if scope.plan is None else scope.plan.computed
-            is_computed = torch.arange(len(input_ids), device=input_ids.device) < computed
+            is_computed = torch.arange(len(input_ids), device=input_ids.device) < scope.computed
             ratio = self._sampler.correct(scope.inputs, output[0], is_computed, self._mode)
             scope.inputs["importance_sampling_ratio"] = ratio
         self._before_loss_reads(scope, per_token_logps=output[0], entropies=output[1])
@@ -334,12 +333,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 f"{(plan.rows, sum(planned))} and {planned[1]}. Pass all rows and columns at once, or set "
                 "`trim_padding=False`, `skip_zero_advantage=False` and `skip_old_logps=False`."
             )
-        computed, positions = plan.computed, plan.positions
+        positions = plan.positions
         if not plan.skipped_signs <= self._skippable_signs() or scope.advantages_changed:
             # A row that was skipped in the plan may have a gradient now: a subclass may change the weights from step
             # to step, or the advantages before the loss, or a hook was assigned in the meantime.
-            computed, positions = plan.present, plan.positions_of(plan.present)
-            if "old_per_token_logps" in scope.inputs and 0 not in self._skippable_signs() and self._may_skip_old_logps:
+            scope.computed, positions = plan.present, plan.positions_of(plan.present)
+            lacks_old_logps = 0 in plan.skipped_signs - self._skippable_signs() and self._loss_is_trls()
+            if "old_per_token_logps" in scope.inputs and lacks_old_logps and self._may_skip_old_logps:
                 raise RuntimeError(
                     "`shape_advantages` was assigned while a rollout was in use. Its completions of zero advantage "
                     "have no old log-probabilities. Assign it before training, or set `skip_old_logps=False`."
@@ -350,6 +350,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             forward = self._forward(compute, model, self.args.per_device_train_batch_size)
             output = run_extent(forward, input_ids, attention_mask, logits_to_keep, positions)
         logps, entropies, *others = output
+        computed = scope.computed
         parts = [computed, plan.present - computed, plan.rows - plan.present]
         _, skipped, added = entropies.split(parts)
         entropies = torch.cat([entropies[:computed], torch.full_like(skipped, math.nan), torch.zeros_like(added)])

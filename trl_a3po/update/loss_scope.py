@@ -24,6 +24,7 @@ class LossScope:
         plan ([`Plan`], *optional*): Which rows are computed; `None` for all.
         advantages_changed (`bool`): Whether a subclass has replaced the advantages, or changed them in place.
         present (`int`): Rows of the micro-batch. `inputs` may have more rows, which have no tokens.
+        computed (`int`): Rows that the model computes. They are the first ones.
         waits_for_logps (`bool`): Whether TRL's loss has not asked for the log-probabilities yet. A subclass may run
             further passes inside the loss.
     """
@@ -32,6 +33,7 @@ class LossScope:
         self.inputs = dict(inputs)
         self.plan: Plan | None = self.inputs.pop(PLAN, None)
         self.present = len(inputs["completion_ids"])
+        self.computed = self.present if self.plan is None else self.plan.computed
         self.advantages_changed = self.plan is not None and self.plan.advantages_changed(inputs["advantages"])
         if self.plan is not None:
             self.inputs = add_rows(self.inputs, self.plan.rows)

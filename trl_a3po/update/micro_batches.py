@@ -245,6 +245,11 @@ def take_rows(value: Any, rows: list[int]) -> Any:
     return [value[row] for row in rows] if isinstance(value, list) else value
 
 
+def first_rows(value: Any, count: int) -> Any:
+    """The same for the first rows, without waiting for the device."""
+    return value[:count] if isinstance(value, list) or (isinstance(value, Tensor) and value.dim()) else value
+
+
 def add_rows(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     """
     Adds rows of zeros to the end of a micro-batch. They have no tokens, no advantage and no gradient.
