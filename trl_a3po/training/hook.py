@@ -94,7 +94,11 @@ def check_completionwise(hook: Callable[..., Tensor], advantages: Tensor, *, mas
         is_row = (torch.arange(len(advantages), device=advantages.device) == row)[:, None]
         alone = run({**copies, "mask": copies["mask"].where(is_row, 0)})
         if not torch.allclose(alone[row], together[row], rtol=1e-4, equal_nan=True):
-            _refuse_mark(hook, "what it returns for a completion depends on the other completions of the batch")
+            _refuse_mark(
+                hook,
+                "what it returns for a completion depends on the other completions of the batch, or on random numbers "
+                "that are not from torch's own generator",
+            )
     return True
 
 
