@@ -111,8 +111,8 @@ class A3POConfig(GRPOConfig):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a method other than A3PO that is
-            not marked with [`completionwise`]. While completions are skipped, the metric `entropy` is the mean over
-            the others.
+            not marked with `completionwise`. While completions are skipped, the metric `entropy` is the mean over the
+            others.
         skip_old_logps (`bool`, *optional*, defaults to `True`):
             Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
             forward pass. GRPOTrainer runs it after each generation with vLLM, and when rollouts are reused. If it
@@ -245,8 +245,8 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether passes over the model compute no padding, the prompt of a group only once, and a start "
             "that all prompts share only once. Rows are packed; a model that cannot be packed gets padded rows of "
-            "similar length. The rows of an optimizer step are regrouped if the loss does not depend on the grouping "
-            "and the method is A3PO. The update is the same to rounding. Ignored for models with images."
+            "similar length. The rows of an optimizer step are regrouped if neither the loss nor the method depends "
+            "on the grouping. The update is the same to rounding. Ignored for models with images."
         },
     )
     skip_zero_advantage: bool = field(
@@ -254,9 +254,9 @@ class A3POConfig(GRPOConfig):
         metadata={
             "help": "Whether the loss skips completions whose advantage is zero, such as those of groups that are all "
             "right or all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: "
-            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a "
-            "method other than A3PO. While completions are skipped, the metric `entropy` is the mean over the "
-            "others."
+            "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a method other than "
+            "A3PO that is not marked with `completionwise`. While completions are skipped, the metric `entropy` is "
+            "the mean over the others."
         },
     )
     skip_old_logps: bool = field(
