@@ -98,6 +98,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     # Whether training called `A3POTrainer.shape_advantages`, and whether it was said that it did not.
     _settings_were_used: bool = False
     _warned_of_settings: bool = False
+    # Whether the promise of `completionwise` was checked.
     _promise_was_checked: bool = False
 
     _tag_names = ["trl", "a3po"]  # noqa: RUF012
@@ -147,6 +148,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     @property
     def _shapes_completionwise(self) -> bool:
+        """Whether the method is not A3PO, and marked."""
+        if not self._shapes_its_own_way:
+            return False
         return is_completionwise(self.shape_advantages if self._overrides_shaping else peer(self.args.shaping))
 
     def _check_compatible(self, args: A3POConfig) -> None:

@@ -65,7 +65,7 @@ def assert_gradients_follow(
         raise TypeError(f"`trainer` must be an `A3POTrainer`, got {trainer!r}.")
     inputs, logps, entropies = _batch(seed, trainer.accelerator.device)
     inputs.update(fields or {})
-    if trainer._shapes_its_own_way and trainer._shapes_completionwise:
+    if trainer._shapes_completionwise:
         # Where each completion has an advantage, there is more to compare.
         advantages = torch.tensor([1.2, -0.7, 0.9, -1.1, -0.5, 0.4], device=logps.device)
         _gradient(trainer, {**inputs, "advantages": advantages}, logps, entropies)
@@ -115,19 +115,12 @@ def _compare(
         )
 
 
-def _gradient(
-    trainer: A3POTrainer,
-    inputs: dict[str, Any],
-    logps: Tensor,
-    entropies: Tensor,
-    shape_advantages: Callable[..., Tensor] | None = None,
-    progress: float = 0.0,
-) -> Tensor:
-    """The gradient of each token, (6, 8). Every call draws the same random numbers."""
+def _gradient(trainer: A3POTrainer, inputs: dict[str, Any], *arguments: Any) -> Tensor:
+    """What [`loss_gradient`] returns for copies of the inputs. Every call draws the same random numbers."""
     copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     try:
-        with same_random_numbers(logps.device):
-            return loss_gradient(trainer, copies, logps, entropies, shape_advantages, progress)
+        with same_random_numbers(trainer.accelerator.device):
+            return loss_gradient(trainer, copies, *arguments)
     except KeyError as error:
         name = error.args[0]
         if any(frame.name == "shape_advantages" for frame in traceback.extract_tb(error.__traceback__)):

@@ -246,7 +246,7 @@ def take_rows(value: Any, rows: list[int]) -> Any:
 
 
 def first_rows(value: Any, count: int) -> Any:
-    """The same for the first rows, without waiting for the device."""
+    """Takes the first rows of a batch's value under one key. Does not wait for the device, unlike [`take_rows`]."""
     return value[:count] if isinstance(value, list) or (isinstance(value, Tensor) and value.dim()) else value
 
 
