@@ -59,7 +59,7 @@ def test_the_update_of_a_marked_peer_is_the_same_from_fewer_positions(name, fiel
     saved = trained(tmp_path, shaping=name, **fields)
     assert update_difference(saved, plain) < 1e-4
     assert saved._regroups()
-    assert len(saved.passes) < len(plain.passes)
+    assert saved.cells < plain.cells
     computed = [~batch["entropies"].isnan().all(1) for batch in saved.batches]
     dead = [batch["advantages"] == 0 for batch in saved.batches]
     assert any(rows.any() for rows in dead)
@@ -110,10 +110,11 @@ def test_only_functions_can_be_marked(tmp_path):
 
 def test_the_method_does_not_see_rows_that_are_skipped_or_added(tmp_path):
     class Sees(Marked):
+        _promise_was_checked = True  # the check calls the method, too
+
         @completionwise
         def shape_advantages(self, advantages, *, mask, weight, names, **batch):
-            if self._promise_was_checked:
-                self.seen = [*getattr(self, "seen", []), (advantages, mask)]
+            self.seen = [*getattr(self, "seen", []), (advantages, mask)]
             assert names == [f"row {number:g}" for number in weight]
             return super().shape_advantages(advantages, mask=mask, **batch) * weight[:, None]
 
