@@ -125,7 +125,8 @@ def test_the_method_does_not_see_rows_that_are_skipped_or_added(tmp_path):
 
     class OthersHaveMoreRows(Sees):
         def _largest(self, numbers):
-            return [number + 2 for number in numbers]
+            others = 4, 6  # passes, and rows in the largest
+            return [max(pair) for pair in zip(numbers, others * (len(numbers) // 2), strict=True)]
 
     for trainer_class in (Sees, OthersHaveMoreRows):
         trainer = trained(tmp_path, trainer_class, max_steps=1)
