@@ -421,6 +421,28 @@ def test_lines_that_are_no_objects_are_refused(name, lines, message, tmp_path):
         file_source(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([json.loads(ROW), None], "Item 2 of '.*rows.json' is not an object: null"),
+        ([None, json.loads(ROW)], "Item 1 of '.*rows.json' is not an object: null"),
+        ([json.loads(ROW), [1]], r"Item 2 of '.*rows.json' is not an object: \[1\]"),
+        ([1, json.loads(ROW)], "Item 1 of '.*rows.json' is not an object: 1"),
+    ],
+)
+def test_items_that_are_no_objects_are_refused(items, message, indent, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(items, indent=indent))
+    with pytest.raises(ValueError, match=message):
+        file_source(str(tmp_path / "rows.json"))
+
+
+def test_a_list_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "rows.json").write_text(f"[{ROW}, {ROW}")
+    with pytest.raises(ValueError, match=r"Cannot read the dataset '.*rows.json': ."):
+        load_problems(str(tmp_path / "rows.json"), "test")
+
+
 @pytest.mark.parametrize("indent", [None, 0, 2])
 def test_a_list_of_rows_may_have_any_line_breaks(indent, tmp_path):
     rows = [

@@ -79,11 +79,12 @@ def file_source(name: str) -> dict[str, Any]:
 
     Raises:
         `OSError`: the file does not exist.
-        `ValueError`: the file is empty, its type is not supported, its text is not UTF-8, or a line is not an object.
+        `ValueError`: the file is empty, its type is not supported, its text is not UTF-8, or a line, or an item of a
+            list, is not an object.
     """
     check_file(name)
     loader, digest = LOADERS[Path(name).suffix], hashlib.sha256()
-    before = ""  # the last line with a text
+    first = before = ""  # the first line with a text, and the last one
     with open(name, "rb") as file:
         for number, line in enumerate(file, start=1):
             digest.update(line)
@@ -95,13 +96,28 @@ def file_source(name: str) -> dict[str, Any]:
                 raise ValueError(f"Line {number} of '{name}' is not UTF-8. Save the file as UTF-8.") from error
             # At `null`, pyarrow crashes. Within a list or an object of several lines, values follow one of these.
             if text and text[0] not in "{[]},:" and not before.endswith(("{", "[", ",", ":")):
-                raise ValueError(
-                    f"Line {number} of '{name}' is not an object: {text if len(text) <= 40 else text[:40] + ' ...'}"
-                )
-            before = text or before
+                raise ValueError(f"Line {number} of '{name}' is not an object: {_shortened(text)}")
+            first, before = first or text, text or before
     if loader == "json" and not before:
         raise ValueError(f"'{name}' is empty.")
+    if first.startswith("["):
+        _check_list(name)
     return {"path": loader, "name": digest.hexdigest()[:32], "data_files": glob.escape(os.path.abspath(name))}
+
+
+def _check_list(name: str) -> None:
+    """`datasets` drops an item that is `null`, crashes if it is the first one, and does not name other items."""
+    try:
+        items = json.loads(Path(name).read_text("utf-8-sig"))
+    except json.JSONDecodeError:
+        return  # `datasets` says what is wrong
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict):
+            raise ValueError(f"Item {number} of '{name}' is not an object: {_shortened(json.dumps(item))}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + " ..."
 
 
 def load_problems(
