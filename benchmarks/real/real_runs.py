@@ -235,7 +235,7 @@ def main(line=None):
     output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // arguments.jobs))
     if not torch.cuda.is_available():
-        os.environ.update(ON_CPU)
+        os.environ.update({**ON_CPU, **os.environ})
     if arguments.jobs > 1:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else all engines take the same cores
 
