@@ -13,7 +13,7 @@ from support import reference, tiny
 from support.training import ShapingRecorder, make, train
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po import A3POConfig, A3POTrainer, completionwise
 from trl_a3po.training.trl_contract import check_contract
 
 
@@ -131,6 +131,12 @@ def test_the_hook_gets_the_fields_of_the_rollout_that_it_names(tmp_path):
     trainer = train(tmp_path, OfRollout, gradient_accumulation_steps=2, num_iterations=2, max_steps=4)
     assert trainer.seen == 8
 
+    class ByDefault(OfRollout):
+        def shape_advantages(self, advantages, *, score=None, factor=1.0, **batch):
+            return super().shape_advantages(advantages, score=score, **batch) * factor
+
+    assert train(tmp_path, ByDefault, max_steps=2).seen == 2
+
     class Misspelled(OfRollout):
         field = "scores"
 
@@ -161,6 +167,19 @@ def test_settings_that_a_hook_leaves_unused_are_said_once(calls_super, settings,
     warned = [record.getMessage() for record in caplog.records if "did not call `super()`" in record.getMessage()]
     assert len(warned) == (said is not None)
     assert all(f"no effect: {said}." in message for message in warned)
+
+
+def test_a_step_without_signal_says_nothing_about_a_marked_hook(tmp_path, caplog):
+    class Own(A3POTrainer):
+        @completionwise
+        def shape_advantages(self, advantages, **batch):
+            return super().shape_advantages(advantages, **batch)
+
+    def equal_at_first(completion_ids, trainer_state, **kwargs):
+        return [float(trainer_state.global_step > 0 and row % 2) for row in range(len(completion_ids))]
+
+    train(tmp_path, Own, max_steps=2, positive_low_scale=5.0, reward_funcs=equal_at_first)
+    assert "did not call `super()`" not in caplog.text
 
 
 def test_what_a_subclass_returns_where_masked_makes_no_difference(tmp_path):

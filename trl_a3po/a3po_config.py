@@ -106,20 +106,19 @@ class A3POConfig(GRPOConfig):
             Whether passes over the model compute no padding, the prompt of a group only once, and a start that all
             prompts share only once. Rows are packed; a model that cannot be packed gets padded rows of similar length.
             The rows of an optimizer step are regrouped if neither the loss nor the method depends on the grouping. The
-            update is the same to rounding. Ignored for models with images.
+            update is the same to rounding. Ignored while completions or prompts have images.
         skip_zero_advantage (`bool`, *optional*, defaults to `True`):
             Whether the loss skips completions whose advantage is zero, such as those of groups that are all right or
             all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: with a KL
             term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a method other than A3PO that is
-            not marked with `completionwise`. While completions are skipped, the metric `entropy` is the mean over the
-            others.
+            not marked with `completionwise`. Ignored while completions or prompts have images. While completions are
+            skipped, the metric `entropy` is the mean over the others.
         skip_old_logps (`bool`, *optional*, defaults to `True`):
             Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
-            forward pass. GRPOTrainer runs it after each generation with vLLM, and when rollouts are reused. If it
-            cannot be skipped, it runs only for completions whose advantage is not zero. The update is the same to
-            rounding.
-            While it is skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for
-            models with images, and with TRL before 1.15.
+            forward pass. GRPOTrainer runs it after each generation for `vllm_importance_sampling_correction`, and when
+            rollouts are reused. If it cannot be skipped, it runs only for completions whose advantage is not zero. The
+            update is the same to rounding. While it is skipped, the metrics `sampling/*` cover the completions that
+            the loss computes. Ignored for datasets with images, and with TRL before 1.15.
 
         > Parameters that control the logging
 
@@ -246,7 +245,7 @@ class A3POConfig(GRPOConfig):
             "help": "Whether passes over the model compute no padding, the prompt of a group only once, and a start "
             "that all prompts share only once. Rows are packed; a model that cannot be packed gets padded rows of "
             "similar length. The rows of an optimizer step are regrouped if neither the loss nor the method depends "
-            "on the grouping. The update is the same to rounding. Ignored for models with images."
+            "on the grouping. The update is the same to rounding. Ignored while completions or prompts have images."
         },
     )
     skip_zero_advantage: bool = field(
@@ -255,18 +254,19 @@ class A3POConfig(GRPOConfig):
             "help": "Whether the loss skips completions whose advantage is zero, such as those of groups that are all "
             "right or all wrong. The update is the same to rounding. Ignored if such completions matter to the loss: "
             "with a KL term (`beta`), an entropy bonus, a router loss, `top_entropy_quantile`, or a method other than "
-            "A3PO that is not marked with `completionwise`. While completions are skipped, the metric `entropy` is "
-            "the mean over the others."
+            "A3PO that is not marked with `completionwise`. Ignored while completions or prompts have images. While "
+            "completions are skipped, the metric `entropy` is the mean over the others."
         },
     )
     skip_old_logps: bool = field(
         default=True,
         metadata={
             "help": "Whether the forward pass for the old log-probabilities is skipped if the loss can take them "
-            "from its own forward pass. GRPOTrainer runs it after each generation with vLLM, and when "
-            "rollouts are reused. If it cannot be skipped, it runs only for completions whose advantage is not zero. "
-            "The update is the same to rounding. While it is skipped, the metrics `sampling/*` cover the "
-            "completions that the loss computes. Ignored for models with images, and with TRL before 1.15."
+            "from its own forward pass. GRPOTrainer runs it after each generation for "
+            "`vllm_importance_sampling_correction`, and when rollouts are reused. If it cannot be skipped, it runs "
+            "only for completions whose advantage is not zero. The update is the same to rounding. While it is "
+            "skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for datasets "
+            "with images, and with TRL before 1.15."
         },
     )
 

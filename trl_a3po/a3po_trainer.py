@@ -95,7 +95,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         `RuntimeError`: the installed TRL no longer computes the loss from the advantages of single tokens.
     """
 
-    # Whether training called `A3POTrainer.shape_advantages`, and whether it was said that it did not.
+    # Whether training called the hook, and `A3POTrainer.shape_advantages`; whether it was said that it did not.
+    _hook_was_called: bool = False
     _settings_were_used: bool = False
     _warned_of_settings: bool = False
     # Whether the promise of `completionwise` was checked.
@@ -175,9 +176,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _check_arguments_of_hook(self) -> None:
         # A rollout that is TRL's has no field that the hook could name.
-        fields = frozenset() if self._rollout_is_ours() else fields_named_by(self.shape_advantages)
+        fields = {} if self._rollout_is_ours() else fields_named_by(self.shape_advantages)
         try:
-            inspect.signature(self.shape_advantages).bind(None, **dict.fromkeys(peers.HOOK_ARGUMENTS | fields))
+            inspect.signature(self.shape_advantages).bind(None, **dict.fromkeys({*peers.HOOK_ARGUMENTS, *fields}))
         except TypeError as error:
             arguments = list(inspect.signature(A3POTrainer.shape_advantages).parameters)
             raise TypeError(
@@ -347,14 +348,15 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _fields_of_hook(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The fields of the rollout that a subclass's `shape_advantages` names."""
-        fields = fields_named_by(self.shape_advantages) if self._overrides_shaping else frozenset()
-        if missing := ", ".join(f"`{name}`" for name in sorted(fields - inputs.keys())):
+        fields = fields_named_by(self.shape_advantages) if self._overrides_shaping else {}
+        absent = [name for name, is_required in fields.items() if is_required and name not in inputs]
+        if missing := ", ".join(f"`{name}`" for name in sorted(absent)):
             raise ValueError(
                 f"`{type(self).__name__}.shape_advantages` takes {missing}, which is neither an argument of the hook "
                 "nor a field of the rollout. Add it to what `_generate_and_score_completions` returns, with one row "
                 "per completion; in a test with `assert_gradients_follow`, pass it in `fields`."
             )
-        return {name: inputs[name] for name in fields}
+        return {name: inputs[name] for name in fields if name in inputs}
 
     def _call_hook(self, batch: dict[str, Any], scope: LossScope) -> Tensor:
         """The advantages of a method that is not A3PO. It gets the rows that are computed; the others get 0."""
@@ -366,12 +368,13 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         if self._shapes_completionwise and not self._promise_was_checked and scope.computed > 1:
             # On a copy, because the method may assign attributes.
             self._promise_was_checked = check_completionwise(shallow_copy(self).shape_advantages, **batch)
+        self._hook_was_called |= self.is_in_train
         shaped = call_hook(self.shape_advantages, **batch)
         return pad(shaped, [0, 0] * (shaped.dim() - 1) + [0, missing])
 
     def _warn_of_settings_without_effect(self) -> None:
-        """After the first step: a hook that does not call `super()` leaves the settings unused."""
-        if self._warned_of_settings or self._settings_were_used or not self._overrides_shaping:
+        """After the first step with a signal: a hook that does not call `super()` leaves the settings unused."""
+        if self._warned_of_settings or self._settings_were_used or not self._hook_was_called:
             return
         self._warned_of_settings = True
         changed = [f"{name}={value!r}" for name, (value, _) in self.args.changed_settings.items()]
@@ -445,7 +448,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             settings |= self.args.peer_settings
         hook = f"`{type(self).__name__}.shape_advantages`"
         text = f"```json\n{json.dumps(settings, indent=2)}\n```"
-        if self._overrides_shaping and self.state.global_step and not self._settings_were_used:
+        if self._overrides_shaping and self._hook_was_called and not self._settings_were_used:
             text = f"{hook}, in place of the method of the package."
         elif self._overrides_shaping:
             text += f"\n\nThey apply where {hook} calls `super()`."

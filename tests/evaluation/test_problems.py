@@ -7,12 +7,13 @@ import os
 
 import numpy as np
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from trl_a3po.evaluation.problems import (
     accepted_answers,
     file_source,
     final_answer,
+    first_problems,
     load_problems,
     split_off_last,
     to_prompt_and_solution,
@@ -205,6 +206,44 @@ def test_lists_in_parquet_are_read(tmp_path):
     Dataset.from_list(rows).to_parquet(tmp_path / "problems.parquet")
     (row,) = load_problems(str(tmp_path / "problems.parquet"), "train")
     assert row["solution"] == ["$1/2$", "$0.25$"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "message"),
+    [
+        (Value("float32"), [123456789.0, 0.1], "has numbers of 16 or 32 bits"),
+        (Value("float16"), [0.1, 0.5], "has numbers of 16 or 32 bits"),
+        ([Value("float32")], [[0.1], [0.5]], "has numbers of 16 or 32 bits"),
+        (ClassLabel(names=["A", "B"]), ["A", "B"], "has class labels"),
+    ],
+)
+def test_a_type_that_does_not_keep_the_answer_is_refused(kind, answers, message, tmp_path):
+    features = Features({"question": Value("string"), "answer": kind})
+    Dataset.from_dict({"question": ["?", "!"], "answer": answers}, features).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=rf"The column `answer` of '.*rows.parquet' {message}.*Write the answers as"):
+        load_problems(str(tmp_path / "rows.parquet"), "train")
+
+
+def test_a_mixture_has_the_columns_of_all_datasets():
+    rows = [
+        {"question": "1+1?", "answer": "#### 2"},
+        {"problem": "1+2?", "solution": "So \\boxed{3}."},
+        {"problem": "1+3?", "solution": "It is clear."},  # a derivation without a result
+        {"prompt": [{"role": "user", "content": "1+4?"}], "solution": "5"},
+        {"prompt": [{"role": "user", "content": "1+5?"}], "reward_model": {"ground_truth": "6"}},
+    ]
+    columns = ["question", "problem", "prompt", "answer", "solution", "reward_model"]
+    mixture = Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+    mapped = to_prompt_and_solution(mixture)
+    assert mapped["row"] == [0, 1, 3, 4]
+    assert mapped["solution"] == ["$2$", "\\boxed{3}", "$5$", "$6$"]
+    assert [prompt[0]["content"] for prompt in mapped["prompt"]] == ["1+1?", "1+2?", "1+4?", "1+5?"]
+
+
+def test_the_first_problems_are_not_the_first_rows():
+    problems = to_prompt_and_solution(Dataset.from_list([{"question": text, "answer": "1"} for text in "aababc"]))
+    assert first_problems(problems, 2)["row"] == [0, 1, 2, 3, 4]
+    assert len(first_problems(problems, 9)) == 6
 
 
 def test_other_columns_are_refused():
@@ -469,6 +508,9 @@ def test_a_folder_is_read(tmp_path):
     for split, answer in [("train", "1"), ("test", "2")]:
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "?", "answer": answer}) + "\n")
     assert list(load_problems(str(tmp_path), "test")["solution"]) == ["$2$"]
+    (tmp_path / "train.jsonl").write_text("null\n")
+    with pytest.raises(ValueError, match=r"Line 1 of '.*train.jsonl' is not an object: null"):
+        load_problems(str(tmp_path), "test")
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ def environments():
     return {**arguments, "environment_factory": Library, "reward_funcs": questions_reward}, fields
 
 
-def images():
-    image = pytest.importorskip("PIL.Image")
+def vision_model():
+    pytest.importorskip("PIL.Image")
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     (image_id,) = tokenizer.convert_tokens_to_ids(["<image>"])
@@ -153,14 +153,33 @@ def images():
             vision_feature_layer=-1,
         )
     )
-    prompts = tiny.prompts(conversational=True)
-    pictures = [image.new("RGB", (28, 28), (16 * row, 0, 255 - 16 * row)) for row in range(len(prompts))]
-    arguments = {
-        "model": model,
-        "processing_class": processor,
-        "train_dataset": Dataset.from_dict({**prompts.to_dict(), "image": pictures}),
-    }
-    return arguments, {"generation_kwargs": {"suppress_tokens": [image_id]}}
+    return {"model": model, "processing_class": processor}, {"generation_kwargs": {"suppress_tokens": [image_id]}}
+
+
+def text_with_processor():
+    arguments, fields = vision_model()
+    return {**arguments, "train_dataset": tiny.prompts()}, fields
+
+
+def _picture(row):
+    return pytest.importorskip("PIL.Image").new("RGB", (28, 28), (16 * row, 0, 255 - 16 * row))
+
+
+def images():
+    arguments, fields = vision_model()
+    columns = tiny.prompts(conversational=True).to_dict()
+    pictures = [_picture(row) for row in range(len(columns["prompt"]))]
+    return {**arguments, "train_dataset": Dataset.from_dict({**columns, "image": pictures})}, fields
+
+
+def images_without_column():
+    """Nothing about the dataset says that its rows have images."""
+    arguments, fields = vision_model()
+
+    def add_pictures(rows):
+        return {**rows, "image": [_picture(len(prompt[0]["content"])) for prompt in rows["prompt"]]}
+
+    return {**arguments, "train_dataset": tiny.prompts(conversational=True).with_transform(add_pictures)}, fields
 
 
 def experts(router_aux_loss_coef=0.0):
@@ -210,12 +229,22 @@ ROLLOUT_FUNCTION = pytest.param(rollout_function, id="rollout function")
 TOOLS = pytest.param(tools, id="tools", marks=needs("tools without jmespath", "1.10", "5.13"))
 ENVIRONMENTS = pytest.param(environments, id="environments", marks=needs("tools without jmespath", "1.10", "5.13"))
 IMAGES = pytest.param(images, id="images")
+TEXT_WITH_PROCESSOR = pytest.param(text_with_processor, id="text with a processor")
 EXPERTS = pytest.param(experts, id="experts")
 ROUTER_LOSS = pytest.param(router_loss, id="router loss", marks=needs("the loss of the router", "1.7", "4.56.2"))
 CONTINUOUS_BATCHING = pytest.param(
     continuous_batching, id="continuous batching", marks=needs("continuous batching without a GPU", "1.7", "5.8")
 )
-RUNS = [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS, IMAGES, EXPERTS, ROUTER_LOSS, CONTINUOUS_BATCHING]
+RUNS = [
+    ROLLOUT_FUNCTION,
+    TOOLS,
+    ENVIRONMENTS,
+    IMAGES,
+    TEXT_WITH_PROCESSOR,
+    EXPERTS,
+    ROUTER_LOSS,
+    CONTINUOUS_BATCHING,
+]
 
 
 def make_run(run, output_dir, trainer_class=A3POTrainer, **fields):

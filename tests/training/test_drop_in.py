@@ -14,8 +14,12 @@ from support.runs import (
     ROLLOUT_FUNCTION,
     ROUTER_LOSS,
     RUNS,
+    TEXT_WITH_PROCESSOR,
     TOOLS,
     images,
+    images_without_column,
+    make_run,
+    text_with_processor,
     train_run,
 )
 from support.training import Recorder, ShapingRecorder, assert_trained, largest_difference, moved, update_difference
@@ -51,7 +55,9 @@ def test_neutral_settings_are_grpo_to_the_last_bit(run, tmp_path):
     assert largest_difference(tiny.parameters(ours), tiny.parameters(theirs)) == 0
 
 
-@pytest.mark.parametrize("run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS, EXPERTS, CONTINUOUS_BATCHING])
+@pytest.mark.parametrize(
+    "run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS, TEXT_WITH_PROCESSOR, EXPERTS, CONTINUOUS_BATCHING]
+)
 def test_the_update_is_the_same_from_fewer_cells(run, tmp_path):
     plain, saved = (train_run(run, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
     assert update_difference(saved, plain) < 1e-4
@@ -70,11 +76,34 @@ def test_the_loss_of_the_router_needs_every_row_but_no_padding(run, tmp_path):
         assert ours["aux_loss"] > 0
 
 
-def test_images_switch_the_savings_off(tmp_path):
-    plain, saved = (train_run(images, tmp_path, Recorder, **fields) for fields in (tiny.PLAIN, {}))
+REUSED = {"num_iterations": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize("fields", [{}, REUSED], ids=["once", "twice"])
+@pytest.mark.parametrize("run", [images, images_without_column])
+def test_images_switch_the_savings_off(run, fields, tmp_path):
+    plain, saved = (train_run(run, tmp_path, Recorder, **fields, **more) for more in (tiny.PLAIN, {}))
     assert saved.passes == plain.passes
     assert largest_difference(tiny.parameters(saved), tiny.parameters(plain)) == 0
     assert any("vision_tower" in name for name in moved(saved))
+
+
+def test_a_processor_alone_does_not(tmp_path):
+    plain, saved = (train_run(text_with_processor, tmp_path, Recorder, **more, **REUSED) for more in (tiny.PLAIN, {}))
+    assert update_difference(saved, plain) < 1e-4
+    assert saved.cells < plain.cells
+
+
+def test_rows_for_evaluation_may_have_images_nevertheless(tmp_path):
+    found = []
+    for fields in (tiny.PLAIN, {"skip_old_logps": False}):
+        trainer = make_run(text_with_processor, tmp_path, **REUSED, **fields)
+        torch.manual_seed(0)
+        logged = trainer.evaluate(images()[0]["train_dataset"])
+        found.append({name: value for name, value in logged.items() if "time" not in name and "second" not in name})
+    plain, saved = found
+    assert saved == plain
+    assert math.isfinite(saved["eval_loss"])
 
 
 @pytest.mark.parametrize("run", [TOOLS, ENVIRONMENTS])

@@ -17,7 +17,7 @@ from typing import Any
 from trl import TrlParser
 
 from ..evaluation.metrics import check_math_verify
-from ..evaluation.problems import load_problems
+from ..evaluation.problems import first_problems, load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
 from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked
@@ -45,7 +45,7 @@ def main(line: Sequence[str] | None = None) -> int:
             arguments.dataset_name, arguments.dataset_split, arguments.dataset_config, arguments.instruction, examples
         )
         if arguments.max_problems is not None:
-            problems = problems.select(range(min(arguments.max_problems, len(problems))))
+            problems = first_problems(problems, arguments.max_problems)
         check_no_overlap(problems, examples, "to evaluate on")
         if arguments.checkpoints:
             return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)

@@ -29,6 +29,9 @@ OTHER_FILES = {".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip"}
 # What `datasets` raises if it cannot read a file.
 READ_ERRORS = (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError)
 
+# Files that `datasets` itself writes or reads beside those with rows.
+_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+
 PROBLEMS = ("prompt", "question", "problem")
 ANSWERS = ("answer", "solution", "reward_model")
 PICTURES = ("image", "images")
@@ -63,13 +66,20 @@ def check_file(name: str) -> None:
 def check_folder(name: str) -> None:
     """
     Raises:
-        `ValueError`: the dataset is a folder that `datasets` would take for a pattern.
+        `ValueError`: the dataset is a folder that `datasets` would take for a pattern, or a file in it is not what
+            [`file_source`] accepts.
     """
     path = os.path.abspath(name)
-    if os.path.isdir(path) and glob.has_magic(path):
+    if not os.path.isdir(path):
+        return
+    if glob.has_magic(path):
         raise ValueError(
             f"`datasets` takes the folder '{path}' for a pattern. Rename it without *, ? and [, or name a file in it."
         )
+    for file in sorted(Path(path).rglob("*.json*")):
+        # `datasets` reads no hidden files, and the description of a saved dataset is not a row.
+        if file.suffix in LOADERS and file.name[0] not in "._" and file.name not in _DESCRIPTIONS:
+            file_source(str(file))
 
 
 def file_source(name: str) -> dict[str, Any]:
@@ -168,6 +178,13 @@ def unreadable(name: str, error: BaseException) -> str:
     return f"Cannot read the dataset '{name}': {' '.join(str(error).split())}"
 
 
+def first_problems(problems: Dataset, count: int) -> Dataset:
+    """The rows of the first `count` problems. Rows with the same prompt are one problem."""
+    prompts = [json.dumps(prompt) for prompt in problems["prompt"]]
+    chosen = set(list(dict.fromkeys(prompts))[:count])
+    return problems.select([row for row, prompt in enumerate(prompts) if prompt in chosen])
+
+
 def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
     """
     Splits a dataset into all rows except the last `size`, and the last `size` rows.
@@ -220,7 +237,10 @@ def to_prompt_and_solution(
         pictures, or no problem is left. The message names the row.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
-    _reader(columns)  # refuses other columns before any row is read
+    if _reader(columns) is None:
+        raise _unknown(columns)
+    for column in ANSWERS:
+        _check_type(column, (dataset.features or {}).get(column), name)
     convert = functools.partial(
         _convert,
         columns=[each for each in columns if each in (*PROBLEMS, *ANSWERS, *PICTURES)],
@@ -249,6 +269,17 @@ def to_prompt_and_solution(
     if pc.max(pc.list_value_length(mapped.data.column("solution"))).as_py() > 1:
         return mapped
     return mapped.map(_single_answers, batched=True, load_from_cache_file=False)
+
+
+def _check_type(column: str, feature: Any, name: str) -> None:
+    """A type that does not keep what its author wrote."""
+    if re.search(r"'float(16|32)'", repr(feature)):
+        lost = "has numbers of 16 or 32 bits, which are not exactly those that were written"
+    elif "ClassLabel(" in repr(feature):
+        lost = "has class labels, of which only the numbers are stored"
+    else:
+        return
+    raise ValueError(f"The column `{column}` of {name} {lost}. Write the answers as texts.")
 
 
 def _convert(
@@ -394,6 +425,8 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
     """
     The problem of a row of any known dataset, and the answers that it accepts.
 
+    Columns that are empty in this row do not count: a mixture of datasets has the columns of all of them.
+
     Raises:
         `ValueError`: an answer has an unknown shape, or the problem has pictures.
     """
@@ -403,21 +436,30 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
                 f"it has pictures (`{name}`), and a model gets only the text of a problem. Leave out such rows, or "
                 "remove the column if the text is enough."
             )
-    return _reader(list(row))(row)
+    derived = ("answer", "solution")  # an empty `answer` says that `solution` may be a derivation
+    filled = [name for name, value in row.items() if value is not None or name in derived]
+    read = _reader(filled) or _reader(list(row))
+    if read is None:
+        raise _unknown(list(row))
+    return read(row)
 
 
-def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[str]]]:
-    """Returns a function that reads the problem and its accepted answers from a row."""
+def _unknown(columns: list[str]) -> ValueError:
+    return ValueError(
+        f"The dataset has the columns {columns}. Accepted are `prompt` with `solution` or `reward_model` (verl), "
+        "and `question` or `problem` with `answer` or `solution`."
+    )
+
+
+def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[str]]] | None:
+    """Returns a function that reads the problem and its accepted answers from a row; `None` for other columns."""
     if {"prompt", "reward_model"} <= set(columns):
         return lambda row: (row["prompt"], _verl_answers(row["reward_model"]))
     problem = next((name for name in PROBLEMS if name in columns), None)
     # If both exist, `solution` is a derivation and `answer` is its result. With `prompt`, `solution` is TRL's column.
     answers = [name for name in (("solution",) if problem == "prompt" else ("answer", "solution")) if name in columns]
     if problem is None or not answers:
-        raise ValueError(
-            f"The dataset has the columns {columns}. Accepted are `prompt` with `solution` or `reward_model` (verl), "
-            "and `question` or `problem` with `answer` or `solution`."
-        )
+        return None
 
     def read(row: dict[str, Any]) -> tuple[Any, list[str]]:
         first, *others = answers

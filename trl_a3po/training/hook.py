@@ -12,12 +12,15 @@ from ..peers import HOOK_ARGUMENTS
 from ..update.micro_batches import take_rows
 
 
-def fields_named_by(hook: Callable[..., Any]) -> frozenset[str]:
-    """The parameters of a `shape_advantages` that have no default and are no arguments of the hook."""
+def fields_named_by(hook: Callable[..., Any]) -> dict[str, bool]:
+    """The parameters of a `shape_advantages` that are no arguments of the hook, and whether each has no default."""
     named = list(inspect.signature(hook).parameters.values())[1:]
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    required = {each.name for each in named if each.default is each.empty and each.kind not in variable}
-    return frozenset(required - HOOK_ARGUMENTS)
+    return {
+        each.name: each.default is each.empty
+        for each in named
+        if each.kind not in variable and each.name not in HOOK_ARGUMENTS
+    }
 
 
 def call_hook(hook: Callable[..., Tensor], advantages: Tensor, *, mask: Tensor, **batch: Any) -> Tensor:

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 _MEANS_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")
 _SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
+_IMAGE_COLUMNS = {"image", "images"}  # of datasets, as TRL reads them
+
 
 class EfficientUpdateGRPOTrainer(GRPOTrainer):
     """
@@ -75,9 +77,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._multiple = int(self.pad_to_multiple_of or 1)
+        # Multimodal models have a processor also where they train on text only.
+        self._may_have_images = isinstance(self.processing_class, ProcessorMixin)
         suited = not (
-            # Images belong to columns and cannot be split by rows.
-            isinstance(self.processing_class, ProcessorMixin)
+            (self._may_have_images and not _IMAGE_COLUMNS.isdisjoint(_columns(self.train_dataset)))
             # If a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits for
             # them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
@@ -197,8 +200,14 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):
             return inputs  # a reused rollout, or an evaluation with batches of the needed width
+        if self._may_have_images and self._any_images(self._buffered_inputs):
+            return inputs
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _any_images(self, micro_batches: list[dict[str, Any]]) -> bool:
+        """Whether the rollout of any process has images. They belong to columns, and cannot be split by rows."""
+        return self._largest([int("num_images" in micro_batches[0])]) == [1]
 
     def training_step(self, *args, **kwargs):
         try:
@@ -308,7 +317,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             return compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope = self._loss_scope
         if scope is None or not scope.waits_for_logps:
-            run = compute if not self._trims else functools.partial(self._run_all, compute, live=self._live_rows)
+            has_images = any(isinstance(value, Tensor) for value in kwargs.values())
+            saves = self._trims and not has_images
+            run = functools.partial(self._run_all, compute, live=self._live_rows) if saves else compute
             return run(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope.waits_for_logps = False
         if scope.plan is None:
@@ -422,7 +433,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         is_wanted = not (result_is_final and self._loss_is_trls()) or (
             sampler is not None and sampler.is_trls is False
         )
-        if is_wanted or not (self._may_skip_old_logps and is_due and (is_aligned or skipped)):
+        can_run_later = bool(skipped) and not self._may_have_images  # it would run without the images
+        if is_wanted or not (self._may_skip_old_logps and is_due and (is_aligned or can_run_later)):
             return generate(inputs)
         is_known = sampler is None or bool(sampler.is_trls)
         metrics = self._metrics[self._mode]
@@ -469,6 +481,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._sampler is not None:
             rollout["importance_sampling_ratio"] = self._sampler.correct(rollout, old_logps, is_computed, self._mode)
         return rollout
+
+
+def _columns(dataset: Any) -> list[str]:
+    return getattr(dataset, "column_names", None) or []  # a stream may not know them
 
 
 def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:
