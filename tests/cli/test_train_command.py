@@ -195,6 +195,10 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             "train {model} --problems --config {mixture} --eval_strategy steps --eval_steps 1",
             "`datasets` has none. Pass `--test_split_size 0.1`",
         ),
+        (
+            "train {model} {data} --problems --dataset_train_split train[:2]+train[3:]",
+            "`dataset_train_split` must be a split or a slice of one",
+        ),
         ("train {model} --problems --config {wrong_mixture}", "wrong type: .*'file'"),
         ("demo --config {small_file}", "has options that `trl-a3po demo` does not have: dataset_nam"),
         ("demo --eval_size 0", "`eval_size` must be 1 or more, got 0"),

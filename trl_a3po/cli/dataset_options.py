@@ -69,7 +69,7 @@ def resolve_datasets(
 
 
 def _split_and_slice(option: str, name: str) -> tuple[str, str | None]:
-    match = re.fullmatch(r"([\w.-]+)(\[.*\])?", name)
+    match = re.fullmatch(r"([\w.-]+)(\[[^\]]*\])?", name)
     if match is None:
         raise ValueError(f"`{option}` must be a split or a slice of one, such as `train[:1000]`, got '{name}'.")
     if match[2]:

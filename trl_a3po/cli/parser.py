@@ -106,13 +106,24 @@ class Parser(TrlParser):
         self._check_types(path, config)
 
     def _check_types(self, path: Path, config: dict[str, Any]) -> None:
-        """Of our own options all, of TRL's the numbers: it declares some as `str` that also take `false`."""
+        """
+        Of our own options all; of TRL's the numbers, the mappings, and those in `TEXTS` and `LISTS`. It declares other
+        options as texts or lists that also take `false` or one text.
+        """
         for kind in self.dataclass_types:
             for name, hint in get_type_hints(kind).items():
                 allowed = _types(hint)
-                if name not in config or not (_is_ours(kind, name) or _is_number(allowed)):
+                is_checked = _is_number(allowed) or dict in allowed or name in TEXTS or name in LISTS
+                if name not in config or not (_is_ours(kind, name) or is_checked):
                     continue
                 value = config[name]
+                if name in LISTS:
+                    kinds, words = LISTS[name]
+                    if value is not None and not (
+                        isinstance(value, list) and all(type(each) in kinds for each in value)
+                    ):
+                        raise ValueError(f"'{path}': `{name}` must be a list of {words}, got {value!r}.")
+                    continue
                 # argparse converts text, as on the command line.
                 fits = type(value) in {*allowed, str} or (type(value) is int and float in allowed)
                 if not _is_ours(kind, name):
@@ -133,6 +144,21 @@ WORDS = {
     NoneType: "null",
 }
 
+
+# Of TRL, texts that are names, and lists with the types of their items.
+TEXTS = {
+    "dataset_config",
+    "dataset_name",
+    "dataset_test_split",
+    "dataset_train_split",
+    "model_name_or_path",
+    "output_dir",
+}
+LISTS: dict[str, tuple[set[type], str]] = {
+    "datasets": ({dict}, "mappings, each with a `path`"),
+    "reward_funcs": ({str}, "names"),
+    "reward_weights": ({int, float}, "numbers"),
+}
 
 # Options that are declared as numbers, for which null turns off what they control.
 MAY_BE_NULL = {"max_grad_norm", "repetition_penalty", "top_k", "top_p"}
