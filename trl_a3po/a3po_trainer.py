@@ -349,8 +349,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     def _fields_of_hook(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The fields of the rollout that a subclass's `shape_advantages` names."""
         fields = fields_named_by(self.shape_advantages) if self._overrides_shaping else {}
-        absent = [name for name, is_required in fields.items() if is_required and name not in inputs]
-        if missing := ", ".join(f"`{name}`" for name in sorted(absent)):
+        if missing := ", ".join(f"`{name}`" for name in sorted(fields) if fields[name] and name not in inputs):
             raise ValueError(
                 f"`{type(self).__name__}.shape_advantages` takes {missing}, which is neither an argument of the hook "
                 "nor a field of the rollout. Add it to what `_generate_and_score_completions` returns, with one row "

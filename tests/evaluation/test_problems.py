@@ -13,12 +13,12 @@ from trl_a3po.evaluation.problems import (
     accepted_answers,
     file_source,
     final_answer,
-    first_problems,
     load_problems,
     split_off_last,
     to_prompt_and_solution,
     unparseable_rows,
 )
+from trl_a3po.evaluation.runs import first_problems
 from trl_a3po.rewards import accuracy_reward
 
 

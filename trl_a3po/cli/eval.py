@@ -17,8 +17,8 @@ from typing import Any
 from trl import TrlParser
 
 from ..evaluation.metrics import check_math_verify
-from ..evaluation.problems import first_problems, load_problems
-from ..evaluation.runs import EvaluateArguments, estimates, evaluate
+from ..evaluation.problems import load_problems
+from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_problems
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
 from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked
 from .compare import compare_directories

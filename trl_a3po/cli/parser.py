@@ -117,20 +117,16 @@ class Parser(TrlParser):
                 if name not in config or not (_is_ours(kind, name) or is_checked):
                     continue
                 value = config[name]
-                if name in LISTS:
-                    kinds, words = LISTS[name]
-                    if value is not None and not (
-                        isinstance(value, list) and all(type(each) in kinds for each in value)
-                    ):
-                        raise ValueError(f"'{path}': `{name}` must be a list of {words}, got {value!r}.")
-                    continue
+                words = " or ".join(WORDS.get(each, each.__name__) for each in allowed)
                 # argparse converts text, as on the command line.
                 fits = type(value) in {*allowed, str} or (type(value) is int and float in allowed)
-                if not _is_ours(kind, name):
+                if name in LISTS:
+                    items, words = LISTS[name]
+                    fits = value is None or (type(value) is list and items.issuperset(map(type, value)))
+                elif not _is_ours(kind, name):
                     # What TRL's trainer takes, whatever the declaration says.
                     fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())
                 if not fits:
-                    words = " or ".join(WORDS.get(each, each.__name__) for each in allowed)
                     raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.")
 
 
@@ -155,9 +151,9 @@ TEXTS = {
     "output_dir",
 }
 LISTS: dict[str, tuple[set[type], str]] = {
-    "datasets": ({dict}, "mappings, each with a `path`"),
-    "reward_funcs": ({str}, "names"),
-    "reward_weights": ({int, float}, "numbers"),
+    "datasets": ({dict}, "a list of mappings, each with a `path`"),
+    "reward_funcs": ({str}, "a list of names"),
+    "reward_weights": ({int, float}, "a list of numbers"),
 }
 
 # Options that are declared as numbers, for which null turns off what they control.

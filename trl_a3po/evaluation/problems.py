@@ -178,13 +178,6 @@ def unreadable(name: str, error: BaseException) -> str:
     return f"Cannot read the dataset '{name}': {' '.join(str(error).split())}"
 
 
-def first_problems(problems: Dataset, count: int) -> Dataset:
-    """The rows of the first `count` problems. Rows with the same prompt are one problem."""
-    prompts = [json.dumps(prompt) for prompt in problems["prompt"]]
-    chosen = set(list(dict.fromkeys(prompts))[:count])
-    return problems.select([row for row, prompt in enumerate(prompts) if prompt in chosen])
-
-
 def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
     """
     Splits a dataset into all rows except the last `size`, and the last `size` rows.
@@ -239,12 +232,13 @@ def to_prompt_and_solution(
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     if _reader(columns) is None:
         raise _unknown(columns)
+    features = dataset.features or {}
     for column in ANSWERS:
-        _check_type(column, (dataset.features or {}).get(column), name)
+        _check_type(column, features.get(column), name)
     convert = functools.partial(
         _convert,
         columns=[each for each in columns if each in (*PROBLEMS, *ANSWERS, *PICTURES)],
-        mixed=[each for each in ANSWERS if "Json(" in repr((dataset.features or {}).get(each))],
+        mixed=[each for each in ANSWERS if "Json(" in repr(features.get(each))],
         instruction=instruction,
         worked_examples=list(worked_examples),
         name=name,

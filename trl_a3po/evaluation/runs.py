@@ -201,6 +201,13 @@ def problem_fingerprint(prompt: Prompt) -> str:
     return _hash(prompt)
 
 
+def first_problems(problems: Dataset, count: int) -> Dataset:
+    """The rows of the first `count` problems."""
+    found = [problem_fingerprint(prompt) for prompt in problems["prompt"]]
+    chosen = set(list(dict.fromkeys(found))[:count])
+    return problems.select([row for row, problem in enumerate(found) if problem in chosen])
+
+
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -77,10 +77,11 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._multiple = int(self.pad_to_multiple_of or 1)
+        columns = getattr(self.train_dataset, "column_names", None) or ()  # a stream may not know them
         # Multimodal models have a processor also where they train on text only.
         self._may_have_images = isinstance(self.processing_class, ProcessorMixin)
         suited = not (
-            (self._may_have_images and not _IMAGE_COLUMNS.isdisjoint(_columns(self.train_dataset)))
+            (self._may_have_images and not _IMAGE_COLUMNS.isdisjoint(columns))
             # If a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits for
             # them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
@@ -481,10 +482,6 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._sampler is not None:
             rollout["importance_sampling_ratio"] = self._sampler.correct(rollout, old_logps, is_computed, self._mode)
         return rollout
-
-
-def _columns(dataset: Any) -> list[str]:
-    return getattr(dataset, "column_names", None) or []  # a stream may not know them
 
 
 def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:
