@@ -507,6 +507,9 @@ def test_rows_are_those_of_the_file(tmp_path, caplog):
 def test_a_folder_is_read(tmp_path):
     for split, answer in [("train", "1"), ("test", "2")]:
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "?", "answer": answer}) + "\n")
+    for other in (".git/a.json", "__pycache__/b.json", "notes.json"):  # `datasets` reads none of them
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("null\n")
     assert list(load_problems(str(tmp_path), "test")["solution"]) == ["$2$"]
     (tmp_path / "train.jsonl").write_text("null\n")
     with pytest.raises(ValueError, match=r"Line 1 of '.*train.jsonl' is not an object: null"):

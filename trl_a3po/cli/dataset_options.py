@@ -54,7 +54,7 @@ def resolve_datasets(
         raise ValueError("A stream has no slices. Remove `--dataset_streaming`.")
 
     if script.dataset_name:
-        check_folder(script.dataset_name)
+        check_folder(script.dataset_name, script.dataset_config)
     if script.dataset_name and is_file_name(script.dataset_name):
         test = _one_split(script, mixture, evaluates, train, test, test_slice)
     elif script.dataset_name and mixture.test_split_size is not None:
@@ -103,7 +103,7 @@ def _check_mixture(mixture: DatasetMixtureConfig, evaluates: bool, train: str, t
             for option, value in file_source(dataset.path).items():
                 setattr(dataset, option, value)
         else:
-            check_folder(dataset.path)
+            check_folder(dataset.path, dataset.name, dataset.data_dir, dataset.data_files)
     if train != "train" or test != "test":
         raise ValueError(
             "`dataset_train_split` and `dataset_test_split` have no effect on `datasets`. Set `split` for each "

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
+from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 
@@ -28,9 +28,6 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 OTHER_FILES = {".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip"}
 # What `datasets` raises if it cannot read a file.
 READ_ERRORS = (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError)
-
-# Files that `datasets` itself writes or reads beside those with rows.
-_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 PROBLEMS = ("prompt", "question", "problem")
 ANSWERS = ("answer", "solution", "reward_model")
@@ -52,7 +49,8 @@ def check_file(name: str) -> None:
     """
     Raises:
         `OSError`: the file does not exist.
-        `ValueError`: the file is empty, or its type is not supported.
+        `ValueError`: the file is empty, its type is not supported, its text is not UTF-8, or a line, or an item of a
+            list, is not an object.
     """
     path = Path(name)
     if path.suffix in {*LOADERS, *OTHER_FILES} and not path.is_file():
@@ -61,13 +59,20 @@ def check_file(name: str) -> None:
         raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these types.")
     if path.stat().st_size == 0:
         raise ValueError(f"'{name}' is empty.")
+    if LOADERS[path.suffix] == "json":
+        _check_lines(name)
 
 
-def check_folder(name: str) -> None:
+def check_folder(name: str, *arguments: Any) -> None:
     """
+    Args:
+        name (`str`): A dataset. There is nothing to check if it is not a local folder.
+        *arguments: The arguments of `datasets.load_dataset` that follow its name: `name`, `data_dir`, `data_files`.
+
     Raises:
-        `ValueError`: the dataset is a folder that `datasets` would take for a pattern, or a file in it is not what
-            [`file_source`] accepts.
+        `OSError`: the folder has no data.
+        `ValueError`: `datasets` would take the folder for a pattern, or a file that it reads is not what
+            [`check_file`] accepts.
     """
     path = os.path.abspath(name)
     if not os.path.isdir(path):
@@ -76,10 +81,10 @@ def check_folder(name: str) -> None:
         raise ValueError(
             f"`datasets` takes the folder '{path}' for a pattern. Rename it without *, ? and [, or name a file in it."
         )
-    for file in sorted(Path(path).rglob("*.json*")):
-        # `datasets` reads no hidden files, and the description of a saved dataset is not a row.
-        if file.suffix in LOADERS and file.name[0] not in "._" and file.name not in _DESCRIPTIONS:
-            file_source(str(file))
+    files = load_dataset_builder(name, *arguments).config.data_files or {}
+    for file in sorted({file for files_of_split in files.values() for file in files_of_split}):
+        if Path(file).suffix in LOADERS:
+            check_file(file)
 
 
 def file_source(name: str) -> dict[str, Any]:
@@ -88,18 +93,19 @@ def file_source(name: str) -> dict[str, Any]:
     its cache tells files apart by path and time alone, so the name of the configuration has a hash of the content.
 
     Raises:
-        `OSError`: the file does not exist.
-        `ValueError`: the file is empty, its type is not supported, its text is not UTF-8, or a line, or an item of a
-            list, is not an object.
+        `OSError`, `ValueError`: as [`check_file`].
     """
     check_file(name)
-    loader, digest = LOADERS[Path(name).suffix], hashlib.sha256()
+    with open(name, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    loader = LOADERS[Path(name).suffix]
+    return {"path": loader, "name": digest[:32], "data_files": glob.escape(os.path.abspath(name))}
+
+
+def _check_lines(name: str) -> None:
     first = before = ""  # the first line with a text, and the last one
     with open(name, "rb") as file:
         for number, line in enumerate(file, start=1):
-            digest.update(line)
-            if loader != "json":
-                continue
             try:
                 text = line.decode().strip("\ufeff \t\r\n")
             except UnicodeDecodeError as error:
@@ -108,11 +114,10 @@ def file_source(name: str) -> dict[str, Any]:
             if text and text[0] not in "{[]},:" and not before.endswith(("{", "[", ",", ":")):
                 raise ValueError(f"Line {number} of '{name}' is not an object: {_shortened(text)}")
             first, before = first or text, text or before
-    if loader == "json" and not before:
+    if not before:
         raise ValueError(f"'{name}' is empty.")
     if first.startswith("["):
         _check_list(name)
-    return {"path": loader, "name": digest.hexdigest()[:32], "data_files": glob.escape(os.path.abspath(name))}
 
 
 def _check_list(name: str) -> None:
@@ -157,7 +162,7 @@ def load_problems(
         if config is not None:
             logger.warning("`dataset_config=%r` has no effect on the file '%s'.", config, name)
     else:
-        check_folder(name)
+        check_folder(name, config)
         source = {"path": name, "name": config}
     try:
         dataset = load_dataset(**source, split=split)
