@@ -129,7 +129,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         self.add_callback(KeepsTheBest())
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():
-            self._token_log = TokenLog(args.output_dir, args.log_tokens, self.processing_class)
+            self._token_log = TokenLog(args.output_dir, args.log_tokens, self._text_tokenizer)
             self.add_callback(self._token_log)
         if args.push_to_hub:
             self.add_callback(WarnOfFailedPushes(self))

@@ -12,7 +12,16 @@ from datasets import IterableDataset
 from packaging.version import Version
 from peft import PromptTuningConfig
 from support import tiny
-from support.runs import ENVIRONMENTS, ROLLOUT_FUNCTION, TOOLS, images, make_run
+from support.runs import (
+    ENVIRONMENTS,
+    ROLLOUT_FUNCTION,
+    TEXT_WITH_PROCESSOR,
+    TOOLS,
+    images,
+    images_without_column,
+    make_run,
+    text_with_processor,
+)
 from support.training import SGD, Recorder, StopAfter, assert_same_update, gpt2, make, moved
 
 from trl_a3po.training.dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
@@ -437,14 +446,14 @@ def test_the_update_is_the_same_from_fewer_cells(fields, tmp_path):
         torch.testing.assert_close(tiny.parameters(saved)[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS])
-def test_tools_and_environments(run, tmp_path):
+@pytest.mark.parametrize("run", [ROLLOUT_FUNCTION, TOOLS, ENVIRONMENTS, TEXT_WITH_PROCESSOR])
+def test_other_rollouts(run, tmp_path):
     trainer = make_run(run, tmp_path, RoundsRecorder, dynamic_sampling=4, num_generations=2)
     trainer.train()
     assert max(logged(trainer, "rounds")) > 0
     assert max(logged(trainer, "unfilled")) == 0
     for rounds, batch in zip(trainer.rounds, trainer.rollouts, strict=True):
-        assert "tool_mask" in batch
+        assert "tool_mask" in batch or run is text_with_processor
         assert batch["advantages"].view(-1, 2).any(1).all()
         sampled = [row for each in rounds for row in rows_of(each)]
         assert all(row in sampled for row in rows_of(batch))
@@ -473,9 +482,15 @@ def refusal(model_dir, output_dir, run):
         ("stream", "a dataset without an index (`IterableDataset`). Pass a `Dataset`, or set `dynamic_sampling=0`."),
         ("positions", "models or adapters whose output depends on padding"),
         ("virtual tokens", "models or adapters whose output depends on padding"),
-        ("images", "a processor of images. To train on text only, pass the tokenizer as `processing_class`, or"),
+        ("images", "images. Train on text only, or set `dynamic_sampling=0`."),
     ],
 )
 def test_refuses_at_construction(run, message, model_dir, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"`dynamic_sampling=3` does not work with {message}")):
         refusal(model_dir, tmp_path, run)
+
+
+def test_refuses_images_that_no_column_names(tmp_path):
+    trainer = make_run(images_without_column, tmp_path, dynamic_sampling=3)
+    with pytest.raises(ValueError, match=re.escape("`dynamic_sampling=3` does not work with images.")):
+        trainer.train()

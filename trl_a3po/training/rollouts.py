@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
 
 from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
@@ -31,7 +30,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     rewards are collective. A group stays on the process that sampled it.
 
     Raises:
-        `ValueError`: with `dynamic_sampling`, a dataset that cannot be indexed, a model with images, or a model whose
+        `ValueError`: with `dynamic_sampling`, a dataset that cannot be indexed, images, or a model whose
             output depends on left padding; in training, a reward that is infinite, a completion without tokens, or a
             prompt that leaves no room for a completion.
     """
@@ -54,16 +53,21 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         if not isinstance(self.train_dataset, Sized):
             kind = type(self.train_dataset).__name__
             self._refuse_dynamic_sampling(f"with a dataset without an index (`{kind}`). Pass a `Dataset`")
-        if isinstance(self.processing_class, ProcessorMixin):
-            self._refuse_dynamic_sampling(
-                "with a processor of images. To train on text only, pass the tokenizer as `processing_class`"
-            )
+        if self._has_images:
+            self._refuse_images()
+
+    @property
+    def _text_tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
 
     def _refuse_dynamic_sampling(self, reason: str) -> None:
         if self.args.dynamic_sampling:
             raise ValueError(
                 f"`dynamic_sampling={self.args.dynamic_sampling}` does not work {reason}, or set `dynamic_sampling=0`."
             )
+
+    def _refuse_images(self) -> None:
+        self._refuse_dynamic_sampling("with images. Train on text only")
 
     def _check_model(self):
         super()._check_model()
@@ -81,8 +85,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         positions = learned_positions(self.model)
         if positions and self.max_completion_length:
-            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-            check_prompts_fit(prompt_ids, self.max_completion_length, positions, tokenizer)
+            check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _generate(self, prompts, *args, **kwargs):
@@ -136,6 +139,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         rollout = self._sample_round(inputs)
         if not (self.args.dynamic_sampling and self.model.training):
             return rollout
+        if "num_images" in rollout:  # of a tool, or of a dataset that does not name its columns
+            self._refuse_images()
         live = self._live_groups(rollout)
         [dead] = self._sum_over_processes(live.count(False))
         rounds, sampled_dead = 0, dead
@@ -143,7 +148,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
             fresh = self._sample_round(self._draw_inputs(len(inputs)))
             fresh_live = self._live_groups(fresh)
             swaps = pair_groups(live, fresh_live)
-            rollout = swap_groups(rollout, fresh, swaps, self.num_generations, self.processing_class.pad_token_id)
+            rollout = swap_groups(rollout, fresh, swaps, self.num_generations, self._text_tokenizer.pad_token_id)
             live = self._live_groups(rollout)
             dead, fresh_dead = self._sum_over_processes(live.count(False), fresh_live.count(False))
             rounds, sampled_dead = rounds + 1, sampled_dead + fresh_dead

@@ -35,13 +35,13 @@ class TokenLog(TrainerCallback):
     Args:
         output_dir (`str`): Directory of the file.
         prompts (`int`): Number of prompts per log.
-        processing_class: Tokenizer or processor of the trainer.
+        tokenizer: Tokenizer of the model.
     """
 
-    def __init__(self, output_dir: str, prompts: int, processing_class: Any):
+    def __init__(self, output_dir: str, prompts: int, tokenizer: Any):
         self._path = Path(output_dir, TOKENS_FILE)
         self._prompts = prompts
-        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._tokenizer = tokenizer
         self._step: list[dict[str, Tensor]] = []
 
     def add(

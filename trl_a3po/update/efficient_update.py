@@ -80,8 +80,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         columns = getattr(self.train_dataset, "column_names", None) or ()  # a stream may not know them
         # Multimodal models have a processor also where they train on text only.
         self._may_have_images = isinstance(self.processing_class, ProcessorMixin)
+        self._has_images = self._may_have_images and not _IMAGE_COLUMNS.isdisjoint(columns)
         suited = not (
-            (self._may_have_images and not _IMAGE_COLUMNS.isdisjoint(columns))
+            self._has_images
             # If a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits for
             # them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
