@@ -200,6 +200,11 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             "`dataset_train_split` must be a split or a slice of one",
         ),
         ("train {model} --problems --config {wrong_mixture}", "wrong type: .*'file'"),
+        (
+            'train {model} {data} --problems --lr_scheduler_kwargs {{"min":0}}',
+            "`lr_scheduler_type='linear'` with `lr_scheduler_kwargs={'min': 0}` does not work: .*'min'",
+        ),
+        ("train {model} {data} --problems --lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
         ("demo --config {small_file}", "has options that `trl-a3po demo` does not have: dataset_nam"),
         ("demo --eval_size 0", "`eval_size` must be 1 or more, got 0"),
         ("demo --dataset_name none.jsonl", "no file 'none.jsonl'"),

@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 import trl
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetGenerationError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from transformers import SchedulerType, get_scheduler
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
@@ -140,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig):
     """Fills in missing options, and raises errors that can be known now. Returns the slices of the two splits."""
+    _check_scheduler(config)
     if not script.reward_funcs and not script.reward_model_name_or_path:
         if not script.problems:
             raise UsageError(
@@ -150,6 +153,17 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
     if _checks_answers(script) and importlib.util.find_spec("math_verify") is None:
         raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl[math-verify]'")
     return resolve_datasets(script, mixture, config.eval_strategy != "no", config.max_steps)
+
+
+def _check_scheduler(config: A3POConfig) -> None:
+    """Makes the schedule of the learning rate once, because `transformers` makes it only when training begins."""
+    kind, settings = SchedulerType(config.lr_scheduler_type), cast(Any, config.lr_scheduler_kwargs)
+    optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
+    try:
+        get_scheduler(kind, optimizer, 1, num_training_steps=10**9, scheduler_specific_kwargs=settings)
+    except (TypeError, ValueError) as error:
+        options = f"`lr_scheduler_type='{kind.value}'` with `lr_scheduler_kwargs={settings}`"
+        raise UsageError(f"{options} does not work: {error}") from error
 
 
 def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig) -> list[Message]:
