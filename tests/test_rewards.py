@@ -35,6 +35,11 @@ def test_answers_that_cannot_be_parsed_do_not_hide_others():
     assert rewards.accuracy_reward(completions, [["", "$3$"], ["$3$", ""], ["", ""], []]) == [1.0, 0.0, None, None]
 
 
+def test_answers_that_are_no_texts():
+    completions = say("\\boxed{3}", "\\boxed{4}", "\\boxed{3}", "\\boxed{3}")
+    assert rewards.accuracy_reward(completions, [3, 3, None, [None, 3.0]]) == [1.0, 0.0, None, 1.0]
+
+
 def test_reasoning_is_cut_off():
     completions = say("\\boxed{1}</think>\\boxed{0.5}", "\\boxed{0.5}</think>\\boxed{1}", "\\boxed{0.5}")
     assert rewards.reasoning_accuracy_reward(completions, [HALF] * 3) == [1.0, 0.0, 0.0]

@@ -67,6 +67,12 @@ def reasoning_accuracy_reward(
     )
 
 
+def _texts(solution: Any) -> list[str]:
+    """The accepted answers. Nothing becomes a text that cannot be parsed, as in TRL."""
+    several = solution if isinstance(solution, list | tuple) else [solution]
+    return ["" if each is None else str(each) for each in several] or [""]
+
+
 def _best(
     reward: Callable[..., list[float | None]],
     completions: list[list[dict[str, str]]],
@@ -74,8 +80,7 @@ def _best(
     log_extra: Callable[[str, list], None] | None,
     **options: Any,
 ) -> list[float | None]:
-    # An empty list gets the reward of an answer that cannot be parsed.
-    answers = [[each] if isinstance(each, str) else list(each) or [""] for each in solution]
+    answers = [_texts(each) for each in solution]
     columns: dict[str, list] = {}
     scores = reward(
         [completion for completion, accepted in zip(completions, answers, strict=True) for _ in accepted],

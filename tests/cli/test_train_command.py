@@ -204,6 +204,7 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             'train {model} {data} --problems --lr_scheduler_kwargs {{"min":0}}',
             "`lr_scheduler_type='linear'` with `lr_scheduler_kwargs={'min': 0}` does not work: .*'min'",
         ),
+        ("train {model} {data} --problems --output_dir=", "`output_dir` is empty"),
         ("train {model} {data} --problems --lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
         ("demo --config {small_file}", "has options that `trl-a3po demo` does not have: dataset_nam"),
         ("demo --eval_size 0", "`eval_size` must be 1 or more, got 0"),
@@ -279,6 +280,13 @@ def test_a_file_is_split_for_evaluation(options, file, tmp_path, capsys):
     train.train(["--config", file(), "--dataset_name", dataset, *EVALUATES, *options])
     assert "6 problems to train on, 2 to evaluate on" in capsys.readouterr().out
     assert any("eval_reward" in log for log in logs(tmp_path / "output"))
+
+
+def test_problems_that_are_both_trained_and_evaluated_on_are_warned_of(file, tmp_path, caplog):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    shared = ["--dataset_train_split", "train[:6]", "--dataset_test_split", "train[4:]"]
+    train.train(["--config", file(), "--dataset_name", dataset, *EVALUATES, *shared])
+    assert "2 of 4 rows to evaluate on have a problem that is trained on too" in caplog.text
 
 
 def test_a_folder_has_a_test_split(file, tmp_path, capsys):

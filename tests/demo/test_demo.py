@@ -200,6 +200,27 @@ def test_the_table_is_printed_before_anything_is_saved(line, capsys, monkeypatch
     assert re.search(r"^pass@4 +\d", capsys.readouterr().out, re.M)
 
 
+def test_the_model_is_saved_if_the_evaluation_fails(line, tmp_path, monkeypatch):
+    evaluations = iter([evaluate_model, lambda *_, **__: 1 / 0])
+    monkeypatch.setattr(demo, "evaluate_model", lambda *args, **kwargs: next(evaluations)(*args, **kwargs))
+    with pytest.raises(ZeroDivisionError):
+        main(line)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_problems_in_several_rows_are_not_trained_on_if_they_are_held_out(line, tmp_path, capsys):
+    path = Path(write_problems(tmp_path / "problems.jsonl", ["2"] * 12))
+    path.write_text(path.read_text().replace('"1?"', '"8?"').replace('"9?"', '"8?"'))
+    assert main([*line, "--max_steps", "1", "--eval_samples", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("7 training problems, 4 held out")
+    assert re.search(r"^pass@3 +\d", out, re.M)
+    path.write_text(path.read_text().replace('"question": "', '"question": "8?", "other": "'))
+    with pytest.raises(SystemExit):
+        main(line)
+    assert "All rows before the last 4 have the same problems as those. Hold out fewer." in capsys.readouterr().err
+
+
 def test_problems_that_do_not_count_are_named(line, tmp_path, capsys, caplog):
     answers = ["2", "\\text{}", *["2"] * 6, "2", "\\text{}", "2", "2"]
     path = Path(write_problems(tmp_path / "problems.jsonl", answers))

@@ -77,6 +77,18 @@ def test_a_gain_is_seen_though_problems_differ_more_than_models(write):
     assert back.estimate.mean == pytest.approx(-expected)
 
 
+def test_an_interval_that_ends_at_0_but_for_rounding_tells_nothing(write):
+    counts = [(5, 4), (1, 2), (2, 2), (3, 5), (2, 2), (1, 2), (5, 4), (0, 1), (2, 5), (1, 3)]
+    outcomes = [
+        {f"{problem}?": [1.0] * each[side] + [0.0] * (5 - each[side]) for problem, each in enumerate(counts)}
+        for side in (0, 1)
+    ]
+    before, after = (read(write(name, each)) for name, each in zip(["before", "after"], outcomes, strict=True))
+    found = compare(before, after).differences["avg@5"]
+    assert found.estimate.low == pytest.approx(0, abs=1e-12)
+    assert found.verdict == compare(after, before).differences["avg@5"].verdict == "not told apart"
+
+
 def test_nineteen_of_twenty_comparisons_of_equals_tell_nothing(monkeypatch):
     monkeypatch.setattr(metrics, "RESAMPLES", 400)
     told = 0
@@ -230,10 +242,17 @@ def test_the_command(write, tmp_path, capsys, monkeypatch):
     [
         (["a"], "pass at least two directories"),
         (["a", "b"], "'a' contains no complete evaluation: results.json is missing. Run or resume"),
+        (["b", "a"], "There is no directory 'b'. Pass the `output_dir` of `trl-a3po eval`."),
+        (["page.html", "a"], "There is no directory 'page.html'. Pass the `output_dir` of `trl-a3po eval`."),
+        (["c", "d", "--output", "c/samples.jsonl"], "c/samples.jsonl' exists and is not an .html file."),
     ],
 )
-def test_bad_lines_are_refused(line, message, tmp_path, capsys, monkeypatch):
+def test_bad_lines_are_refused(line, message, write, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "page.html").touch()
+    for name in ("c", "d"):
+        write(name, {"1?": [1.0], "2?": [0.0]})
     try:
         status = cli.main(["compare", *line])
     except SystemExit as error:

@@ -436,6 +436,16 @@ def test_end_tokens_that_are_none_are_named(declared, tmp_path):
     assert "TypeError" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["thinking", "enable", "able_think"])
+def test_a_part_of_a_name_that_the_chat_template_reads_is_refused(name, tmp_path):
+    tiny.save(tmp_path)
+    template = "{% if enable_thinking %}yes{% endif %}" + tiny.CHAT_TEMPLATE
+    (tmp_path / "chat_template.jinja").write_text(template)
+    load_chat(find_model(str(tmp_path)), {"enable_thinking": False})
+    with pytest.raises(ValueError, match=f"ignores {name}"):
+        load_chat(find_model(str(tmp_path)), {name: False})
+
+
 def test_an_end_token_outside_the_vocabulary_changes_nothing(model_dir):
     model = load_model(Path(model_dir), "float32")
     requests = [Request(prompt, 12, 0) for prompt in ([3, 4, 5], [6, 7])]

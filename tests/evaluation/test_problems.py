@@ -55,10 +55,50 @@ def score(answer, solution):
         ("\\[2\\]", "\\[2\\]"),
         ("\\(2\\)", "\\(2\\)"),
         (" 7 ", "$7$"),
+        ("8 dollars", "$8\\text{ dollars}$"),
+        ("1,200.50 US dollars.", "$1,200.50\\text{ US dollars}$"),
+        ("12 cm^2", "$12\\text{ cm^2}$"),
+        ("10 km/h", "$10\\text{ km/h}$"),
+        ("5 percent", "$5\\%$"),
+        ("-3 1/2", "$-3\\frac{1}{2}$"),
+        ("1 000", "$1000$"),
+        ("-12 345 678", "$-12345678$"),
+        ("1e5", "$1\\cdot10^{5}$"),
+        ("-2.5E+07", "$-2.5\\cdot10^{07}$"),
+        ("1e-3", "$1\\cdot10^{-3}$"),
+        ("$1 000$", "$1 000$"),
     ],
 )
 def test_final_answer(answer, expected):
     assert final_answer(answer) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["2 L", "2 ab", "3 xyz", "5 million", "2 pi", "2 sqrt x", "3 or 4", "3 and 5 eggs", "Paris", "1 00", "1 2/x"],
+)
+def test_products_lists_and_texts_stay_as_they_are(answer):
+    assert final_answer(answer) == f"${answer}$"
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("8 dollars", ["8", "\\$8", "8\\text{ dollars}", "8.0"], ["9", "9\\text{ dollars}", "80"]),
+        ("12 cm^2", ["12", "12\\text{ cm}^2"], ["144", "2"]),
+        ("24 square centimeters", ["24"], ["25"]),
+        ("5 percent", ["5\\%", "0.05"], ["6\\%", "0.5"]),
+        ("3 1/2", ["3.5", "\\frac{7}{2}", "3\\frac{1}{2}"], ["2", "3", "\\frac{3}{2}"]),
+        ("-3 1/2", ["-3.5"], ["-2.5", "3.5"]),
+        ("1 000", ["1000", "1,000"], ["0", "1"]),
+        ("1e5", ["100000", "10^5"], ["5", "1"]),
+        ("-2.5E+07", ["-25000000"], ["-2.5"]),
+    ],
+)
+def test_plain_answers_are_read_as_people_mean_them(answer, right, wrong):
+    [solution] = accepted_answers(answer)
+    assert [score(each, [solution]) for each in right] == [1.0] * len(right)
+    assert [score(each, [solution]) for each in wrong] == [0.0] * len(wrong)
 
 
 @pytest.mark.parametrize(
@@ -476,6 +516,30 @@ def test_items_that_are_no_objects_are_refused(items, message, indent, tmp_path)
         file_source(str(tmp_path / "rows.json"))
 
 
+def test_problems_and_answers_beside_a_prompt_are_read():
+    dataset = Dataset.from_list([{"prompt": "p", "question": "q", "answer": "1"}])
+    problems = to_prompt_and_solution(dataset)
+    assert problems["prompt"][0][0]["content"] == "q"
+    assert problems["solution"] == ["$1$"]
+
+
+def test_folders_that_cannot_be_read_are_refused_with_a_way_out(tmp_path):
+    Dataset.from_list([json.loads(ROW)]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"saved' was written by `save_to_disk`. .* with `Dataset.to_parquet`"):
+        load_problems(str(tmp_path / "saved"), "test")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "test.jsonl").write_text(ROW)
+    (tmp_path / "broken" / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=r"Cannot read the dataset '.*broken': .*"):
+        load_problems(str(tmp_path / "broken"), "test")
+
+
+def test_a_slice_without_rows_names_the_file(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    with pytest.raises(ValueError, match=r"Cannot read the dataset '.*rows.jsonl': .*no data"):
+        load_problems(str(tmp_path / "rows.jsonl"), "test[5:5]")
+
+
 def test_a_list_that_is_not_json_is_refused(tmp_path):
     (tmp_path / "rows.json").write_text(f"[{ROW}, {ROW}")
     with pytest.raises(ValueError, match=r"Cannot read the dataset '.*rows.json': ."):
@@ -525,6 +589,7 @@ def test_a_folder_is_read(tmp_path):
         ("empty.jsonl", "", "'.*empty.jsonl' is empty"),
         ("blank.jsonl", "\n  \n", "'.*blank.jsonl' is empty"),
         ("blank.json", "\n", "'.*blank.json' is empty"),
+        ("list.json", "[]", "'.*list.json' is empty"),
         ("rows.csv", "question,answer\n1,2\n", r"'.*rows.csv' is not a \.jsonl, \.json, \.parquet file"),
         ("broken.jsonl", '{"question": 1\n', "Cannot read the dataset '.*broken.jsonl': .*JSON"),
         ("broken.parquet", "no parquet", "Cannot read the dataset '.*broken.parquet': .*[Pp]arquet"),

@@ -248,6 +248,20 @@ def test_other_libraries_are_refused_only_where_samples_are_missing(problems, ar
         evaluate(arguments(), problems, guesses)
 
 
+def test_results_whose_samples_were_moved_are_not_replaced_by_others(problems, arguments, tmp_path):
+    evaluate(arguments(), problems, guesses)
+    results = tmp_path / "scores" / "results.json"
+    before = results.read_bytes()
+    (tmp_path / "scores" / "samples.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"contains another evaluation\. It was started with temperature=0\.6"):
+        evaluate(arguments(temperature=1.0), problems, guesses)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(arguments(), problems, lambda *_: 1 / 0)
+    assert results.read_bytes() == before
+    evaluate(arguments(), problems, guesses)
+    assert results.read_bytes() == before
+
+
 def test_samples_of_something_else_are_refused(problems, arguments, tmp_path):
     evaluate(arguments(), problems, guesses)
     path = tmp_path / "scores" / "samples.jsonl"
@@ -259,7 +273,7 @@ def test_samples_of_something_else_are_refused(problems, arguments, tmp_path):
     with pytest.raises(ValueError, match="does not contain these problems in this order"):
         evaluate(arguments(), problems, guesses)
     (tmp_path / "scores" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"contains samples but no `run.json`"):
+    with pytest.raises(ValueError, match=r"contains an evaluation but no `run.json`"):
         evaluate(arguments(), problems, guesses)
 
 

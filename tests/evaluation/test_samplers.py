@@ -35,7 +35,7 @@ def requests(seed=0, samples=8, prompts=PROMPTS, tokens=12):
     ]
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 1.5, "top_p": 0.7}, {"temperature": 2.0, "top_k": 5}])
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.5, "top_p": 0.7}, {"temperature": 2, "top_k": 5}])
 def test_tokens_have_the_probabilities_of_the_model(fields, model):
     """A test of goodness of fit on the first token of many samples."""
     number = 4000

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import logged_runs
@@ -12,6 +13,7 @@ from support import logged_runs
 from trl_a3po.cli.report import main
 from trl_a3po.report import run as run_module
 from trl_a3po.report import write_report
+from trl_a3po.report.page import save_page
 from trl_a3po.report.run import read_run
 from trl_a3po.report.text import visible
 from trl_a3po.training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE
@@ -202,7 +204,10 @@ def test_the_command_by_its_name_loads_neither_torch_nor_trl(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "trl_a3po.cli", "report", "none"], capture_output=True, text=True, cwd=tmp_path
     )
-    assert (done.returncode, done.stderr) == (2, "error: There is no directory 'none'.\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: There is no directory 'none'. Pass the `output_dir` of a run.\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,6 +221,7 @@ def test_the_command_by_its_name_loads_neither_torch_nor_trl(tmp_path):
         (["run", "missing"], "There is no directory 'missing'."),
         (["torn"], r"is incomplete, or not the state of a trainer."),
         (["run", "--output", "nowhere/report.html"], "nowhere/report.html"),
+        (["run", "--output", "torn/trainer_state.json"], "torn/trainer_state.json' exists and is not an .html file."),
     ],
 )
 def test_errors_say_what_was_looked_for(arguments, message, tmp_path, monkeypatch, capsys):
@@ -235,6 +241,25 @@ def test_a_step_without_tokens_is_a_mistake(tmp_path):
     with pytest.raises(SystemExit) as exit_:
         main([str(tmp_path), "--step", "3"])
     assert exit_.value.code == 2
+
+
+def test_a_page_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    page = tmp_path / "report.html"
+    save_page("first", page)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            save_page("second", page)
+    assert page.read_text() == "first"
+    save_page("second", page)
+    assert page.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [page]
+    assert save_page("third", "/dev/null") == Path("/dev/null")
+    assert Path("/dev/null").is_char_device()
 
 
 # The terminal
@@ -275,7 +300,9 @@ def test_the_terminal_says_where_there_is_nothing(tmp_path, capsys):
     pytest.importorskip("rich")
     run = str(logged_runs.a3po(tmp_path / "run"))
     assert main([run, "--tokens", "--step", "11"]) == 2
-    assert "has no logged completions of step 11. Set `log_tokens` in A3POConfig." in capsys.readouterr().err
+    assert "of step 11. It has some from step 1 to 10, for example of 10." in capsys.readouterr().err
+    assert main([str(logged_runs.grpo(tmp_path / "grpo")), "--tokens"]) == 2
+    assert "has no logged completions. Set `log_tokens` in A3POConfig." in capsys.readouterr().err
 
 
 def test_the_terminal_without_rich_says_what_to_install(tmp_path, monkeypatch, capsys):

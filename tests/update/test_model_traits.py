@@ -263,6 +263,8 @@ COLUMNS = PaddingTraits(left_padding=True)
         ({}, PaddingTraits()),
         ({"layer_types": ["full_attention", "sliding_attention"]}, PaddingTraits()),
         ({"layer_types": ["full_attention", "chunked_attention"]}, COLUMNS),
+        ({"layer_types": ["full_attention", "minimax_m3_sparse"]}, LENGTH),
+        ({"layer_types": ["full_attention", "not known yet"]}, LENGTH),
         ({"attention_chunk_size": 8192}, COLUMNS),
         ({"attn_temperature_tuning": True}, COLUMNS),
         ({"log_scaling_n_floor": 128_000}, COLUMNS),

@@ -38,7 +38,7 @@ from ..demo import arithmetic
 from ..evaluation.metrics import check_math_verify
 from ..evaluation.models import find_model
 from ..evaluation.problems import check_parseable, load_problems, split_off_last
-from ..evaluation.runs import estimates, evaluate_model, refuse_empty
+from ..evaluation.runs import estimates, evaluate_model, refuse_empty, rows_in_both
 from ..report import write_report
 from ..rewards import accuracy_reward
 from ..training.checkpoint_files import check_writable
@@ -127,6 +127,12 @@ def train_and_held_out(demo: DemoArguments) -> tuple[Dataset, Dataset]:
     if demo.dataset_name != ARITHMETIC:
         problems = load_problems(demo.dataset_name, demo.dataset_train_split)
         train_problems, held_out_problems = split_off_last(problems, demo.eval_size)
+        repeated = set(rows_in_both(train_problems, held_out_problems))
+        if len(repeated) == len(train_problems):
+            raise ValueError(
+                f"All rows before the last {demo.eval_size} have the same problems as those. Hold out fewer."
+            )
+        train_problems = train_problems.select([row for row in range(len(train_problems)) if row not in repeated])
         check_parseable(train_problems, "training")
         return train_problems.remove_columns("row"), held_out_problems
     train = [arithmetic.row(problem) for problem in arithmetic.problems("train")]
@@ -144,10 +150,11 @@ def held_out_results(trainer: A3POTrainer, problems: Dataset, num_samples: int) 
     )
 
 
-def before_after_table(before: dict[str, Any], after: dict[str, Any], num_samples: int) -> str:
+def before_after_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = [f"{'held-out':<10}{'before':>22}{'after':>22}"]
     first, last = estimates(before), estimates(after)
-    for name in ("pass@1", f"pass@{num_samples}"):
+    pass_rates = [name for name in first if name.startswith("pass@")]
+    for name in dict.fromkeys([pass_rates[0], pass_rates[-1]]):
         lines.append(f"{name:<10}{first[name]!s:>22}{last[name]!s:>22}")
     return "\n".join([*lines, f"mean and 95 % interval over {after['problems']} problems"])
 
@@ -190,10 +197,12 @@ def main(line: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     trainer.train(checkpoint)
     seconds = time.perf_counter() - start
-    after = held_out_results(trainer, held_out_problems, demo.eval_samples)
-    print(before_after_table(before, after, demo.eval_samples), flush=True)
-    trainer.save_model(str(output_dir))
-    trainer.save_state()
+    try:
+        after = held_out_results(trainer, held_out_problems, demo.eval_samples)
+        print(before_after_table(before, after), flush=True)
+    finally:  # an error of one must not cost the other
+        trainer.save_model(str(output_dir))
+        trainer.save_state()
     since = f", resumed from {checkpoint}" if checkpoint else ""
     print(f"\n{trainer.state.global_step} steps in {seconds:.0f} s{since}; model saved in {config.output_dir}")
     print(f"Report, token by token: {write_report([output_dir], output_dir / 'report.html')}")

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name, run in zip(names_of(runs), runs, strict=True):
                 print(as_text(visible(name), run.findings))
             print(f"Report: {path}")
-    except (ReportError, OSError) as error:
+    except (ReportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -60,11 +60,16 @@ def _print_tokens(run_dir: Path, step: int | None) -> None:
     except ImportError as error:
         raise ReportError("`--tokens` needs rich. Install it: pip install rich") from error
     completions = read_run(run_dir, None if step is None else [step]).completions
-    if not completions:
-        of_step = "" if step is None else f" of step {step}"
+    if not completions and step is not None and (others := read_run(run_dir).completions):
+        steps = sorted({each.step for each in others})
         raise ReportError(
-            f"'{run_dir}' has no logged completions{of_step}. Set `log_tokens` in A3POConfig. Only completions with a "
-            "non-zero advantage are logged."
+            f"'{run_dir}' has no logged completions of step {step}. It has some from step {steps[0]} to {steps[-1]}, "
+            f"for example of {min(steps, key=lambda each: abs(each - step))}."
+        )
+    if not completions:
+        raise ReportError(
+            f"'{run_dir}' has no logged completions. Set `log_tokens` in A3POConfig. Only completions with a non-zero "
+            "advantage are logged."
         )
     last = [each for each in completions if each.step == completions[-1].step]
     of_one_prompt = [each for each in last if (each.group, each.prompt) == (last[0].group, last[0].prompt)]

@@ -38,6 +38,7 @@ from trl.scripts import grpo
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
 from ..evaluation.problems import Message, check_parseable, rows, to_prompt_and_solution, unreadable
+from ..evaluation.runs import refuse_empty, rows_in_both
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
 from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import resume_argument
@@ -142,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig):
     """Fills in missing options, and raises errors that can be known now. Returns the slices of the two splits."""
+    refuse_empty(config, "output_dir")
     _check_scheduler(config)
     if not script.reward_funcs and not script.reward_model_name_or_path:
         if not script.problems:
@@ -245,6 +247,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
         train_dataset = prepare(*take_slice(train_dataset, train_slice), use="training")
         if eval_dataset is not None:
             eval_dataset = prepare(*take_slice(eval_dataset, test_slice), use="evaluation")
+            if script.problems and hasattr(train_dataset, "__len__"):
+                _warn_of_shared(train_dataset, eval_dataset)
         check_dataset_sizes(config, train_dataset, eval_dataset)
         if script.problems and hasattr(train_dataset, "__len__") and not config.process_index:
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
@@ -337,6 +341,16 @@ def _prepared(
     if checks_answers:
         check_parseable(dataset, use)
     return dataset.remove_columns("row")  # rewards would get it
+
+
+def _warn_of_shared(train_dataset: Any, eval_dataset: Any) -> None:
+    if shared := rows_in_both(eval_dataset, train_dataset):
+        logger.warning(
+            "%d of %d rows to evaluate on have a problem that is trained on too: the dataset repeats problems, or the "
+            "two splits share them.",
+            len(shared),
+            len(eval_dataset),
+        )
 
 
 def _check_reward_names(names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import hash_of_file, read_object, records_of
-from .metrics import Estimate, Solved, check_math_verify, estimate, per_problem, share_above_zero
+from .metrics import ROUNDING, Estimate, Solved, check_math_verify, estimate, per_problem, share_above_zero
 from .runs import distinct_problems, estimates
 
 
@@ -53,7 +53,7 @@ class Difference:
         low, high = self.estimate.low, self.estimate.high
         if low is None or high is None:
             return "one problem says nothing"
-        return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+        return "better" if low > ROUNDING else "worse" if high < -ROUNDING else "not told apart"
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def read_result(directory: Path, name: str) -> Result:
     Raises:
         `ValueError`: the evaluation is not complete or damaged, or the directory has none.
     """
+    if not directory.is_dir():
+        raise ValueError(f"There is no directory '{directory}'. Pass the `output_dir` of `trl-a3po eval`.")
     samples, results_file = directory / "samples.jsonl", directory / "results.json"
     fix = "Delete it and run `trl-a3po eval` again."
     try:

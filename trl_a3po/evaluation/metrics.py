@@ -16,6 +16,8 @@ import numpy as np
 
 
 RESAMPLES = 10_000
+# A mean this close to 0 is 0: sums of equal numbers in another order differ by less.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def share_above_zero(values: Sequence[float]) -> float:
     """The share of bootstrap means above 0. A mean of exactly 0 counts as half."""
     means = _resampled_means(values)
-    return float(np.mean((means > 1e-12) + 0.5 * (np.abs(means) <= 1e-12)))
+    return float(np.mean((means > ROUNDING) + 0.5 * (np.abs(means) <= ROUNDING)))
 
 
 def _resampled_means(values: Sequence[float]) -> np.ndarray:

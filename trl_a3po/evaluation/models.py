@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
 import tempfile
 import textwrap
@@ -366,7 +367,7 @@ def load_chat(
             f"The tokenizer of '{files.name}' has no chat template. Save one as `chat_template.jinja` in its "
             "directory."
         )
-    unread = [name for name in template_kwargs or {} if name not in str(template)]
+    unread = [name for name in template_kwargs or {} if not re.search(rf"\b{re.escape(name)}\b", str(template))]
     if unread:
         raise ValueError(f"`chat_template_kwargs`: the chat template of '{files.name}' ignores {', '.join(unread)}.")
     with loading(f"the model '{files.base}'"):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ..report.page import save_page
 from ..report.text import visible
 from .compare import Pair, Problem, Result
 from .metrics import Estimate, Solved
@@ -32,15 +33,13 @@ def write_page(results: Sequence[Result], pairs: Sequence[Pair], path: Path) -> 
     for pair in pairs:
         body += _pair(pair)
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    path.write_text(
+    return save_page(
         "<!doctype html>\n"
         f'<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width"><title>Evaluations compared</title>'
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n",
-        encoding="utf-8",
-        newline="\n",
+        path,
     )
-    return path.absolute()
 
 
 def _shown(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
@@ -29,9 +30,15 @@ OTHER_FILES = {".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip"}
 # What `datasets` raises if it cannot read a file.
 READ_ERRORS = (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError)
 
-PROBLEMS = ("prompt", "question", "problem")
+# The columns of problems, and those of their answers. If both exist, `solution` is a derivation and `answer` is its
+# result. With `prompt`, `solution` is TRL's column.
+ANSWERS_OF = {"prompt": ("solution",), "question": ("answer", "solution"), "problem": ("answer", "solution")}
+PROBLEMS = tuple(ANSWERS_OF)
 ANSWERS = ("answer", "solution", "reward_model")
 PICTURES = ("image", "images")
+
+# What `Dataset.save_to_disk` writes, and `load_dataset` refuses.
+_SAVED = {"state.json", "dataset_dict.json"}
 
 Message = dict[str, Any]
 
@@ -81,7 +88,15 @@ def check_folder(name: str, *arguments: Any) -> None:
         raise ValueError(
             f"`datasets` takes the folder '{path}' for a pattern. Rename it without *, ? and [, or name a file in it."
         )
-    files = load_dataset_builder(name, *arguments).config.data_files or {}
+    if not _SAVED.isdisjoint(os.listdir(path)):
+        raise ValueError(
+            f"'{path}' was written by `save_to_disk`. Write a file that other programs read too, with "
+            "`Dataset.to_parquet`, and pass it."
+        )
+    try:
+        files = load_dataset_builder(name, *arguments).config.data_files or {}
+    except yaml.YAMLError as error:  # in its README.md
+        raise ValueError(unreadable(name, error)) from error
     for file in sorted({file for files_of_split in files.values() for file in files_of_split}):
         if Path(file).suffix in LOADERS:
             check_file(file)
@@ -126,6 +141,8 @@ def _check_list(name: str) -> None:
         items = json.loads(Path(name).read_text("utf-8-sig"))
     except json.JSONDecodeError:
         return  # `datasets` says what is wrong
+    if not items:
+        raise ValueError(f"'{name}' is empty.")
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise ValueError(f"Item {number} of '{name}' is not an object: {_shortened(json.dumps(item))}")
@@ -166,7 +183,7 @@ def load_problems(
         source = {"path": name, "name": config}
     try:
         dataset = load_dataset(**source, split=split)
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, ValueError) as error:
         raise ValueError(unreadable(name, error)) from error
     row_numbers = None
     if "[" in split:
@@ -454,10 +471,11 @@ def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[st
     """Returns a function that reads the problem and its accepted answers from a row; `None` for other columns."""
     if {"prompt", "reward_model"} <= set(columns):
         return lambda row: (row["prompt"], _verl_answers(row["reward_model"]))
-    problem = next((name for name in PROBLEMS if name in columns), None)
-    # If both exist, `solution` is a derivation and `answer` is its result. With `prompt`, `solution` is TRL's column.
-    answers = [name for name in (("solution",) if problem == "prompt" else ("answer", "solution")) if name in columns]
-    if problem is None or not answers:
+    for problem, possible in ANSWERS_OF.items():
+        answers = [name for name in possible if name in columns]
+        if problem in columns and answers:
+            break
+    else:
         return None
 
     def read(row: dict[str, Any]) -> tuple[Any, list[str]]:
@@ -524,7 +542,8 @@ def final_answer(answer: Any) -> str:
     The part of an answer that math-verify compares, as LaTeX; empty if there is none.
 
     In GSM8K it follows `####`; in MATH it is the last `\boxed{...}` of the derivation. Other answers get dollar
-    signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1.
+    signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1. Within them, it reads letters as
+    factors, so `8 dollars`, `3 1/2`, `1 000` and `1e5` become LaTeX too.
 
     Raises:
         `ValueError`: the answer is neither a text nor a number that is exact.
@@ -549,8 +568,24 @@ def final_answer(answer: Any) -> str:
         return ""
     # A single dollar sign is a currency.
     bare = _DOLLAR.sub(r"\\$", text.removesuffix("."))
+    for pattern, latex in _PLAIN_FORMS:
+        if match := pattern.fullmatch(bare):
+            bare = match.expand(latex)
+            break
     return f"${bare}$"
 
+
+_NUMBER = r"([-+]?\d[\d,]*(?:\.\d+)?)"
+# A word, and not a factor as in `2 L` and `3 xy`, nor one that changes the number.
+_NO_UNIT = "and|or|to|times|mod|pi|sqrt|sin|cos|tan|log|ln|exp|dozen|hundred|thousand|million|billion|[abc]+|[xyz]+"
+_UNIT = rf"((?!(?:{_NO_UNIT})\b)(?:cm|mm|km|kg|mg|ml|mL|in|ft|oz|lb|[A-Za-z]{{3,}}|US)(?:[ /][A-Za-z]+|\^[23])*)"
+_PLAIN_FORMS = (
+    (re.compile(r"([-+]?\d+)\s+(\d+)/(\d+)"), r"\1\\frac{\2}{\3}"),
+    (re.compile(r"([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))?"), r"\1\2\3\4"),
+    (re.compile(rf"{_NUMBER}[eE]\+?(-?\d+)"), r"\1\\cdot10^{\2}"),
+    (re.compile(rf"{_NUMBER}\s+percent"), r"\1\\%"),
+    (re.compile(rf"{_NUMBER}\s+{_UNIT}"), r"\1\\text{ \2}"),
+)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _DOLLAR = re.compile(r"(?<!\\)\$")

@@ -208,6 +208,12 @@ def first_problems(problems: Dataset, count: int) -> Dataset:
     return problems.select([row for row, problem in enumerate(found) if problem in chosen])
 
 
+def rows_in_both(problems: Dataset, others: Dataset) -> list[int]:
+    """The rows of `problems`, counted from 0, whose problem `others` has too."""
+    known = {problem_fingerprint(prompt) for prompt in others["prompt"]}
+    return [row for row, prompt in enumerate(problems["prompt"]) if problem_fingerprint(prompt) in known]
+
+
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -400,7 +406,7 @@ def _evaluate(
                 "another `output_dir`."
             )
     done = read_samples(samples)
-    before = _read_run(directory) if done else None
+    before = _read_run(directory) if done or results_file.exists() else None
     started = before["settings"].get("date") if before is not None else None
     shown_date = show_date(subject.chat, started or today())
     tasks = tasks_of([row["prompt"] for row in rows], subject.chat, arguments.max_completion_length, subject.context)
@@ -421,10 +427,10 @@ def _evaluate(
     if before is not None:
         _check_identity(directory, identity, before, done, tasks)
     if len(done) < len(rows):
-        # Old results must not stand beside an evaluation that is not complete.
-        results_file.unlink(missing_ok=True)
         longest = max(len(task.prompt_ids) + task.max_tokens for task in sampled) if subject.context else None
         with open_engine(arguments, subject, longest) as engine:
+            # Old results must not stand beside an evaluation that is not complete.
+            results_file.unlink(missing_ok=True)
             if not done:
                 write_whole(directory / "run.json", {**identity, "versions": versions(arguments.use_vllm)})
             with samples.open("a" if done else "w", encoding="utf-8") as file:
@@ -529,7 +535,8 @@ def _read_run(directory: Path) -> dict[str, Any]:
     path = directory / "run.json"
     if not path.exists():
         raise ValueError(
-            f"'{directory}' contains samples but no `run.json`: their model is unknown. Choose another `output_dir`."
+            f"'{directory}' contains an evaluation but no `run.json`: its model is unknown. Choose another "
+            "`output_dir`."
         )
     fix = "Delete it and `samples.jsonl`, or choose another `output_dir`."
     return read_object(path, "model", "settings", "versions", fix=fix)

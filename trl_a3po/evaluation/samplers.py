@@ -145,7 +145,7 @@ def _generate(model: PreTrainedModel, requests: Sequence[Request], sampling: Sam
 def _processors(sampling: Sampling, requests: Sequence[Request], width: int) -> list[LogitsProcessor]:
     if sampling.temperature == 0:
         return [RefuseNonFinite()]
-    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(sampling.temperature), RefuseNonFinite()]
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature)), RefuseNonFinite()]
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:

@@ -41,8 +41,31 @@ def write_page(runs: Sequence[Run], path: str | PathLike[str]) -> Path:
     """Writes the report on runs that were read, as [`write_report`] does."""
     names = names_of(runs)
     data = {"version": __version__, "runs": [_plain(run, name) for run, name in zip(runs, names, strict=True)]}
+    return save_page(_fill_in(_template(), data), path)
+
+
+def save_page(html: str, path: str | PathLike[str]) -> Path:
+    """
+    Writes a page as a whole, or not at all.
+
+    Returns:
+        `Path`: the absolute path of the file.
+
+    Raises:
+        `ValueError`: the file exists, and by its name it is no page.
+    """
     path = Path(path).absolute()
-    path.write_text(_fill_in(_template(), data), encoding="utf-8", newline="\n")
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_text(html, encoding="utf-8", newline="\n")
+        return path
+    if path.exists() and path.suffix not in (".html", ".htm"):
+        raise ValueError(f"'{path}' exists and is not an .html file. Choose another `--output`, or delete it.")
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

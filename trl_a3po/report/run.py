@@ -67,7 +67,7 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
         `ReportError`: nothing was logged there.
     """
     if not directory.is_dir():
-        raise ReportError(f"There is no directory '{directory}'.")
+        raise ReportError(f"There is no directory '{directory}'. Pass the `output_dir` of a run.")
     (state, torn), tokens = _newest_state(directory), directory / TOKENS_FILE
     if torn and state is None and not tokens.is_file():
         raise ReportError(f"'{torn[0]}' is incomplete, or not the state of a trainer.")

@@ -30,6 +30,13 @@ _PADDING = 5
 # Linear attention is computed in chunks, of 64 tokens if the configuration gives no size. The check does not run
 # chunks longer than the second number.
 _CHUNK, _LONGEST_CHUNK = 64, 1024
+# Kinds of layers that a run of this length shows as they are, and the chunks of Llama 4. Others may look at blocks of
+# columns of long rows, as those of MiniMax-M3 and DeepSeek-V4 do.
+_CHUNKED = "chunked_attention"
+_KNOWN_LAYERS = {
+    *("full_attention", "sliding_attention", "indexed_attention", "linear_attention", "attention", _CHUNKED),
+    *("hybrid", "hybrid_sliding", "conv", "mamba", "moe"),
+}
 # HunYuan normalizes queries and keys after their rotation, so the gradient of these norms depends on the position even
 # where the output does not. Beam scales queries by a position that its configuration does not name.
 _BY_POSITION = ("hunyuan", "beam")
@@ -106,7 +113,7 @@ def configured_traits(model: torch.nn.Module) -> PaddingTraits:
     """
     The traits that a short run may not show: rotations that change with the length of the batch beyond a threshold,
     attention that is scaled or cut into chunks by column (Llama 4, Ministral 3), virtual tokens before the padding,
-    and what a configuration does not say.
+    kinds of layers that are not known, and what a configuration does not say.
     """
     adapters = getattr(model, "peft_config", {}).values()
     config = text_config(model)
@@ -115,17 +122,19 @@ def configured_traits(model: torch.nn.Module) -> PaddingTraits:
     rotates_by_length = not {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint(
         {"dynamic", "longrope"}
     )
+    looks_at_blocks = not _KNOWN_LAYERS.issuperset(_layer_types(config))
     return PaddingTraits(
         left_padding=(
             rotates_by_length
             or any(adapter.is_prompt_learning for adapter in adapters)
             or any(each.get("llama_4_scaling_beta") for each in nested)
             or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
-            or "chunked_attention" in _layer_types(config)
+            or looks_at_blocks
+            or _CHUNKED in _layer_types(config)
             or max(_chunks(config)) > _LONGEST_CHUNK
             or config.model_type.startswith(_BY_POSITION)
         ),
-        right_padding=rotates_by_length,
+        right_padding=rotates_by_length or looks_at_blocks,
     )
 
 
