@@ -130,6 +130,13 @@ REFUSED = [
         {"scale_rewards": "foo"},
         "`scale_rewards` must be one of 'group' (or True), 'batch', 'none' (or False), got 'foo'.",
     ),
+    ({"delta": 0.9}, "`delta` must be 1 or more, or None, got 0.9. Ratios start at 1, so below it the tokens of"),
+    ({"delta": math.nan}, "`delta` must be 1 or more, or None, got nan."),
+    ({"off_policy_mask_threshold": -1.0}, "`off_policy_mask_threshold` must be 0 or more, or None, got -1.0."),
+    ({"min_p": 2.0}, "`min_p` must be between 0 and 1, or None, got 2.0."),
+    ({"repetition_penalty": 0.0}, "`repetition_penalty` must be above 0, got 0.0. Pass 1.0 for none."),
+    ({"multi_objective_aggregation": "sum"}, "must be 'sum_then_normalize' or 'normalize_then_sum', got 'sum'."),
+    ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a dictionary, got '[1]'."),
     ({"num_iterations": 0}, "`num_iterations` must be 1 or more, got 0. Pass 1 to use each rollout once."),
     # What contradicts itself.
     (

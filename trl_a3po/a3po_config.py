@@ -1,6 +1,7 @@
 """The configuration of [`A3POTrainer`]: all fields of `trl.GRPOConfig`, those of the shaping, and their checks."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -330,6 +331,29 @@ class A3POConfig(GRPOConfig):
             raise ValueError(
                 "`scale_rewards` must be one of 'group' (or True), 'batch', 'none' (or False), got "
                 f"{self.scale_rewards!r}."
+            )
+        for name, least, why in (
+            ("delta", 1, "Ratios start at 1, so below it the tokens of positive completions have no gradient"),
+            ("off_policy_mask_threshold", 0, "Below it, all negative completions are masked"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"`{name}` must be {least} or more, or None, got {value!r}. {why}.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"`min_p` must be between 0 and 1, or None, got {self.min_p!r}.")
+        if not self.repetition_penalty > 0:
+            raise ValueError(
+                f"`repetition_penalty` must be above 0, got {self.repetition_penalty!r}. Pass 1.0 for none."
+            )
+        if self.multi_objective_aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+            raise ValueError(
+                "`multi_objective_aggregation` must be 'sum_then_normalize' or 'normalize_then_sum', got "
+                f"{self.multi_objective_aggregation!r}."
+            )
+        if not isinstance(self.chat_template_kwargs, Mapping | None):
+            raise ValueError(
+                f"`chat_template_kwargs` must be a dictionary, got {self.chat_template_kwargs!r}. Pass for example "
+                "'{\"enable_thinking\": false}' on the command line, or a mapping in YAML."
             )
         if self.num_iterations < 1:
             raise ValueError(

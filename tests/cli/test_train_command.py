@@ -204,6 +204,8 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             'train {model} {data} --problems --lr_scheduler_kwargs {{"min":0}}',
             "`lr_scheduler_type='linear'` with `lr_scheduler_kwargs={'min': 0}` does not work: .*'min'",
         ),
+        ("train {model} {data} --problems --report_to dvclive", "`report_to=.'dvclive'.` does not work: .*dvclive"),
+        ("train {model} {data} --problems --optim lomo", "`optim='lomo'` does not work: .*lomo"),
         ("train {model} {data} --problems --output_dir=", "`output_dir` is empty"),
         ("train {model} {data} --problems --lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
         ("demo --config {small_file}", "has options that `trl-a3po demo` does not have: dataset_nam"),

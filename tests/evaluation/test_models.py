@@ -436,6 +436,14 @@ def test_end_tokens_that_are_none_are_named(declared, tmp_path):
     assert "TypeError" not in str(error.value)
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
+    tiny.save(tmp_path)
+    for path in tmp_path.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer\. Save the one of the model there"):
+        load_chat(find_model(str(tmp_path)))
+
+
 @pytest.mark.parametrize("name", ["thinking", "enable", "able_think"])
 def test_a_part_of_a_name_that_the_chat_template_reads_is_refused(name, tmp_path):
     tiny.save(tmp_path)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import IterableDataset
 from kill_worker import digests
 from support import tiny
-from support.training import make
+from support.training import StopAfter, make
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
@@ -286,6 +287,28 @@ def test_a_run_started_anew_resumes_from_its_own_checkpoint(model_dir, tmp_path,
     assert trainer.state.global_step == 3
     with pytest.raises(ValueError, match=r"checkpoint-4' is of step 4, beyond `max_steps=3`\. Pass the checkpoint"):
         trainer.train(str(tmp_path / "checkpoint-4"))
+
+
+def test_what_does_not_go_on_as_it_was_is_said(model_dir, tmp_path, caplog):
+    options = {"logging_steps": 1, "beta": 0.1, "sync_ref_model": True}
+    saving_trainer(model_dir, tmp_path, max_steps=2, **options).train()
+    assert not caplog.text
+    saving_trainer(model_dir, tmp_path, max_steps=3, **options).train(True)
+    assert "No checkpoint has the reference model of `sync_ref_model`" in caplog.text
+    assert "`max_steps` was 2 and is 3 now." in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(1, False), (3, True)])
+def test_a_stream_that_began_again_is_said(steps, warns, model_dir, tmp_path, caplog):
+    def run(*callbacks):
+        stream = IterableDataset.from_generator(lambda: iter(tiny.prompts(2)))
+        arguments = {"train_dataset": stream, "callbacks": list(callbacks)}
+        fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+        return make(tmp_path, model=model_dir, arguments=arguments, **fields)
+
+    run(StopAfter(steps)).train()
+    run().train(True)
+    assert ("The stream of the training data had ended and begun again" in caplog.text) is warns
 
 
 def test_times_that_a_copy_has_mixed_up_do_not_matter(tmp_path):

@@ -31,6 +31,7 @@ from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetGenerationError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers import SchedulerType, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
@@ -145,6 +146,7 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
     """Fills in missing options, and raises errors that can be known now. Returns the slices of the two splits."""
     refuse_empty(config, "output_dir")
     _check_scheduler(config)
+    _check_libraries(config)
     if not script.reward_funcs and not script.reward_model_name_or_path:
         if not script.problems:
             raise UsageError(
@@ -166,6 +168,19 @@ def _check_scheduler(config: A3POConfig) -> None:
     except (TypeError, ValueError) as error:
         options = f"`lr_scheduler_type='{kind.value}'` with `lr_scheduler_kwargs={settings}`"
         raise UsageError(f"{options} does not work: {error}") from error
+
+
+def _check_libraries(config: A3POConfig) -> None:
+    """Looks for the trackers and the optimizer's library, which `transformers` loads after the model."""
+    try:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()
+    except (ImportError, RuntimeError) as error:
+        raise UsageError(f"`report_to={config.report_to}` does not work: {error}") from error
+    try:
+        A3POTrainer.get_optimizer_cls_and_kwargs(config)
+    except ImportError as error:
+        raise UsageError(f"`optim='{cast(Any, config.optim).value}'` does not work: {error}") from error
 
 
 def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig) -> list[Message]:

@@ -180,6 +180,9 @@ def _weights(directory: Path) -> list[Path]:
     return _matching(directory, "*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
+_VOCABULARY = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken")
+
+
 def _tokenizer_files(directory: Path) -> list[Path]:
     """
     Finds the files by the names that transformers gives them: a run or its evaluation may write other files into the
@@ -187,7 +190,8 @@ def _tokenizer_files(directory: Path) -> list[Path]:
     """
     return _matching(
         directory,
-        *("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json"),
+        *_VOCABULARY,
+        *("special_tokens_map.json", "added_tokens.json"),
         *("chat_template*", "additional_chat_templates/*", "processor_config.json", "preprocessor_config.json"),
     )
 
@@ -352,6 +356,8 @@ def load_chat(
     # If there is only a tokenizer, the model was trained on text only.
     has_processor = any((directory / f"{name}_config.json").exists() for name in ("processor", "preprocessor"))
     kind = AutoProcessor if has_processor else AutoTokenizer
+    if not _matching(directory, *_VOCABULARY):
+        raise ValueError(f"'{directory}' has no tokenizer. Save the one of the model there (`save_pretrained`).")
     # The class depends on the configuration, which the directory of an adapter does not have.
     options = {"config": config} if files.is_adapter else {}
     with loading(f"the tokenizer in '{directory}'"):

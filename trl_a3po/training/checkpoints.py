@@ -12,11 +12,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoint_files import (
     PREVIOUS,
@@ -70,9 +70,32 @@ class ResumableGRPOTrainer(GRPOTrainer):
             self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
         check_not_beyond(self.args.max_steps, self._resumed_from)
+        if self._resumed_from and self.accelerator.is_main_process:
+            self._warn_of_what_differs(read_state(Path(self._resumed_from, STATE_FILE)) or {})
         output = super().train(self._resumed_from, *args, **kwargs)
         self._check_parameters(f"Training ended after step {self.state.global_step}")
         return output
+
+    def _warn_of_what_differs(self, state: dict[str, Any]) -> None:
+        if cast(GRPOConfig, self.args).sync_ref_model:
+            logger.warning(
+                "No checkpoint has the reference model of `sync_ref_model`. The resumed run begins with the reference "
+                "of a new run, so its KL term is larger until the next synchronization."
+            )
+        if not isinstance(self.train_dataset, Sized) and (state.get("epoch") or 0) >= 1:
+            logger.warning(
+                "The stream of the training data had ended and begun again before this checkpoint. The resumed run "
+                "starts at its beginning, so it repeats prompts."
+            )
+        before, now = state.get("max_steps"), self.args.max_steps
+        if before and now > 0 and before != now:
+            logger.warning(
+                "`max_steps` was %d and is %d now. What depends on the share of the training that is done, such as "
+                "the learning rate and the scales of A3PO, continues where a training of %d steps would be.",
+                before,
+                now,
+                now,
+            )
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")

@@ -415,6 +415,12 @@ RELIED_ON = (
         "`trl-a3po eval`: names of weights in adapters that an older release saved",
         until="5.9.0",
     ),
+    ReliedOn(
+        "transformers.integrations",
+        "get_reporting_integration_callbacks",
+        ("cli.train",),
+        "the check of the trackers before `trl-a3po train` loads a model",
+    ),
     ReliedOn("transformers.utils.logging", "disable_progress_bar", ("cli.demo",), "the output of `trl-a3po demo`"),
     ReliedOn("trl.rewards", "accuracy_reward", ("rewards",), "the rewards by math-verify"),
     ReliedOn("trl.rewards", "reasoning_accuracy_reward", ("rewards",), "the same, after the reasoning"),
