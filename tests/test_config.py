@@ -136,7 +136,7 @@ REFUSED = [
     ({"min_p": 2.0}, "`min_p` must be between 0 and 1, or None, got 2.0."),
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be above 0, got 0.0. Pass 1.0 for none."),
     ({"multi_objective_aggregation": "sum"}, "must be 'sum_then_normalize' or 'normalize_then_sum', got 'sum'."),
-    ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a dictionary, got '[1]'."),
+    ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a dictionary, got '[1]'. In a YAML file,"),
     ({"num_iterations": 0}, "`num_iterations` must be 1 or more, got 0. Pass 1 to use each rollout once."),
     # What contradicts itself.
     (

@@ -3,6 +3,7 @@
 import pickle
 import re
 
+import numpy as np
 import pytest
 import trl.rewards
 
@@ -38,6 +39,7 @@ def test_answers_that_cannot_be_parsed_do_not_hide_others():
 def test_answers_that_are_no_texts():
     completions = say("\\boxed{3}", "\\boxed{4}", "\\boxed{3}", "\\boxed{3}")
     assert rewards.accuracy_reward(completions, [3, 3, None, [None, 3.0]]) == [1.0, 0.0, None, 1.0]
+    assert rewards.accuracy_reward(say("\\boxed{3}"), [np.array(["$4$", "$3$"])]) == [1.0]
 
 
 def test_reasoning_is_cut_off():

@@ -352,8 +352,8 @@ class A3POConfig(GRPOConfig):
             )
         if not isinstance(self.chat_template_kwargs, Mapping | None):
             raise ValueError(
-                f"`chat_template_kwargs` must be a dictionary, got {self.chat_template_kwargs!r}. Pass for example "
-                "'{\"enable_thinking\": false}' on the command line, or a mapping in YAML."
+                f"`chat_template_kwargs` must be a dictionary, got {self.chat_template_kwargs!r}. In a YAML file, it "
+                "is a mapping."
             )
         if self.num_iterations < 1:
             raise ValueError(

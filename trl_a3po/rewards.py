@@ -1,5 +1,6 @@
 """TRL's rewards that use math-verify, for problems with more than one accepted answer."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -23,7 +24,7 @@ def accuracy_reward(
         completions (`list[list[dict[str, str]]]`):
             One conversation per completion, in TRL's format for reward functions.
         solution (`list[str]` or `list[list[str]]`):
-            The answer of each problem, or a list of accepted answers.
+            The answer of each problem, or a list of accepted answers. An answer may be a number. `None` is no answer.
         log_extra (`callable`, *optional*):
             TRL's function that adds columns to the table of completions. They show the answer with the best reward.
         **kwargs:
@@ -68,8 +69,8 @@ def reasoning_accuracy_reward(
 
 
 def _texts(solution: Any) -> list[str]:
-    """The accepted answers. Nothing becomes a text that cannot be parsed, as in TRL."""
-    several = solution if isinstance(solution, list | tuple) else [solution]
+    """The accepted answers. `None` becomes an empty text, which math-verify cannot parse."""
+    several = [solution] if solution is None or isinstance(solution, str | numbers.Number) else list(solution)
     return ["" if each is None else str(each) for each in several] or [""]
 
 

@@ -202,9 +202,11 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ("train {model} --problems --config {wrong_mixture}", "wrong type: .*'file'"),
         (
             'train {model} {data} --problems --lr_scheduler_kwargs {{"min":0}}',
-            "`lr_scheduler_type='linear'` with `lr_scheduler_kwargs={'min': 0}` does not work: .*'min'",
+            "with `lr_scheduler_type='linear'` and `lr_scheduler_kwargs={'min': 0}` does not work: .*'min'",
         ),
         ("train {model} {data} --problems --report_to dvclive", "`report_to=.'dvclive'.` does not work: .*dvclive"),
+        ("train {model} {data} --problems --report_to foo", "`report_to=.'foo'.` does not work: foo is not supported"),
+        ("train {model} {data} --problems --learning_rate=-1", "`learning_rate=-1.0` with .* does not work: Invalid"),
         ("train {model} {data} --problems --optim lomo", "`optim='lomo'` does not work: .*lomo"),
         ("train {model} {data} --problems --output_dir=", "`output_dir` is empty"),
         ("train {model} {data} --problems --lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
@@ -446,6 +448,15 @@ def test_rows_without_a_reward_are_counted(file, tmp_path, caplog):
     dataset = write_rows(tmp_path / "problems.jsonl", rows)
     train.train(["--config", file(num_generations=4), "--dataset_name", dataset, "--problems"])
     assert "Skipped 1 of 8 problems: row 6" in caplog.text
+
+
+def test_an_optimizer_that_needs_the_model_is_left_to_the_trainer(file, monkeypatch):
+    def needs_model(args, model=None):
+        raise ValueError("You need to pass a model")
+
+    monkeypatch.setattr(train.A3POTrainer, "get_optimizer_cls_and_kwargs", staticmethod(needs_model))
+    monkeypatch.setattr(train, "_launch", lambda arguments: 0)
+    assert train.main(["--config", file(), "--dataset_name", "on/the-hub", "--problems"]) == 0
 
 
 # TRL's script

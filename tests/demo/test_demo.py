@@ -208,17 +208,18 @@ def test_the_model_is_saved_if_the_evaluation_fails(line, tmp_path, monkeypatch)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_problems_in_several_rows_are_not_trained_on_if_they_are_held_out(line, tmp_path, capsys):
+def test_problems_in_several_rows_are_not_trained_on_if_they_are_held_out(line, tmp_path, capsys, caplog):
     path = Path(write_problems(tmp_path / "problems.jsonl", ["2"] * 12))
     path.write_text(path.read_text().replace('"1?"', '"8?"').replace('"9?"', '"8?"'))
     assert main([*line, "--max_steps", "1", "--eval_samples", "3"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("7 training problems, 4 held out")
+    assert "Left out 1 rows for training whose problems are held out." in caplog.text
     assert re.search(r"^pass@3 +\d", out, re.M)
     path.write_text(path.read_text().replace('"question": "', '"question": "8?", "other": "'))
     with pytest.raises(SystemExit):
         main(line)
-    assert "All rows before the last 4 have the same problems as those. Hold out fewer." in capsys.readouterr().err
+    assert "problems.jsonl' repeat the problems that are held out. Pass a smaller one." in capsys.readouterr().err
 
 
 def test_problems_that_do_not_count_are_named(line, tmp_path, capsys, caplog):

@@ -244,7 +244,7 @@ def test_the_command(write, tmp_path, capsys, monkeypatch):
         (["a", "b"], "'a' contains no complete evaluation: results.json is missing. Run or resume"),
         (["b", "a"], "There is no directory 'b'. Pass the `output_dir` of `trl-a3po eval`."),
         (["page.html", "a"], "There is no directory 'page.html'. Pass the `output_dir` of `trl-a3po eval`."),
-        (["c", "d", "--output", "c/samples.jsonl"], "c/samples.jsonl' exists and is not an .html file."),
+        (["c", "d", "--output", "c/samples.jsonl"], "c/samples.jsonl' exists and is no HTML page."),
     ],
 )
 def test_bad_lines_are_refused(line, message, write, tmp_path, capsys, monkeypatch):

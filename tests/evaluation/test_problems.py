@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
 from trl_a3po.evaluation.problems import (
     accepted_answers,
@@ -64,8 +64,11 @@ def score(answer, solution):
         ("1 000", "$1000$"),
         ("-12 345 678", "$-12345678$"),
         ("1e5", "$1\\cdot10^{5}$"),
-        ("-2.5E+07", "$-2.5\\cdot10^{07}$"),
-        ("1e-3", "$1\\cdot10^{-3}$"),
+        ("-2.5E+07", "$-2.5\\cdot10^{+07}$"),
+        ("1e-05", "$1\\cdot10^{-05}$"),
+        ("20 Per cent", "$20\\%$"),
+        ("7 people", "$7\\text{ people}$"),
+        ("30 miles per hour", "$30\\text{ miles per hour}$"),
         ("$1 000$", "$1 000$"),
     ],
 )
@@ -75,7 +78,10 @@ def test_final_answer(answer, expected):
 
 @pytest.mark.parametrize(
     "answer",
-    ["2 L", "2 ab", "3 xyz", "5 million", "2 pi", "2 sqrt x", "3 or 4", "3 and 5 eggs", "Paris", "1 00", "1 2/x"],
+    [
+        *("2 L", "2 ab", "3 xyz", "3 pqr", "2 ABC", "2 pi", "2 theta", "2 sqrt x", "2e-1", "1 00", "1 2/x"),
+        *("5 Million", "2 dozens", "3 tenths", "4 squared", "3 or 4", "3 and 5 eggs", "Paris"),
+    ],
 )
 def test_products_lists_and_texts_stay_as_they_are(answer):
     assert final_answer(answer) == f"${answer}$"
@@ -524,7 +530,10 @@ def test_problems_and_answers_beside_a_prompt_are_read():
 
 
 def test_folders_that_cannot_be_read_are_refused_with_a_way_out(tmp_path):
-    Dataset.from_list([json.loads(ROW)]).save_to_disk(tmp_path / "saved")
+    rows = Dataset.from_list([json.loads(ROW)])
+    DatasetDict(test=rows).save_to_disk(tmp_path / "splits")
+    assert len(load_problems(str(tmp_path / "splits"), "test")) == 1
+    rows.save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"saved' was written by `save_to_disk`. .* with `Dataset.to_parquet`"):
         load_problems(str(tmp_path / "saved"), "test")
     (tmp_path / "broken").mkdir()

@@ -220,8 +220,8 @@ def test_the_command_by_its_name_loads_neither_torch_nor_trl(tmp_path):
         ),
         (["run", "missing"], "There is no directory 'missing'."),
         (["torn"], r"is incomplete, or not the state of a trainer."),
-        (["run", "--output", "nowhere/report.html"], "nowhere/report.html"),
-        (["run", "--output", "torn/trainer_state.json"], "torn/trainer_state.json' exists and is not an .html file."),
+        (["run", "--output", "nowhere/report.html"], "nowhere' to write 'report.html' into. Make it first."),
+        (["run", "--output", "torn/trainer_state.json"], "torn/trainer_state.json' exists and is no HTML page."),
     ],
 )
 def test_errors_say_what_was_looked_for(arguments, message, tmp_path, monkeypatch, capsys):
@@ -245,21 +245,37 @@ def test_a_step_without_tokens_is_a_mistake(tmp_path):
 
 def test_a_page_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     page = tmp_path / "report.html"
-    save_page("first", page)
+    save_page("<!doctype html>first", page)
 
-    def full(*_, **__):
+    def full(path, *_, **__):
+        path.write_bytes(b"sec")
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.raises(OSError, match="No space left"):
             save_page("second", page)
-    assert page.read_text() == "first"
+    assert page.read_text() == "<!doctype html>first"
     save_page("second", page)
     assert page.read_text() == "second"
     assert list(tmp_path.iterdir()) == [page]
     assert save_page("third", "/dev/null") == Path("/dev/null")
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_page_replaces_only_a_page_and_stays_what_it_was(tmp_path):
+    page, link, other = (tmp_path / name for name in ("page", "link", "notes.html"))
+    save_page("<!doctype html>1", page)
+    page.chmod(0o600)
+    link.symlink_to(page)
+    save_page("<!doctype html>2", link)
+    assert link.is_symlink()
+    assert page.read_text() == "<!doctype html>2"
+    assert page.stat().st_mode & 0o777 == 0o600
+    other.write_text("my notes")
+    with pytest.raises(ValueError, match=r"notes\.html' exists and is no HTML page\."):
+        save_page("<!doctype html>3", other)
+    assert other.read_text() == "my notes"
 
 
 # The terminal

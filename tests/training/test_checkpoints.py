@@ -298,10 +298,10 @@ def test_what_does_not_go_on_as_it_was_is_said(model_dir, tmp_path, caplog):
     assert "`max_steps` was 2 and is 3 now." in caplog.text
 
 
-@pytest.mark.parametrize(("steps", "warns"), [(1, False), (3, True)])
-def test_a_stream_that_began_again_is_said(steps, warns, model_dir, tmp_path, caplog):
+@pytest.mark.parametrize(("prompts", "steps", "warns"), [(2, 1, False), (2, 3, True), (8, 4, False)])
+def test_a_stream_that_began_again_is_said(prompts, steps, warns, model_dir, tmp_path, caplog):
     def run(*callbacks):
-        stream = IterableDataset.from_generator(lambda: iter(tiny.prompts(2)))
+        stream = IterableDataset.from_generator(lambda: iter(tiny.prompts(prompts)))
         arguments = {"train_dataset": stream, "callbacks": list(callbacks)}
         fields = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
         return make(tmp_path, model=model_dir, arguments=arguments, **fields)

@@ -11,6 +11,7 @@ another model, set the learning rate, the batch size and the completion length.
   trl-a3po demo --model_name_or_path MODEL --dataset_name problems.jsonl --max_steps 100
 """
 
+import logging
 import sys
 import time
 import warnings
@@ -48,6 +49,8 @@ from .eval import uncounted
 from .main import parser_of
 from .parser import Parser, group_options
 
+
+logger = logging.getLogger(__name__)
 
 ARITHMETIC = "arithmetic"
 START_MODEL = Path(arithmetic.__file__).parent / "start_model"
@@ -130,8 +133,11 @@ def train_and_held_out(demo: DemoArguments) -> tuple[Dataset, Dataset]:
         repeated = set(rows_in_both(train_problems, held_out_problems))
         if len(repeated) == len(train_problems):
             raise ValueError(
-                f"All rows before the last {demo.eval_size} have the same problems as those. Hold out fewer."
+                f"`eval_size={demo.eval_size}`: all other rows of '{demo.dataset_name}' repeat the problems that are "
+                "held out. Pass a smaller one."
             )
+        if repeated:
+            logger.warning("Left out %d rows for training whose problems are held out.", len(repeated))
         train_problems = train_problems.select([row for row in range(len(train_problems)) if row not in repeated])
         check_parseable(train_problems, "training")
         return train_problems.remove_columns("row"), held_out_problems

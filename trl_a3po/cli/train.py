@@ -134,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown or [known.training_script])}")
         if model.model_name_or_path is None:
             parser.error("the following arguments are required: --model_name_or_path")
+        _check_scheduler(config)
+        _check_libraries(config)
         _resolve(script, config, mixture)
         _worked_examples(script, config, mixture)
         resume_argument(config.resume_from_checkpoint)
@@ -145,8 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig):
     """Fills in missing options, and raises errors that can be known now. Returns the slices of the two splits."""
     refuse_empty(config, "output_dir")
-    _check_scheduler(config)
-    _check_libraries(config)
     if not script.reward_funcs and not script.reward_model_name_or_path:
         if not script.problems:
             raise UsageError(
@@ -162,12 +162,14 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
 def _check_scheduler(config: A3POConfig) -> None:
     """Makes the schedule of the learning rate once, because `transformers` makes it only when training begins."""
     kind, settings = SchedulerType(config.lr_scheduler_type), cast(Any, config.lr_scheduler_kwargs)
-    optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
     try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
         get_scheduler(kind, optimizer, 1, num_training_steps=10**9, scheduler_specific_kwargs=settings)
-    except (TypeError, ValueError) as error:
-        options = f"`lr_scheduler_type='{kind.value}'` with `lr_scheduler_kwargs={settings}`"
-        raise UsageError(f"{options} does not work: {error}") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"`learning_rate={config.learning_rate}` with `lr_scheduler_type='{kind.value}'` and "
+            f"`lr_scheduler_kwargs={settings}` does not work: {error}"
+        ) from error
 
 
 def _check_libraries(config: A3POConfig) -> None:
@@ -175,12 +177,14 @@ def _check_libraries(config: A3POConfig) -> None:
     try:
         for callback in get_reporting_integration_callbacks(config.report_to):
             callback()
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
         raise UsageError(f"`report_to={config.report_to}` does not work: {error}") from error
     try:
         A3POTrainer.get_optimizer_cls_and_kwargs(config)
     except ImportError as error:
         raise UsageError(f"`optim='{cast(Any, config.optim).value}'` does not work: {error}") from error
+    except (ValueError, NotImplementedError):
+        pass  # it needs the model; the trainer says what is wrong
 
 
 def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig) -> list[Message]:
@@ -262,10 +266,10 @@ def train(arguments: Sequence[str] | None = None) -> None:
         train_dataset = prepare(*take_slice(train_dataset, train_slice), use="training")
         if eval_dataset is not None:
             eval_dataset = prepare(*take_slice(eval_dataset, test_slice), use="evaluation")
-            if script.problems and hasattr(train_dataset, "__len__"):
-                _warn_of_shared(train_dataset, eval_dataset)
         check_dataset_sizes(config, train_dataset, eval_dataset)
         if script.problems and hasattr(train_dataset, "__len__") and not config.process_index:
+            if eval_dataset is not None:
+                _warn_of_shared(train_dataset, eval_dataset)
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
             shown = f", {len(examples) // 2} worked examples before each" if examples else ""
             print(f"{len(train_dataset)} problems to train on{held_out}{shown}", flush=True)

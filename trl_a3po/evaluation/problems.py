@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 import reprlib
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,6 @@ ANSWERS_OF = {"prompt": ("solution",), "question": ("answer", "solution"), "prob
 PROBLEMS = tuple(ANSWERS_OF)
 ANSWERS = ("answer", "solution", "reward_model")
 PICTURES = ("image", "images")
-
-# What `Dataset.save_to_disk` writes, and `load_dataset` refuses.
-_SAVED = {"state.json", "dataset_dict.json"}
 
 Message = dict[str, Any]
 
@@ -88,14 +86,14 @@ def check_folder(name: str, *arguments: Any) -> None:
         raise ValueError(
             f"`datasets` takes the folder '{path}' for a pattern. Rename it without *, ? and [, or name a file in it."
         )
-    if not _SAVED.isdisjoint(os.listdir(path)):
+    if os.path.isfile(os.path.join(path, "state.json")):
         raise ValueError(
             f"'{path}' was written by `save_to_disk`. Write a file that other programs read too, with "
             "`Dataset.to_parquet`, and pass it."
         )
     try:
         files = load_dataset_builder(name, *arguments).config.data_files or {}
-    except yaml.YAMLError as error:  # in its README.md
+    except (ValueError, RuntimeError, zipfile.BadZipFile, yaml.YAMLError) as error:
         raise ValueError(unreadable(name, error)) from error
     for file in sorted({file for files_of_split in files.values() for file in files_of_split}):
         if Path(file).suffix in LOADERS:
@@ -183,7 +181,7 @@ def load_problems(
         source = {"path": name, "name": config}
     try:
         dataset = load_dataset(**source, split=split)
-    except (*READ_ERRORS, ValueError) as error:
+    except (DatasetGenerationError, ValueError) as error:
         raise ValueError(unreadable(name, error)) from error
     row_numbers = None
     if "[" in split:
@@ -576,14 +574,17 @@ def final_answer(answer: Any) -> str:
 
 
 _NUMBER = r"([-+]?\d[\d,]*(?:\.\d+)?)"
-# A word, and not a factor as in `2 L` and `3 xy`, nor one that changes the number.
-_NO_UNIT = "and|or|to|times|mod|pi|sqrt|sin|cos|tan|log|ln|exp|dozen|hundred|thousand|million|billion|[abc]+|[xyz]+"
-_UNIT = rf"((?!(?:{_NO_UNIT})\b)(?:cm|mm|km|kg|mg|ml|mL|in|ft|oz|lb|[A-Za-z]{{3,}}|US)(?:[ /][A-Za-z]+|\^[23])*)"
+# Other words may be factors, or change the number: `2 L`, `3 xy`, `5 million`, `3 tenths`.
+_UNIT = (
+    r"((?:US |square |cubic )?(?:dollars?|cents?|euros?|pounds?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|"
+    r"degrees?|(?:centi|milli|kilo)?(?:met(?:er|re)s?|grams?)|lit(?:er|re)s?|inch(?:es)?|feet|foot|yards?|miles?|"
+    r"people|units?|mm|cm|km|mg|kg|m[lL]|ft|oz|lb)(?:(?: per |/)[a-z]+|\^[23])?)"
+)
 _PLAIN_FORMS = (
     (re.compile(r"([-+]?\d+)\s+(\d+)/(\d+)"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))?"), r"\1\2\3\4"),
-    (re.compile(rf"{_NUMBER}[eE]\+?(-?\d+)"), r"\1\\cdot10^{\2}"),
-    (re.compile(rf"{_NUMBER}\s+percent"), r"\1\\%"),
+    (re.compile(rf"{_NUMBER}[eE](\d+|[-+]\d\d+)"), r"\1\\cdot10^{\2}"),
+    (re.compile(rf"{_NUMBER}\s+(?i:per ?cent)"), r"\1\\%"),
     (re.compile(rf"{_NUMBER}\s+{_UNIT}"), r"\1\\text{ \2}"),
 )
 

@@ -3,7 +3,9 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +17,9 @@ from typing import Any
 from .. import __version__
 from .run import Run, read_run
 from .text import visible
+
+
+_START = b"<!doctype html>"
 
 
 def write_report(run_dirs: Sequence[str | PathLike[str]], path: str | PathLike[str]) -> Path:
@@ -33,6 +38,7 @@ def write_report(run_dirs: Sequence[str | PathLike[str]], path: str | PathLike[s
 
     Raises:
         `ReportError`: one of the directories contains no log.
+        `ValueError`: `path` exists and is no page, or its directory does not exist.
     """
     return write_page([read_run(Path(directory)) for directory in run_dirs], path)
 
@@ -52,18 +58,25 @@ def save_page(html: str, path: str | PathLike[str]) -> Path:
         `Path`: the absolute path of the file.
 
     Raises:
-        `ValueError`: the file exists, and by its name it is no page.
+        `ValueError`: the file exists and is no page, or its directory does not exist.
     """
     path = Path(path).absolute()
-    if path.exists() and not path.is_file():  # such as /dev/stdout
+    target = path.resolve()  # a link stays a link
+    if path.is_relative_to("/dev") or (target.exists() and not target.is_file()):
         path.write_text(html, encoding="utf-8", newline="\n")
         return path
-    if path.exists() and path.suffix not in (".html", ".htm"):
-        raise ValueError(f"'{path}' exists and is not an .html file. Choose another `--output`, or delete it.")
-    temporary = path.with_name(f"{path.name}.tmp")
+    if not target.parent.is_dir():
+        raise ValueError(f"There is no directory '{path.parent}' to write '{path.name}' into. Make it first.")
+    if target.exists():
+        with target.open("rb") as file:
+            if file.read(len(_START)).lower() not in (b"", _START):
+                raise ValueError(f"'{path}' exists and is no HTML page. Choose another file, or delete it.")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(html, encoding="utf-8", newline="\n")
-        temporary.replace(path)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return path

@@ -82,7 +82,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "No checkpoint has the reference model of `sync_ref_model`. The resumed run begins with the reference "
                 "of a new run, so its KL term is larger until the next synchronization."
             )
-        if not isinstance(self.train_dataset, Sized) and (state.get("epoch") or 0) >= 1:
+        if not isinstance(self.train_dataset, Sized) and (state.get("epoch") or 0) > 1:
             logger.warning(
                 "The stream of the training data had ended and begun again before this checkpoint. The resumed run "
                 "starts at its beginning, so it repeats prompts."
