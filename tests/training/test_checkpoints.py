@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import IterableDataset
 from kill_worker import digests
+from packaging.version import Version
 from support import tiny
 from support.training import StopAfter, make
 
@@ -292,12 +294,13 @@ def test_a_run_started_anew_resumes_from_its_own_checkpoint(model_dir, tmp_path,
 def test_what_does_not_go_on_as_it_was_is_said(model_dir, tmp_path, caplog):
     options = {"logging_steps": 1, "beta": 0.1, "sync_ref_model": True}
     saving_trainer(model_dir, tmp_path, max_steps=2, **options).train()
-    assert not caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("trl_a3po")]
     saving_trainer(model_dir, tmp_path, max_steps=3, **options).train(True)
     assert "No checkpoint has the reference model of `sync_ref_model`" in caplog.text
     assert "`max_steps` was 2 and is 3 now." in caplog.text
 
 
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.9"), reason="this TRL refuses streams")
 @pytest.mark.parametrize(("prompts", "steps", "warns"), [(2, 1, False), (2, 3, True), (8, 4, False)])
 def test_a_stream_that_began_again_is_said(prompts, steps, warns, model_dir, tmp_path, caplog):
     def run(*callbacks):
