@@ -33,6 +33,9 @@ LAUNCHERS = {
 }
 ANEW = {"num_generations": 2, "dynamic_sampling": 2}
 DIFFERENCE = "sampling/sampling_logp_difference/max"
+# The largest difference of a run is about 1e-5, rarely 1e-4: the requests of a server meet in other batches each time.
+# Outdated weights give more than 1e-2.
+ROUNDING = 1e-3
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -86,7 +89,7 @@ def test_every_rollout_is_sampled_with_the_weights_as_trained(arguments, train_w
     trainer = train_with_engine(arguments=arguments())
     assert_trained(trainer)
     assert len(logged(trainer, DIFFERENCE)) == 4
-    assert max(logged(trainer, DIFFERENCE)) < 1e-4
+    assert max(logged(trainer, DIFFERENCE)) < ROUNDING
 
 
 def test_weights_that_are_not_synchronised_are_noticed(make_with_engine):
@@ -94,7 +97,7 @@ def test_weights_that_are_not_synchronised_are_noticed(make_with_engine):
     trainer = make_with_engine()
     trainer.vllm_generation.sync_weights = lambda: None
     trainer.train()
-    assert logged(trainer, DIFFERENCE)[0] < 1e-4
+    assert logged(trainer, DIFFERENCE)[0] < ROUNDING
     assert min(logged(trainer, DIFFERENCE)[1:]) > 1e-2
 
 
@@ -202,7 +205,7 @@ def test_a_server_samples_with_the_weights_as_trained_and_groups_anew(
         trainer.train()
     assert_trained(trainer)
     assert len(logged(trainer, DIFFERENCE)) == 4
-    assert max(logged(trainer, DIFFERENCE)) < 1e-4
+    assert max(logged(trainer, DIFFERENCE)) < ROUNDING
     assert max(logged(trainer, "a3po/dynamic_sampling/discarded")) > 0
 
 
@@ -213,7 +216,7 @@ def test_weights_that_a_server_does_not_get_are_noticed(server, make_with_engine
         trainer.vllm_generation.sync_weights()
         trainer.vllm_generation.sync_weights = lambda: None
         trainer.train()
-    assert logged(trainer, DIFFERENCE)[0] < 1e-4
+    assert logged(trainer, DIFFERENCE)[0] < ROUNDING
     assert min(logged(trainer, DIFFERENCE)[1:]) > 1e-2
 
 
@@ -263,7 +266,7 @@ def test_two_processes(distributed_type, fields, model_dir, tmp_path, request):
     first, second = (torch.load(output, weights_only=True) for output in outputs)
     assert first["distributed_type"] == distributed_type
     for entry in first["log"][:-1]:
-        assert entry[DIFFERENCE] < 1e-4
+        assert entry[DIFFERENCE] < ROUNDING
         assert 0 < entry["grad_norm"] < math.inf
         fractions = [entry.get(f"a3po/{polarity}/fraction", 0) for polarity in ("positive", "negative", "zero")]
         assert sum(fractions) == pytest.approx(1)
