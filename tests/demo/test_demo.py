@@ -213,7 +213,7 @@ def test_problems_in_several_rows_are_not_trained_on_if_they_are_held_out(line, 
     path.write_text(path.read_text().replace('"1?"', '"8?"').replace('"9?"', '"8?"'))
     assert main([*line, "--max_steps", "1", "--eval_samples", "3"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("7 training problems, 4 held out")
+    assert re.search("^7 training problems, 4 held out$", out, re.M)
     assert "Left out 1 rows for training whose problems are held out." in caplog.text
     assert re.search(r"^pass@3 +\d", out, re.M)
     path.write_text(path.read_text().replace('"question": "', '"question": "8?", "other": "'))

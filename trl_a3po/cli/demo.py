@@ -138,7 +138,7 @@ def train_and_held_out(demo: DemoArguments) -> tuple[Dataset, Dataset]:
             )
         if repeated:
             logger.warning("Left out %d rows for training whose problems are held out.", len(repeated))
-        train_problems = train_problems.select([row for row in range(len(train_problems)) if row not in repeated])
+            train_problems = train_problems.select([row for row in range(len(train_problems)) if row not in repeated])
         check_parseable(train_problems, "training")
         return train_problems.remove_columns("row"), held_out_problems
     train = [arithmetic.row(problem) for problem in arithmetic.problems("train")]
