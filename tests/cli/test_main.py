@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 from support import logged_runs
 
 from trl_a3po.cli import main as cli
 from trl_a3po.cli import report
+from trl_a3po.cli.main import exit_status
 
 
 def test_a_terminal_without_the_characters_gets_them_escaped(tmp_path):
@@ -21,6 +23,20 @@ def test_a_terminal_without_the_characters_gets_them_escaped(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "\\u65e5\\u672c" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("codes", "status", "message"),
+    [
+        ([1], 1, ""),
+        ([1, 2], 2, ""),
+        ([-9], 137, "error: SIGKILL ended the evaluation. The machine may have run out of memory.\n"),
+        ([-15], 143, "error: SIGTERM ended the evaluation.\n"),
+    ],
+)
+def test_the_exit_status_is_that_of_the_processes(codes, status, message, capsys):
+    assert exit_status(codes, "evaluation") == status
+    assert capsys.readouterr().err == message
 
 
 def test_an_interrupt_ends_in_one_line(capsys, monkeypatch):

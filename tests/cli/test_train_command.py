@@ -94,9 +94,6 @@ def test_a_mixture_and_a_reward_of_ones_own_from_yaml(file, tmp_path, monkeypatc
     assert os.environ["OF_THE_FILE"] == "set"
 
 
-@pytest.mark.skipif(
-    "resume_from_checkpoint" not in inspect.getsource(grpo.main), reason="this TRL's script does not resume"
-)
 def test_resumes_from_the_last_checkpoint(file, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     line = ["--config", file(), "--dataset_name", dataset, "--problems", "--save_steps", "1", "--logging_steps", "1"]
@@ -213,7 +210,10 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ("demo --config {small_file}", "has options that `trl-a3po demo` does not have: dataset_nam"),
         ("demo --eval_size 0", "`eval_size` must be 1 or more, got 0"),
         ("demo --dataset_name none.jsonl", "no file 'none.jsonl'"),
-        ("demo {data}", "Cannot hold out 256 of 8 rows"),
+        ("demo {data}", "Cannot hold out 256 of 8 rows.*Set `eval_size`"),
+        ("demo {data} --eval_size 2 --report_to dvclive", "`report_to=.'dvclive'.` does not work: .*dvclive"),
+        ("demo {data} --eval_size 2 --lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
+        ("demo --dataset_name script.py", "no file 'script.py'"),
         ("demo {data} --eval_size 2", "The training dataset has 6 rows, fewer than the 16 prompts"),
         ("demo {data} --eval_size 2 --num_generations 64 --model_name_or_path ./nowhere", "nowhere"),
     ],
@@ -362,8 +362,6 @@ def test_mistakes_that_are_found_while_loading(content, options, message, file, 
 
 
 def test_resuming_without_a_checkpoint(file, tmp_path):
-    if "resume_from_checkpoint" not in inspect.getsource(grpo.main):
-        pytest.skip("this TRL's script does not resume")
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     line = ["--config", file(), "--dataset_name", dataset, "--problems", "--resume_from_checkpoint", "True"]
     with pytest.raises(train.UsageError, match="checkpoint"):

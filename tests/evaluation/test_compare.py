@@ -8,7 +8,7 @@ import pytest
 
 from trl_a3po.cli import main as cli
 from trl_a3po.evaluation import metrics
-from trl_a3po.evaluation.compare import Difference, compare, markdown, names_of, read_result
+from trl_a3po.evaluation.compare import Difference, compare, markdown, read_result
 from trl_a3po.evaluation.files import hash_of_file
 from trl_a3po.evaluation.page import write_page
 from trl_a3po.evaluation.runs import problem_fingerprint, summary
@@ -204,14 +204,6 @@ def test_a_list_of_one_solution_is_that_solution(write):
     pair = compare(read(first), read(second))
     assert len(pair.shared) == 1
     assert pair.notes == []
-
-
-def test_names(tmp_path):
-    paths = [tmp_path / name for name in ("a/eval", "b/eval", "c")]
-    assert names_of(paths) == ["a/eval", "b/eval", f"{tmp_path.name}/c"]
-    assert names_of(paths[1:]) == ["eval", "c"]
-    with pytest.raises(ValueError, match="The same directory was given twice"):
-        names_of([paths[0], paths[0]])
 
 
 def test_the_page_shows_hostile_text_as_text(write, tmp_path):

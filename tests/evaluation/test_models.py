@@ -454,6 +454,14 @@ def test_a_part_of_a_name_that_the_chat_template_reads_is_refused(name, tmp_path
         load_chat(find_model(str(tmp_path)), {name: False})
 
 
+def test_an_argument_that_did_nothing_in_training_is_only_warned_of(tmp_path, caplog):
+    files = find_model(tiny.save(tmp_path))
+    chat = load_chat(files, {"enable_thinking": False}, are_of_training=True)
+    assert "ignores enable_thinking. It is an argument of the training" in caplog.text
+    prompt = [{"role": "user", "content": "12"}]
+    assert chat.encode(prompt) == load_chat(files).encode(prompt)
+
+
 def test_an_end_token_outside_the_vocabulary_changes_nothing(model_dir):
     model = load_model(Path(model_dir), "float32")
     requests = [Request(prompt, 12, 0) for prompt in ([3, 4, 5], [6, 7])]

@@ -273,8 +273,27 @@ def test_samples_of_something_else_are_refused(problems, arguments, tmp_path):
     with pytest.raises(ValueError, match="does not contain these problems in this order"):
         evaluate(arguments(), problems, guesses)
     (tmp_path / "scores" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"contains an evaluation but no `run.json`"):
+    with pytest.raises(ValueError, match=r"contains `samples.jsonl` but no `run.json`"):
         evaluate(arguments(), problems, guesses)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("samples.jsonl", '{"question": "1 + 1", "answer": "2"}'),  # without an end of line, so cut off
+        ("samples.jsonl", '{"question": "1 + 1", "answer": "2"}\n{"question": "1 + 2", "answer": "3"}'),
+        ("results.json", '{"accuracy": 0.5}'),
+        ("run.json", '{"learning_rate": 1e-6}'),
+    ],
+)
+def test_files_of_something_else_stay_as_they_are(name, text, problems, arguments, tmp_path):
+    path = tmp_path / "scores" / name
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"`{name}` but no `run.json`|run.json' is damaged: it has no model"):
+        evaluate(arguments(), problems, guesses)
+    assert path.read_text() == text
+    assert {each.name for each in path.parent.iterdir()} <= {name, ".lock"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}"])

@@ -114,6 +114,65 @@ def test_each_finding_can_be_acted_on(name):
     assert finding.means
 
 
+@pytest.mark.parametrize(
+    ("share", "mean", "std", "name"),
+    [
+        (0.97, 0.012, 0.1, "all wrong"),
+        (0.92, 0.04, 0.2, "all wrong"),
+        (0.95, -0.97, 0.3, "all wrong"),
+        (0.95, 0.985, 0.12, "all right"),
+        (0.95, 0.012, 1.0, "same reward within groups"),  # rewards of -1 and 1
+        (1.0, 0.02, 0.14, "same reward within groups"),
+        (0.95, 0.5, 0.5, "same reward within groups"),
+    ],
+)
+def test_why_groups_have_equal_rewards_in_the_log_of_trl(share, mean, std, name):
+    rewards = {"reward": mean, "rewards/accuracy_reward/mean": mean, "rewards/accuracy_reward/std": std}
+    logs = history(**rewards, frac_reward_zero_std=share, reward_std=0.02)
+    assert names(logs) == [f"no signal: {name}"]
+    # A function that returned None everywhere says nothing of it.
+    assert names([{**each, "rewards/other/mean": None} for each in logs]) == [f"no signal: {name}"]
+
+
+@pytest.mark.parametrize("rewards", [(0.5, 0.98, 1, 1, 1, 1), (0.4, 1, 1, 1, 1), (0.6, 0.95, 1, 1, 1)])
+def test_what_was_solved_at_once_was_not_solved_from_the_start(rewards):
+    logs = [
+        {"step": 10 * i, "reward": r, "reward_std": 0.5 * (r < 1), "frac_reward_zero_std": r if r > 0.9 else 0.2}
+        for i, r in enumerate(rewards, start=1)
+    ]
+    assert names(logs) == []
+    assert names([{**each, "reward": 1.0, "frac_reward_zero_std": 1.0} for each in logs]) == ["no signal: all right"]
+
+
+def test_completions_that_are_all_cut_explain_a_gradient_of_0():
+    cut = {"completions/clipped_ratio": 1.0, "grad_norm": 0.0, "frac_reward_zero_std": 0.2}
+    assert names(history(**cut, **FLAT)) == ["most completions truncated"]
+
+
+def test_the_caps_of_cispo_are_no_fault():
+    assert names(history(cispo_clip_ratio=0.5)) == []
+
+
+def test_a_warm_up_that_ends_between_the_only_two_logs():
+    logs = [{"step": 10, "learning_rate": 9e-7}, {"step": 20, "learning_rate": 1e-6}, {"step": 20, "train_runtime": 1}]
+    assert names(logs) == []
+    logs[1]["learning_rate"] = 19e-7
+    assert names(logs) == ["warm-up longer than the run"]
+
+
+def test_a_held_out_reward_that_was_best_before_the_first_step():
+    rising = {"reward": lambda t: 0.2 + 0.6 * t, "reward_std": 0.4}
+    logs = history(**rising)
+    evaluated = [{"step": step, "eval_reward": 0.6 - step / 2000} for step in range(0, 1001, 100)]
+    assert names([*evaluated, *logs]) == ["held-out reward falls"]
+
+
+def test_two_logs_do_not_say_that_the_reward_fell():
+    logs = [{"step": step, "reward": reward, "reward_std": 0.4} for step, reward in ((10, 0.6), (20, 0.3))]
+    assert names(logs) == []
+    assert names([*logs, {"step": 30, "reward": 0.05, "reward_std": 0.4}]) == ["reward fell"]
+
+
 def test_since_which_step():
     [finding] = find(history(**{"frac_reward_zero_std": late(1.0, 0.2), **constant(0.0)}))
     assert finding.since in (31, 32, 33)  # of a moving mean of three logs
@@ -160,6 +219,7 @@ def test_the_document_has_the_table_of_the_code():
     page = (Path(__file__).parents[2] / "docs" / "findings.md").read_text(encoding="utf-8")
     for rule in RULES:
         assert f"| {rule.name} | {rule.when} | {rule.bound:g} | {rule.reason} |" in page
+        assert f"| {rule.name} | {rule.means} | {rule.change} |" in page
 
 
 # In the report
@@ -178,6 +238,13 @@ def test_the_command_prints_findings_before_the_report(tmp_path, capsys):
     assert lines[:3] == ["run: 1 finding", "", "  learning rate at 0, since step 31"]
     assert any("`lr_scheduler_type`" in line for line in lines)
     assert lines[-2:] == ["fine: no findings", f"Report: {tmp_path / 'out.html'}"]
+
+
+def test_findings_are_printed_even_if_the_report_cannot_be_written(tmp_path, capsys):
+    assert main([str(faulty(tmp_path / "run")), "--output", str(tmp_path / "nowhere" / "out.html")]) == 2
+    printed = capsys.readouterr()
+    assert "learning rate at 0" in printed.out
+    assert "Make it first" in printed.err
 
 
 def test_the_name_of_a_reward_function_gives_no_orders(tmp_path, capsys):

@@ -15,7 +15,7 @@ from trl_a3po.report import run as run_module
 from trl_a3po.report import write_report
 from trl_a3po.report.page import save_page
 from trl_a3po.report.run import read_run
-from trl_a3po.report.text import visible
+from trl_a3po.report.text import names_of, visible
 from trl_a3po.training.token_log_format import MAX_LINE_BYTES, TOKENS_FILE
 
 
@@ -53,7 +53,7 @@ def test_several_runs_and_missing_metrics(tmp_path):
     runs = [logged_runs.a3po(tmp_path / "a" / "run"), logged_runs.grpo(tmp_path / "b" / "run")]
     runs.append(logged_runs.grpo(tmp_path / "c"))
     (first, second, third) = embedded(write_report(runs, tmp_path / "report.html"))["runs"]
-    assert [first["name"], second["name"], third["name"]] == [str(runs[0]), str(runs[1]), "c"]
+    assert [first["name"], second["name"], third["name"]] == ["a/run", "b/run", "c"]
     assert any(name.startswith("a3po/") for name in first["metrics"])
     assert not any(name.startswith("a3po/") for name in second["metrics"])
     assert second["completions"] == []
@@ -156,6 +156,14 @@ def test_what_cannot_be_seen_is_spelled_out(text, shown):
     assert visible(text) == shown
 
 
+def test_names(tmp_path):
+    paths = [tmp_path / name for name in ("a/eval", "b/eval", "c")]
+    assert names_of(paths) == ["a/eval", "b/eval", "c"]
+    assert names_of(paths[1:]) == ["eval", "c"]
+    with pytest.raises(ValueError, match="The same directory was given twice"):
+        names_of([paths[0], paths[0]])
+
+
 # Bounds
 
 
@@ -221,6 +229,7 @@ def test_the_command_by_its_name_loads_neither_torch_nor_trl(tmp_path):
         (["run", "missing"], "There is no directory 'missing'."),
         (["torn"], r"is incomplete, or not the state of a trainer."),
         (["run", "--output", "nowhere/report.html"], "nowhere' to write 'report.html' into. Make it first."),
+        (["run", "./run"], "The same directory was given twice."),
         (["run", "--output", "torn/trainer_state.json"], "torn/trainer_state.json' exists and is no HTML page."),
     ],
 )

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.compare import compare, markdown, names_of, read_result
+from ..evaluation.compare import compare, markdown, read_result
 from ..evaluation.page import write_page
+from ..report.text import names_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

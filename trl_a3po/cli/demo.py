@@ -48,6 +48,7 @@ from ..training.dataset_checks import check_dataset_sizes
 from .eval import uncounted
 from .main import parser_of
 from .parser import Parser, group_options
+from .training_options import check_libraries, check_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class DemoArguments:
             "columns as in GSM8K, MATH, AIME, verl or TRL."
         },
     )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
     eval_size: int = field(
         default=256,
@@ -128,7 +130,7 @@ def make_parser() -> Parser:
 
 def train_and_held_out(demo: DemoArguments) -> tuple[Dataset, Dataset]:
     if demo.dataset_name != ARITHMETIC:
-        problems = load_problems(demo.dataset_name, demo.dataset_train_split)
+        problems = load_problems(demo.dataset_name, demo.dataset_train_split, demo.dataset_config)
         train_problems, held_out_problems = split_off_last(problems, demo.eval_size)
         repeated = set(rows_in_both(train_problems, held_out_problems))
         if len(repeated) == len(train_problems):
@@ -185,6 +187,8 @@ def main(line: Sequence[str] | None = None) -> int:
         demo, config = parser.parse_args_and_config(list(sys.argv[1:] if line is None else line))
         refuse_empty(config, "output_dir")
         check_math_verify()
+        check_scheduler(config)
+        check_libraries(config)
         resume = resume_argument(config.resume_from_checkpoint)
         find_model(demo.model_name_or_path)
         train_problems, held_out_problems = train_and_held_out(demo)

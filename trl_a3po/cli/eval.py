@@ -22,7 +22,7 @@ from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_prob
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
 from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked
 from .compare import compare_directories
-from .main import parser_of
+from .main import exit_status, parser_of
 
 
 NAMED = 5
@@ -77,6 +77,8 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
         own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
         print(f"\n{checkpoint}", flush=True)
         code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
+        if code:
+            code = exit_status([code], "evaluation")
         status = status or code
         results += [] if code else [directory]
     if len(results) > 1:

@@ -32,6 +32,24 @@ def parser_of(command: str, description: str | None, dataclasses: list[Any], **o
     return Parser(command, description, dataclasses, **options)
 
 
+def exit_status(codes: Sequence[int], what: str) -> int:
+    """
+    The exit status of a command for those of its processes.
+
+    Args:
+        codes (`list[int]`): One or more that are not 0. A negative one is that of a signal.
+        what (`str`): What the processes did, for the message about a signal.
+    """
+    if 2 in codes:  # a process has reported a mistake in the options
+        return 2
+    if codes[0] < 0:
+        number = -codes[0]
+        hint = " The machine may have run out of memory." if number == signal.SIGKILL else ""
+        print(f"error: {signal.Signals(number).name} ended the {what}.{hint}", file=sys.stderr)
+        return 128 + number
+    return codes[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """
     Runs a command.

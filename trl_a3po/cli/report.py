@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from ..report.findings import as_text
-from ..report.page import names_of, write_page
+from ..report.page import write_page
 from ..report.run import ReportError, read_run
-from ..report.text import visible
+from ..report.text import names_of, visible
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,9 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         "in the same charts, and completions token by token if the run had `log_tokens` set.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="`output_dir` of a run")
-    parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="file to write (default: report.html)"
-    )
+    parser.add_argument("--output", type=Path, help="file to write (default: report.html)")
     parser.add_argument(
         "--tokens", action="store_true", help="print the completions of one prompt in the terminal instead; needs rich"
     )
@@ -36,15 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.step is not None and not parsed.tokens:
         parser.error("--step needs --tokens")
+    if parsed.output is not None and parsed.tokens:
+        parser.error("--tokens prints, and writes no file: leave out --output")
     try:
         if parsed.tokens:
             for run_dir in parsed.run_dirs:
                 _print_tokens(run_dir, parsed.step)
         else:
             runs = [read_run(run_dir) for run_dir in parsed.run_dirs]
-            path = write_page(runs, parsed.output)
-            for name, run in zip(names_of(runs), runs, strict=True):
+            # Before the page is written, which may fail.
+            for name, run in zip(names_of(parsed.run_dirs), runs, strict=True):
                 print(as_text(visible(name), run.findings))
+            path = write_page(runs, parsed.output or Path("report.html"))
             print(f"Report: {path}")
     except (ReportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,16 +22,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import trl
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetGenerationError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from transformers import SchedulerType, get_scheduler
-from transformers.integrations import get_reporting_integration_callbacks
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts import grpo
@@ -45,8 +42,9 @@ from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
-from .main import parser_of
+from .main import exit_status, parser_of
 from .parser import Parser, group_options
+from .training_options import check_libraries, check_scheduler
 
 
 logger = logging.getLogger(__name__)
@@ -134,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown or [known.training_script])}")
         if model.model_name_or_path is None:
             parser.error("the following arguments are required: --model_name_or_path")
-        _check_scheduler(config)
-        _check_libraries(config)
+        check_scheduler(config)
+        check_libraries(config)
         _resolve(script, config, mixture)
         _worked_examples(script, config, mixture)
         resume_argument(config.resume_from_checkpoint)
@@ -157,34 +155,6 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
     if _checks_answers(script) and importlib.util.find_spec("math_verify") is None:
         raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl[math-verify]'")
     return resolve_datasets(script, mixture, config.eval_strategy != "no", config.max_steps)
-
-
-def _check_scheduler(config: A3POConfig) -> None:
-    """Makes the schedule of the learning rate once, because `transformers` makes it only when training begins."""
-    kind, settings = SchedulerType(config.lr_scheduler_type), cast(Any, config.lr_scheduler_kwargs)
-    try:
-        optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
-        get_scheduler(kind, optimizer, 1, num_training_steps=10**9, scheduler_specific_kwargs=settings)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(
-            f"`learning_rate={config.learning_rate}` with `lr_scheduler_type='{kind.value}'` and "
-            f"`lr_scheduler_kwargs={settings}` does not work: {error}"
-        ) from error
-
-
-def _check_libraries(config: A3POConfig) -> None:
-    """Looks for the trackers and the optimizer's library, which `transformers` loads after the model."""
-    try:
-        for callback in get_reporting_integration_callbacks(config.report_to):
-            callback()
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise UsageError(f"`report_to={config.report_to}` does not work: {error}") from error
-    try:
-        A3POTrainer.get_optimizer_cls_and_kwargs(config)
-    except ImportError as error:
-        raise UsageError(f"`optim='{cast(Any, config.optim).value}'` does not work: {error}") from error
-    except (ValueError, NotImplementedError):
-        pass  # it needs the model; the trainer says what is wrong
 
 
 def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig) -> list[Message]:
@@ -212,23 +182,12 @@ def _launch(arguments: argparse.Namespace) -> int:
     try:
         launch_command(arguments)
     except subprocess.CalledProcessError as error:
-        return _exit_status([error.returncode])
+        return exit_status([error.returncode], "training")
     except ChildFailedError as error:
-        return _exit_status([failure.exitcode for failure in error.failures.values()])
+        return exit_status([failure.exitcode for failure in error.failures.values()], "training")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
-
-
-def _exit_status(codes: Sequence[int]) -> int:
-    if 2 in codes:  # a process has reported a mistake in the options
-        return 2
-    if codes[0] < 0:
-        number = -codes[0]
-        hint = " The machine may have run out of memory." if number == signal.SIGKILL else ""
-        print(f"error: {signal.Signals(number).name} ended the training.{hint}", file=sys.stderr)
-        return 128 + number
-    return codes[0]
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
@@ -247,7 +206,6 @@ def train(arguments: Sequence[str] | None = None) -> None:
         named = f" from '{script.dataset_name}'" if script.dataset_name else ""
         train_slice, test_slice = _resolve(script, config, mixture)
         examples = _worked_examples(script, config, mixture)
-        config.resume_from_checkpoint = resume_argument(config.resume_from_checkpoint)
         if config.should_save:  # the trained model, with any `save_strategy`
             check_writable(Path(config.output_dir))
     except (OSError, ValueError) as error:
@@ -273,14 +231,18 @@ def train(arguments: Sequence[str] | None = None) -> None:
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
             shown = f", {len(examples) // 2} worked examples before each" if examples else ""
             print(f"{len(train_dataset)} problems to train on{held_out}{shown}", flush=True)
-        trainers.append(A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords))
-        return trainers[0]
+        trainer = A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords)
+        # The script of TRL 1.0 does not pass the option on.
+        resumed = functools.partial(trainer.train, resume_from_checkpoint=config.resume_from_checkpoint)
+        trainer.train = resumed  # type: ignore[method-assign]
+        trainers.append(trainer)
+        return trainer
 
     try:
         _check_reward_names(script.reward_funcs)
         with trains_with(make_trainer):
             grpo.main(script, config, model, mixture)
-    except (OSError, ValueError, ImportError, KeyError, NotImplementedError, DatasetGenerationError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, DatasetGenerationError) as error:
         if trainers and trainers[0].state.max_steps > 0:
             raise  # training had begun, and the traceback says where it failed
         message = _usage_message(error, script, mixture)
@@ -383,6 +345,8 @@ def _check_reward_names(names: Sequence[str]) -> None:
 def _usage_message(error: Exception, script: A3POScriptArguments, mixture: DatasetMixtureConfig) -> str | None:
     """A message that tells the user how to fix an error before training; `None` if the error is a defect."""
     names = script.dataset_name or ", ".join(str(each.data_files or each.path) for each in mixture.datasets)
+    if type(error) is RuntimeError and "Dataset scripts" not in str(error):
+        return None
     if isinstance(error, DatasetGenerationError):
         return unreadable(names, error)
     if isinstance(error, KeyError):

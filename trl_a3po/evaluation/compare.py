@@ -205,16 +205,6 @@ def _notes(first: Result, second: Result, common: int, shared: int, numbers: lis
     return notes
 
 
-def names_of(directories: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many of the last parts as make the names different."""
-    parts = [directory.resolve().parts for directory in directories]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-length:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("The same directory was given twice. Pass different directories.")
-
-
 def markdown(results: Sequence[Result], pairs: Sequence[Pair]) -> str:
     """The whole comparison as text."""
     lines = ["Mean and 95 % interval over problems", "", *_table_of_results(results)]

@@ -8,6 +8,7 @@ anything is sampled, the merged model is compared with the adapter.
 import hashlib
 import io
 import json
+import logging
 import pickle
 import re
 import shutil
@@ -41,6 +42,8 @@ from .files import hash_of_file
 
 
 Prompt = list[dict[str, Any]]
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The files of a model in a repository on the Hub, and of its training.
@@ -342,10 +345,21 @@ class Chat:
 
 
 def load_chat(
-    files: ModelFiles, template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    files: ModelFiles,
+    template_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    are_of_training: bool = False,
 ) -> Chat:
     """
     Loads the tokenizer or processor of a model, and the settings of its chat template.
+
+    Args:
+        files ([`ModelFiles`]): The model.
+        template_kwargs (`dict`, *optional*): Arguments of the chat template.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code of the model's repository.
+        are_of_training (`bool`, *optional*, defaults to `False`):
+            Whether the arguments are those of the training. One that the template does not read is then no error but a
+            warning, because it had no effect there either.
 
     Raises:
         `ValueError`: the tokenizer cannot be loaded or has no chat template, the template does not read one of
@@ -375,7 +389,10 @@ def load_chat(
         )
     unread = [name for name in template_kwargs or {} if not re.search(rf"\b{re.escape(name)}\b", str(template))]
     if unread:
-        raise ValueError(f"`chat_template_kwargs`: the chat template of '{files.name}' ignores {', '.join(unread)}.")
+        message = f"`chat_template_kwargs`: the chat template of '{files.name}' ignores {', '.join(unread)}."
+        if not are_of_training:
+            raise ValueError(message)
+        logger.warning("%s It is an argument of the training, in `training_args.bin`.", message)
     with loading(f"the model '{files.base}'"):
         return Chat.of(processor, config, generation_config, template_kwargs)
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Files of other types, which nobody means to be found on the Hub.
-OTHER_FILES = {".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip"}
+OTHER_FILES = {".csv", ".tsv", ".txt", ".xlsx", ".arrow", ".gz", ".zst", ".zip", ".py"}
 # What `datasets` raises if it cannot read a file.
 READ_ERRORS = (DatasetGenerationError, pa.ArrowInvalid, UnicodeDecodeError)
 
@@ -181,7 +181,7 @@ def load_problems(
         source = {"path": name, "name": config}
     try:
         dataset = load_dataset(**source, split=split)
-    except (DatasetGenerationError, ValueError) as error:
+    except (DatasetGenerationError, ValueError, RuntimeError) as error:  # RuntimeError: the dataset is a script
         raise ValueError(unreadable(name, error)) from error
     row_numbers = None
     if "[" in split:
@@ -206,7 +206,10 @@ def split_off_last(dataset: Dataset, size: int) -> tuple[Dataset, Dataset]:
         `ValueError`: one of the two would be empty.
     """
     if not 0 < size < len(dataset):
-        raise ValueError(f"Cannot hold out {size} of {len(dataset)} rows: at least one row must remain on each side.")
+        raise ValueError(
+            f"Cannot hold out {size} of {len(dataset)} rows: at least one row must remain on each side. Set "
+            "`eval_size`."
+        )
     cut = len(dataset) - size
     return dataset.select(range(cut)), dataset.select(range(cut, len(dataset)))
 
@@ -322,10 +325,16 @@ def _convert(
             continue
         conversation = with_instruction(conversation, instruction)
         start = int(conversation[0]["role"] == "system")
-        converted["prompt"].append([*conversation[:start], *worked_examples, *conversation[start:]])
+        examples = _in_parts(worked_examples) if isinstance(conversation[-1]["content"], list) else worked_examples
+        converted["prompt"].append([*conversation[:start], *examples, *conversation[start:]])
         converted["solution"].append(answers)
         converted["row"].append(number)
     return converted
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    """The same messages, because the contents of a dataset's messages have one type."""
+    return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
 
 
 def _check_lists(answers: Any) -> None:
@@ -541,7 +550,7 @@ def final_answer(answer: Any) -> str:
 
     In GSM8K it follows `####`; in MATH it is the last `\boxed{...}` of the derivation. Other answers get dollar
     signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1. Within them, it reads letters as
-    factors, so `8 dollars`, `3 1/2`, `1 000` and `1e5` become LaTeX too.
+    factors, so `8 dollars`, `3 1/2`, `1 000`, `1e5` and the like become LaTeX too.
 
     Raises:
         `ValueError`: the answer is neither a text nor a number that is exact.
@@ -566,26 +575,42 @@ def final_answer(answer: Any) -> str:
         return ""
     # A single dollar sign is a currency.
     bare = _DOLLAR.sub(r"\\$", text.removesuffix("."))
-    for pattern, latex in _PLAIN_FORMS:
-        if match := pattern.fullmatch(bare):
-            bare = match.expand(latex)
-            break
-    return f"${bare}$"
+    return f"${_number_in_latex(bare)}$"
 
 
-_NUMBER = r"([-+]?\d[\d,]*(?:\.\d+)?)"
+def _number_in_latex(text: str) -> str:
+    """A number as people write it, with its currency or unit; other texts as they are."""
+    match = _PLAIN_NUMBER.fullmatch(text)
+    if match is None:
+        return text
+    before, whole, over, under, spaced, mantissa, exponent, number, percent, unit = match.groups()
+    if over:
+        number = f"{over}/{under}"
+        if percent:  # without the factor, math-verify reads 1/2% as 1/(2%), and 2 1/2% as 2
+            number = rf"\frac{{{int(whole or 0) * int(under) + int(over)}}}{{{under}}}\cdot1"
+        elif whole:
+            number = rf"{whole}\frac{{{over}}}{{{under}}}"
+    elif spaced:
+        number = spaced.replace(" ", "")
+    elif mantissa:
+        number = rf"{mantissa}\cdot10^{{{exponent}}}" + (r"\cdot1" if percent else "")
+    return before + number + (r"\%" if percent else "") + (rf"\text{{ {unit}}}" if unit else "")
+
+
+_NUMBER = r"\d[\d,]*(?:\.\d+)?"
 # Other words may be factors, or change the number: `2 L`, `3 xy`, `5 million`, `3 tenths`.
 _UNIT = (
-    r"((?:US |square |cubic )?(?:dollars?|cents?|euros?|pounds?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|"
+    r"(?:US |square |cubic )?(?:dollars?|cents?|euros?|pounds?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|"
     r"degrees?|(?:centi|milli|kilo)?(?:met(?:er|re)s?|grams?)|lit(?:er|re)s?|inch(?:es)?|feet|foot|yards?|miles?|"
-    r"people|units?|mm|cm|km|mg|kg|m[lL]|ft|oz|lb)(?:(?: per |/)[a-z]+|\^[23])?)"
+    r"people|units?|mm|cm|km|mg|kg|m[lL]|ft|oz|lb)(?:(?: per |/)[a-z]+|\^[23])?"
 )
-_PLAIN_FORMS = (
-    (re.compile(r"([-+]?\d+)\s+(\d+)/(\d+)"), r"\1\\frac{\2}{\3}"),
-    (re.compile(r"([-+]?\d{1,3}) (\d{3})(?: (\d{3}))?(?: (\d{3}))?"), r"\1\2\3\4"),
-    (re.compile(rf"{_NUMBER}[eE](\d+|[-+]\d\d+)"), r"\1\\cdot10^{\2}"),
-    (re.compile(rf"{_NUMBER}\s+(?i:per ?cent)"), r"\1\\%"),
-    (re.compile(rf"{_NUMBER}\s+{_UNIT}"), r"\1\\text{ \2}"),
+_PLAIN_NUMBER = re.compile(
+    r"((?:[-+]?\s*(?:\\\$)?|\\\$\s*[-+])\s*)"  # a sign and a currency
+    r"(?:(?:(\d+)\s+)?([1-9]\d*)/([1-9]\d*)"
+    r"|(\d{1,3}(?: \d{3})+(?:\.\d+)?)"
+    rf"|({_NUMBER})[eE](\d+|[-+]\d\d+)"
+    rf"|({_NUMBER}))"
+    rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}))?"
 )
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")

@@ -41,6 +41,9 @@ from .samplers import Engine, Request, Sampling, seed_of, transformers_engine, v
 from .worked_examples import recorded
 
 
+RUN_FILE = "run.json"
+
+
 @dataclass
 class EvaluateArguments:
     """Which model to evaluate, on which problems, and how to sample."""
@@ -310,7 +313,8 @@ def subject_of(arguments: EvaluateArguments) -> Subject:
         kwargs, source = trained_chat_template_kwargs(files), "training_args.bin"
     if kwargs is None:
         kwargs, source = {}, "unknown: no training_args.bin of GRPO beside the model"
-    chat = load_chat(files, kwargs, arguments.trust_remote_code)
+    of_training = source == "training_args.bin"
+    chat = load_chat(files, kwargs, arguments.trust_remote_code, of_training)
     context = chat.context if arguments.max_model_len is None else arguments.max_model_len
     if context is not None and chat.context is not None and context > chat.context:
         raise ValueError(f"`max_model_len` is {context}, but the context of '{files.name}' is only {chat.context}.")
@@ -405,8 +409,12 @@ def _evaluate(
                 f"'{samples}' is not the file that '{results_file}' was computed from. Delete both, or choose "
                 "another `output_dir`."
             )
+    # First, because what stands here may be files of something else.
+    found = [each for each in (samples, results_file, directory / RUN_FILE) if each.exists()]
+    before = _read_run(directory, found) if found else None
     done = read_samples(samples)
-    before = _read_run(directory) if done or results_file.exists() else None
+    if not done and not results_file.exists():
+        before = None  # nothing was sampled, so the settings are still free
     started = before["settings"].get("date") if before is not None else None
     shown_date = show_date(subject.chat, started or today())
     tasks = tasks_of([row["prompt"] for row in rows], subject.chat, arguments.max_completion_length, subject.context)
@@ -432,7 +440,7 @@ def _evaluate(
             # Old results must not stand beside an evaluation that is not complete.
             results_file.unlink(missing_ok=True)
             if not done:
-                write_whole(directory / "run.json", {**identity, "versions": versions(arguments.use_vllm)})
+                write_whole(directory / RUN_FILE, {**identity, "versions": versions(arguments.use_vllm)})
             with samples.open("a" if done else "w", encoding="utf-8") as file:
                 for start in range(len(done), len(rows), arguments.batch_size):
                     stop = min(start + arguments.batch_size, len(rows))
@@ -449,7 +457,7 @@ def _evaluate(
         "chat_template_kwargs_from": subject.template_kwargs_from,
         "base_revision": subject.files.base_revision,
         "arguments": asdict(arguments),
-        "versions": _read_run(directory)["versions"],
+        "versions": _read_run(directory, [samples])["versions"],
         "samples_sha256": hash_of_file(samples),
     }
     write_whole(results_file, results)
@@ -531,14 +539,15 @@ def _record(row: dict[str, Any], completions: list[Completion], task: Task | Non
     return record if task is None or task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
 
 
-def _read_run(directory: Path) -> dict[str, Any]:
-    path = directory / "run.json"
+def _read_run(directory: Path, found: Sequence[Path]) -> dict[str, Any]:
+    """Reads what the files that were found in the directory are of."""
+    path = directory / RUN_FILE
     if not path.exists():
         raise ValueError(
-            f"'{directory}' contains an evaluation but no `run.json`: its model is unknown. Choose another "
-            "`output_dir`."
+            f"'{directory}' contains {' and '.join(f'`{each.name}`' for each in found)} but no `{RUN_FILE}`, so of "
+            "which model and problems is unknown. Choose another `output_dir`."
         )
-    fix = "Delete it and `samples.jsonl`, or choose another `output_dir`."
+    fix = "Delete it and `samples.jsonl` if an evaluation wrote them; else choose another `output_dir`."
     return read_object(path, "model", "settings", "versions", fix=fix)
 
 

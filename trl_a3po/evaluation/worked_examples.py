@@ -62,7 +62,8 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
         if checks_answers and not _is_rewarded(text, answers):
             raise ValueError(
                 f"{this} has a solution that `accuracy_reward` does not score as correct, so completions like it "
-                f"get no reward: {text!r}. Write the final answer within \\boxed{{}}."
+                f"get no reward: {text!r}. Write the final answer within \\boxed{{}}, as complete LaTeX: "
+                r"\frac{1}{2}, not \frac12."
             )
         user = {"role": "user", "content": prompt}
         messages += [*with_instruction([user], instruction), {"role": "assistant", "content": text}]

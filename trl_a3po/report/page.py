@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
@@ -16,7 +15,7 @@ from typing import Any
 
 from .. import __version__
 from .run import Run, read_run
-from .text import visible
+from .text import names_of, visible
 
 
 _START = b"<!doctype html>"
@@ -38,14 +37,14 @@ def write_report(run_dirs: Sequence[str | PathLike[str]], path: str | PathLike[s
 
     Raises:
         `ReportError`: one of the directories contains no log.
-        `ValueError`: `path` exists and is no page, or its directory does not exist.
+        `ValueError`: `path` exists and is no page, its directory does not exist, or a run was given twice.
     """
     return write_page([read_run(Path(directory)) for directory in run_dirs], path)
 
 
 def write_page(runs: Sequence[Run], path: str | PathLike[str]) -> Path:
     """Writes the report on runs that were read, as [`write_report`] does."""
-    names = names_of(runs)
+    names = names_of([run.directory for run in runs])
     data = {"version": __version__, "runs": [_plain(run, name) for run, name in zip(runs, names, strict=True)]}
     return save_page(_fill_in(_template(), data), path)
 
@@ -118,13 +117,3 @@ def _plain(run: Run, name: str) -> dict[str, Any]:
         if run.findings is None
         else [{**asdict(each), "metric": visible(each.metric), "seen": visible(each.seen)} for each in run.findings],
     }
-
-
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Names each run by the last part of its path, or by the whole path if several runs share the last part."""
-    directories = [run.directory for run in runs]
-    lasts = [directory.resolve().name or str(directory) for directory in directories]
-    return [
-        last if Counter(lasts)[last] == 1 else str(directory)
-        for last, directory in zip(lasts, directories, strict=True)
-    ]

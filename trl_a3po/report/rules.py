@@ -99,8 +99,11 @@ def _warm_up(log: Log, bound: float) -> Seen | None:
     if not log.has_ended or not is_enough(points):
         return None
     rises = [(after - before) / (step - previous) for (previous, before), (step, after) in pairwise(points)]
-    # A last rise that is smaller than the first: the warm-up ended between two logs.
-    if sum(rise > 0 for rise in rises) < bound * max(1, len(rises)) or (rises and rises[-1] < 0.99 * rises[0]):
+    if sum(rise > 0 for rise in rises) < bound * max(1, len(rises)):
+        return None
+    # A last rise that is smaller than the first, or than that from 0: the warm-up ended between two logs.
+    from_zero = points[0][1] / max(1, points[0][0])
+    if rises and rises[-1] < 0.99 * max(rises[0], from_zero):
         return None
     return Seen("learning_rate", points[0][0], f"the learning rate rose in every log, to {_n(points[-1][1])}")
 
@@ -144,10 +147,12 @@ def _no_signal(*reasons: str) -> Callable[[Log, float], Seen | None]:
             return None
         if "signal/completions/signal" in log:
             metric, points = "signal/completions/signal", log.known("signal/completions/signal")
-            since = _since(points, lambda value: value <= 1 - bound)
+            since, at_start = _since(points, lambda value: value <= 1 - bound), 1 - log.start(metric)
         else:
             metric = "frac_reward_zero_std"
-            since = _since_above(log, metric, bound)
+            since, at_start = _since_above(log, metric, bound), log.start(metric)
+        if reasons == ("all_right",) and at_start < bound / 2:
+            return None  # it was solved, within so few logs that the rise may be chance
         rewards = f"; the mean reward is {_n(log.end('reward'))}" if log.known("reward") else ""
         cut = log.end("completions/clipped_ratio")
         rewards += f"; {_p(cut)} are cut at the length limit" if cut >= 0.1 else ""
@@ -242,7 +247,8 @@ def _reward_fell(log: Log, bound: float) -> Seen | None:
     points = log.known("reward")
     rise, error = log.rise("reward")
     spread = log.spread()
-    if not (spread > 0 and -rise >= bound * spread and -rise > ERRORS * error):
+    # Two logs have no scatter to compare with.
+    if len(points) < FEWEST_LOGS or not (spread > 0 and -rise >= bound * spread and -rise > ERRORS * error):
         return None
     start = log.start("reward")
     since = _since(points, lambda value: value < start - error)
@@ -338,10 +344,11 @@ def _masked_tokens(log: Log, bound: float) -> Seen | None:
 
 
 def _clipped(log: Log, bound: float) -> Seen | None:
-    for name in ("clip_ratio/region_mean", "cispo_clip_ratio"):
-        if log.end(name) >= bound:
-            return Seen(name, _since_above(log, name, bound), f"the ratio of {_p(log.end(name))} of tokens is clipped")
-    return None
+    # Not `cispo_clip_ratio`: CISPO keeps the gradient of the tokens whose weight it caps.
+    name = "clip_ratio/region_mean"
+    if not log.end(name) >= bound:
+        return None
+    return Seen(name, _since_above(log, name, bound), f"the ratio of {_p(log.end(name))} of tokens is clipped")
 
 
 def _gradient_zero(log: Log, bound: float) -> Seen | None:
@@ -349,6 +356,8 @@ def _gradient_zero(log: Log, bound: float) -> Seen | None:
     last = last_quarter(points)
     if log.lacks_signal() or log.has_solved():
         return None  # then it has to be 0
+    if "signal/completions/signal" not in log and log.end("completions/clipped_ratio") >= bound:
+        return None  # `mask_truncated_completions` may leave nothing to train on, which this log does not say
     if not is_enough(points) or sum(value == 0 for _, value in last) < bound * len(last):
         return None
     since = _since(points, lambda value: value == 0, width=1)
@@ -375,7 +384,8 @@ def _held_out_falls(log: Log, bound: float) -> Seen | None:
             continue
         at, best = max(points, key=lambda point: point[1])
         last = mean_value(points[-max(1, len(points) // 4) :])
-        before = mean_value([point for point in log.known("reward") if point[0] <= at][-FEWEST_LOGS:])
+        until = [point for point in log.known("reward") if point[0] <= at]
+        before = mean_value(until[-FEWEST_LOGS:]) if until else log.start("reward")  # best before the first step
         after, (_, error) = log.end("reward"), log.rise("reward")
         falls = best - last >= bound * (log.spread() or abs(best)) and best - last > ERRORS * _bends(points)
         if falls and after - before > ERRORS * error:
@@ -508,9 +518,10 @@ RULES: tuple[Rule, ...] = (
         0.9,
         "share of the last logs whose `grad_norm` is exactly 0",
         "single steps without a signal have a norm of 0 by chance",
-        "The loss has no gradient although rewards differ within groups.",
+        "The loss has no gradient, although there are rewards that differ.",
         "Check that parameters are trainable (`requires_grad`, the modules of `peft_config`), `positive_weight`, "
-        "`negative_weight`, and a `shape_advantages` of your own.",
+        "`negative_weight`, and a `shape_advantages` of your own. With `scale_rewards='batch'`, check that rewards "
+        "differ within groups.",
         _gradient_zero,
         _SYMPTOMS,
     ),
@@ -588,10 +599,10 @@ RULES: tuple[Rule, ...] = (
     _without_signal(
         "same reward within groups",
         *SAME_REWARD,
-        means="All completions of a prompt get the same reward. The reward depends on the prompt only, or the "
-        "completions hardly differ.",
-        change="Check that `reward_funcs` read the completion. Raise `temperature`, `top_k`, `top_p` or "
-        "`num_generations`.",
+        means="All completions of a prompt get the same reward. Some prompts are too easy and the others too hard, "
+        "the reward depends on the prompt only, or the completions hardly differ.",
+        change="Check that `reward_funcs` read the completion. Set `dynamic_sampling`, or raise `temperature`, "
+        "`top_k`, `top_p` or `num_generations`.",
     ),
     _without_signal(
         "rewards at the mean of the group",

@@ -92,10 +92,18 @@ class Log:
         if math.isnan(share):
             return {}
         names = [name for name in self if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
-        means = [self.end(name) for name in names]
-        if all(mean in (0, -1) for mean in means):
+        scored = [name for name in names if not math.isnan(self.end(name))]
+        rest = 1 - share + 1e-9
+
+        def is_at(name: str, reward: float, span: float) -> bool:
+            """Whether all rewards are this one, but for those of the rest, which are at most `span` away."""
+            spread = self.end(f"{name.removesuffix('/mean')}/std")
+            is_wider = spread > 1.1 * span * math.sqrt(rest)  # a tenth more, because the batch may be small
+            return abs(self.end(name) - reward) <= span * rest and not is_wider
+
+        if scored and all(is_at(name, 0, 1) or is_at(name, -1, 2) for name in scored):
             return {"all_wrong": share}
-        return {"all_right" if all(mean == 1 for mean in means) else "all_equal": share}
+        return {"all_right" if scored and all(is_at(name, 1, 1) for name in scored) else "all_equal": share}
 
     def lacks_signal(self) -> bool:
         """Whether hardly a completion has a learning signal at the end."""

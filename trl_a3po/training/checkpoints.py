@@ -63,6 +63,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output_dir = Path(self.args.output_dir)  # type: ignore[arg-type]  # never None once constructed
+        resume_from_checkpoint = resume_argument(resume_from_checkpoint)  # a script may pass on its option
         if resume_from_checkpoint:
             directory = output_dir if resume_from_checkpoint is True else Path(resume_from_checkpoint).parent
             if self.args.should_save:

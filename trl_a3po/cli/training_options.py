@@ -1,0 +1,48 @@
+"""Checks of the options of training, for the commands that train: what `transformers` would find only later."""
+
+from typing import Any, cast
+
+import torch
+from transformers import SchedulerType, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..a3po_config import A3POConfig
+from ..a3po_trainer import A3POTrainer
+
+
+def check_scheduler(config: A3POConfig) -> None:
+    """
+    Makes the schedule of the learning rate once, because `transformers` makes it only when training begins.
+
+    Raises:
+        `ValueError`: it cannot be made. The message names the options.
+    """
+    kind, settings = SchedulerType(config.lr_scheduler_type), cast(Any, config.lr_scheduler_kwargs)
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
+        get_scheduler(kind, optimizer, 1, num_training_steps=10**9, scheduler_specific_kwargs=settings)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"`learning_rate={config.learning_rate}` with `lr_scheduler_type='{kind.value}'` and "
+            f"`lr_scheduler_kwargs={settings}` does not work: {error}"
+        ) from error
+
+
+def check_libraries(config: A3POConfig) -> None:
+    """
+    Looks for the trackers and the optimizer's library, which `transformers` loads after the model.
+
+    Raises:
+        `ValueError`: one is missing. The message names the option.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"`report_to={config.report_to}` does not work: {error}") from error
+    try:
+        A3POTrainer.get_optimizer_cls_and_kwargs(config)
+    except ImportError as error:
+        raise ValueError(f"`optim='{cast(Any, config.optim).value}'` does not work: {error}") from error
+    except (ValueError, NotImplementedError):
+        pass  # it needs the model; the trainer says what is wrong
