@@ -201,6 +201,31 @@ def test_sequence_level_refuses_to_change_the_kl_term(tmp_path):
         evaluating(tmp_path, A3POTrainer, **fields)
 
 
+def test_a_hook_that_was_assigned_must_not_change_the_kl_term_either(tmp_path, monkeypatch):
+    fields = {"importance_sampling_level": "sequence", "loss_type": "grpo", "use_bias_correction_kl": True}
+    neutral = {"positive_low_scale": 1.0, "negative_high_scale": 1.0}
+    trainer = evaluating(tmp_path, A3POTrainer, **fields, **neutral)
+    trainer.beta = trainer.args.beta = 0.1  # the log-probabilities of the reference are given
+    inputs, logps, entropies = batch(aligned=False)
+    assert gradient(trainer, inputs, logps, entropies, monkeypatch).count_nonzero() > 0
+    trainer.shape_advantages = lambda advantages, *, mask, **others: advantages[:, None] * mask
+    with pytest.raises(ValueError, match=r"`importance_sampling_level='sequence'` with `beta=0.1`.*Set `use_bias"):
+        gradient(trainer, inputs, logps, entropies, monkeypatch)
+
+
+def test_the_mismatch_is_measured_with_the_log_probabilities_of_the_rollout(tmp_path, monkeypatch):
+    trainer = evaluating(tmp_path, A3POTrainer, importance_sampling_level="sequence", **ALL_ENDS)
+    inputs, logps, entropies = batch(aligned=False)
+    measured = []
+    monkeypatch.setattr(trainer._signal_budget, "add_trained", lambda *arguments: measured.append(arguments))
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1  # as transformers sets it
+    gradient(trainer, inputs, logps, entropies, monkeypatch)
+    (arguments,) = measured
+    assert torch.equal(arguments[4], inputs["old_per_token_logps"])
+    assert not torch.equal(arguments[0]["old_per_token_logps"], inputs["old_per_token_logps"])
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", tiny.LOSS_TYPES)
 def test_polarity_weights_alone_need_no_tokens(loss_type, level, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from .shaping import (
     weight_polarities,
 )
 from .training.checkpoint_files import check_writable
-from .training.checkpoints import KeepsTheBest, ResumableGRPOTrainer
+from .training.checkpoints import ChecksLength, KeepsTheBest, ResumableGRPOTrainer
 from .training.finite import NaNGradients
 from .training.hook import call_hook, check_completionwise, fields_named_by
 from .training.hub_warnings import WarnOfFailedPushes
@@ -125,6 +125,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         # By mode, "train" or "eval": sums since the last log, on the device.
         self._polarity_sums: dict[str, Tensor] = {}
         self.add_callback(_CheckDecayEnds())
+        self.add_callback(ChecksLength(self))
         self.add_callback(NaNGradients(self.accelerator))
         self.add_callback(KeepsTheBest())
         self._token_log: TokenLog | None = None
@@ -160,19 +161,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 f"`use_liger_kernel=True` is not supported with TRL {trl.__version__}, whose fused loss takes one "
                 "advantage per completion. Set `use_liger_kernel=False`, or upgrade TRL to 1.14 or newer."
             )
-        if (
-            args.importance_sampling_level == "sequence"
-            and args.beta != 0
-            and args.use_bias_correction_kl
-            and _ratio_has_gradient(args)
-            and (self._overrides_shaping or args.shaping != A3PO or selects_tokens(args.shaping_settings))
-        ):
-            # There the KL term is multiplied by the ratio, whose gradient is what GSPO-token changes.
-            raise ValueError(
-                f"`importance_sampling_level='sequence'` with `beta={args.beta}` and `use_bias_correction_kl=True` is "
-                "not supported while tokens have advantages of their own: it would change the gradient of the KL "
-                "term. Set `use_bias_correction_kl=False`, `beta=0.0` or `importance_sampling_level='token'`."
-            )
+        if self._overrides_shaping or args.shaping != A3PO or selects_tokens(args.shaping_settings):
+            _check_gspo_token(args)
 
     def _check_arguments_of_hook(self) -> None:
         # A rollout that is TRL's has no field that the hook could name.
@@ -315,6 +305,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         own = self._shapes_its_own_way
         inputs["advantages"] = shaped = self._call_hook(batch, scope) if own else self.shape_advantages(**batch)
         if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
+            _check_gspo_token(self.args)  # a hook may have been assigned since
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
             scope.use_token_level_ratio()
 
@@ -337,7 +328,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self.model.training:
             own |= not self._rollout_is_ours()
-            self._signal_budget.add_trained(inputs, advantages, unselected, per_token_logps, entropies, rows, own)
+            self._signal_budget.add_trained(
+                inputs, advantages, unselected, per_token_logps, old_per_token_logps, entropies, rows, own
+            )
         if self._token_log is not None and self.model.training:
             self._token_log.add(inputs, advantages, shaped, logps, entropies)
 
@@ -416,7 +409,6 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         self._warn_of_settings_without_effect()
         if self.control.should_log or self.control.should_training_stop:
             self._reduce_polarity_sums("train")
-            self._log_step_times()
             if self._token_log is not None:
                 self._token_log.write(self.state.global_step)
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -433,6 +425,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         if all(math.isnan(entropy) for entropy in entropies):
             # Every row of the window was skipped. TRL would log `None`, which breaks callbacks that compare numbers.
             self._metrics[self._mode].pop("entropy", None)
+        if self.model.training:
+            self._log_step_times()
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs):
@@ -463,6 +457,18 @@ class _CheckDecayEnds(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         args.check_decay_ends(state.max_steps)
+
+
+def _check_gspo_token(args: A3POConfig) -> None:
+    """Refuses to give tokens advantages of their own where this would change the gradient of the KL term."""
+    is_sequence_level = args.importance_sampling_level == "sequence" and _ratio_has_gradient(args)
+    if is_sequence_level and args.beta != 0 and args.use_bias_correction_kl:
+        # There the KL term is multiplied by the ratio, whose gradient is what GSPO-token changes.
+        raise ValueError(
+            f"`importance_sampling_level='sequence'` with `beta={args.beta}` and `use_bias_correction_kl=True` is "
+            "not supported while tokens have advantages of their own: it would change the gradient of the KL "
+            "term. Set `use_bias_correction_kl=False`, `beta=0.0` or `importance_sampling_level='token'`."
+        )
 
 
 def _ratio_has_gradient(args: A3POConfig) -> bool:

@@ -17,7 +17,8 @@ from datasets import IterableDataset
 from kill_worker import digests
 from packaging.version import Version
 from support import tiny
-from support.training import StopAfter, make
+from support.training import SGD, StopAfter, assert_same_update, make
+from transformers import TrainerCallback
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
@@ -287,7 +288,7 @@ def test_a_run_started_anew_resumes_from_its_own_checkpoint(model_dir, tmp_path,
     own = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
     assert trainer.state.log_history[:2] == own
     assert trainer.state.global_step == 3
-    with pytest.raises(ValueError, match=r"checkpoint-4' is of step 4, beyond `max_steps=3`\. Pass the checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint-4' is of step 4, beyond the 3 steps of the training\. Pass the"):
         trainer.train(str(tmp_path / "checkpoint-4"))
 
 
@@ -297,7 +298,44 @@ def test_what_does_not_go_on_as_it_was_is_said(model_dir, tmp_path, caplog):
     assert not [record for record in caplog.records if record.name.startswith("trl_a3po")]
     saving_trainer(model_dir, tmp_path, max_steps=3, **options).train(True)
     assert "No checkpoint has the reference model of `sync_ref_model`" in caplog.text
-    assert "`max_steps` was 2 and is 3 now." in caplog.text
+    assert "The training had 2 steps and has 3 now." in caplog.text
+
+
+def test_a_length_in_epochs_is_compared_too(model_dir, tmp_path, caplog):
+    options = {"max_steps": -1, "gradient_accumulation_steps": 2}
+
+    def run(epochs):
+        return saving_trainer(model_dir, tmp_path, num_train_epochs=epochs, **options)
+
+    first = run(2)
+    first.train()
+    steps = first.state.max_steps
+    with pytest.raises(ValueError, match=rf"is of step {steps}, beyond the {steps // 2} steps of the training"):
+        run(1).train(True)
+    assert "The training had" not in caplog.text
+    run(3).train(True)
+    assert f"The training had {steps} steps and has {3 * steps // 2} now." in caplog.text
+
+
+class InterruptsOnce(TrainerCallback):
+    """Within a step, as Ctrl-C may."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not vars(self).setdefault("has_done", False):
+            self.has_done = True
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(model_dir, tmp_path):
+    fields = {"gradient_accumulation_steps": 4, "max_steps": 4, **SGD}
+    whole = saving_trainer(model_dir, tmp_path / "whole", **fields)
+    whole.train()
+    trainer = saving_trainer(model_dir, tmp_path / "interrupted", **fields)
+    trainer.add_callback(InterruptsOnce())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(True)
+    assert_same_update(trainer, whole)
 
 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.9"), reason="this TRL refuses streams")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import tiny
-from support.training import train
+from support.training import make, train
+from transformers import TrainerCallback
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training.signal_budget import (
@@ -251,6 +252,25 @@ def test_the_document_names_every_metric():
     page = (Path(__file__).parents[2] / "docs" / "findings.md").read_text(encoding="utf-8")
     names = [f"completions/{reason}" for reason in REASONS] + [f"tokens/{reason}" for reason in TOKEN_REASONS]
     assert all(f"`signal/{name}`" in page for name in names)
+
+
+class LogsBetween(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.trainer.log({"of the callback": 1.0})
+
+
+def test_a_log_of_a_callback_takes_its_part_of_the_times(tmp_path):
+    callback = LogsBetween()
+    trainer = make(tmp_path, max_steps=3, logging_steps=3, arguments={"callbacks": [callback]})
+    callback.trainer = trainer
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "step_time" in log]
+    assert len(logs) == 2
+    for log in logs:
+        parts = [log[f"step_time/{part}"] for part in ("generation", "rewards", "update")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(log["step_time"])
 
 
 @pytest.mark.parametrize("fields", [{}, {"gradient_accumulation_steps": 1, "steps_per_generation": 2}], ids=str)

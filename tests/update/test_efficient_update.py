@@ -18,6 +18,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    TrainerCallback,
 )
 
 from trl_a3po import A3POConfig, A3POTrainer
@@ -351,6 +352,28 @@ def test_a_compiled_model_is_not_compiled_without_end(model_dir, tmp_path, monke
     assert graphs[0] == graphs[1] < 12
 
 
+@needs_fused_head
+def test_a_model_that_the_launcher_compiles_is_not_packed(model_dir, tmp_path, monkeypatch):
+    assert make(tmp_path, model=model_dir)._packing.reason is None
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert "compiled" in make(tmp_path, model=model_dir)._packing.reason
+
+
+def test_metrics_of_the_sampler_that_are_replaced_leave_no_empty_ones(model_dir, tmp_path):
+    trainer = make(tmp_path, model=model_dir)
+    trainer._sampler = SimpleNamespace(is_trls=True)
+    metrics = trainer._metrics[trainer._mode]
+    metrics["sampling/before"] = [0.5]
+
+    def generate(inputs):
+        for name in ("before", "new"):
+            metrics[f"sampling/{name}"].append(1.0)
+        return {"old_per_token_logps": torch.zeros(2, 3)}
+
+    assert trainer._sample(generate, None, result_is_final=True) == {}
+    assert {name: values for name, values in metrics.items() if "sampling" in name} == {"sampling/before": [0.5]}
+
+
 # What subclasses and users change
 
 
@@ -415,6 +438,61 @@ class BonusAndShaping(BonusInTheLoss):
 def test_rows_that_get_an_advantage_late_are_computed(trainer_class, fields, model_dir, tmp_path):
     plain = train_rollout(model_dir, tmp_path, trainer_class, **tiny.PLAIN, **fields)
     assert update_difference(train_rollout(model_dir, tmp_path, trainer_class, **fields), plain) < 1e-4
+
+
+def test_advantages_that_a_method_on_the_instance_changes(model_dir, tmp_path):
+    def run(**fields):
+        fields = {"num_iterations": 2, "max_steps": 4, "max_completion_length": 12, **SGD, **fields}
+        arguments = {"rollout_func": rollout}
+        trainer = make(tmp_path, model=model_dir, reward_funcs=given_reward, arguments=arguments, **fields)
+        generate = trainer._generate_and_score_completions
+
+        def with_bonus(inputs):
+            inputs = generate(inputs)
+            return {**inputs, "advantages": inputs["advantages"] + 0.3}
+
+        trainer._generate_and_score_completions = with_bonus
+        trainer.train()
+        return trainer
+
+    assert update_difference(run(), run(**tiny.PLAIN)) < 1e-4
+
+
+class AddsAdvantages(TrainerCallback):
+    """Changes the rollout between two iterations over it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for micro_batch in self.trainer._buffered_inputs:
+            micro_batch["advantages"] = micro_batch["advantages"] + 0.1
+
+
+def test_advantages_that_a_callback_changes_are_refused_where_they_need_what_was_not_computed(model_dir, tmp_path):
+    callback = AddsAdvantages()
+    arguments = {"rollout_func": rollout, "callbacks": [callback]}
+    fields = {"num_iterations": 2, "max_completion_length": 12}
+    trainer = make(tmp_path, model=model_dir, reward_funcs=given_reward, arguments=arguments, **fields)
+    callback.trainer = trainer
+    with pytest.raises(RuntimeError, match="advantages were changed, while a rollout was in use"):
+        trainer.train()
+
+
+class OwnPassBefore(A3POTrainer):
+    """Adds a loss on rows of its own."""
+
+    def _compute_loss(self, model, inputs):
+        input_ids = torch.arange(5, 17).view(2, 6)
+        own = model(input_ids=input_ids, labels=input_ids).loss
+        return super()._compute_loss(model, inputs) + 0.1 * own
+
+
+@needs_fused_head
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pass_of_a_subclass_before_the_packed_one_is_run_again_as_it_was(attention, model_dir, tmp_path):
+    fields = {"gradient_checkpointing": True, "model_init_kwargs": {"attn_implementation": attention}}
+    plain = train_rollout(model_dir, tmp_path, OwnPassBefore, **tiny.PLAIN, **fields)
+    ours = train_rollout(model_dir, tmp_path, OwnPassBefore, **fields)
+    assert ours._packing.reason is None
+    assert update_difference(ours, plain) < 1e-4
 
 
 def rollout_that_asks_the_model(prompts, trainer):

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_a3po.update import attention
 from trl_a3po.update.attention import restore_attention
@@ -350,6 +352,22 @@ def test_rows_longer_than_a_block_are_exact(name, size, monkeypatch):
     model = make_model(name, **CHANGES.get(name, {}))
     for shapes in (SHAPES, COMMON):
         assert_same(model, make_batch(shapes), packing_of(model).by_column)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_scores_that_the_models_own_kernel_does_not_keep_are_not_kept(name, monkeypatch):
+    model = make_model(name, "eager", **CHANGES.get(name, {}))
+    packing_of(model)
+    eager = sys.modules[type(model).__module__].eager_attention_forward
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_made_up", eager)
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    monkeypatch.setitem(masks._global_mapping, "flash_made_up", masks["eager"])
+    model.config._attn_implementation = "flash_made_up"
+    reason = check_packing(model).reason
+    if name == "llama":
+        assert reason is None
+    else:
+        assert "soft-capped scores or its sinks" in reason
 
 
 def by_segment(

@@ -70,9 +70,10 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 put_back(directory)
             self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
-        check_not_beyond(self.args.max_steps, self._resumed_from)
         if self._resumed_from and self.accelerator.is_main_process:
             self._warn_of_what_differs(read_state(Path(self._resumed_from, STATE_FILE)) or {})
+        # TRL counts on where an interrupted run has stopped, and would use the rest of its rollout.
+        self._step, self._buffered_inputs = 0, None
         output = super().train(self._resumed_from, *args, **kwargs)
         self._check_parameters(f"Training ended after step {self.state.global_step}")
         return output
@@ -87,15 +88,6 @@ class ResumableGRPOTrainer(GRPOTrainer):
             logger.warning(
                 "The stream of the training data had ended and begun again before this checkpoint. The resumed run "
                 "starts at its beginning, so it repeats prompts."
-            )
-        before, now = state.get("max_steps"), self.args.max_steps
-        if before and now > 0 and before != now:
-            logger.warning(
-                "`max_steps` was %d and is %d now. What depends on the share of the training that is done, such as "
-                "the learning rate and the scales of A3PO, continues where a training of %d steps would be.",
-                before,
-                now,
-                now,
             )
 
     def _save_checkpoint(self, model, trial):
@@ -137,6 +129,34 @@ class ResumableGRPOTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+
+class ChecksLength(TrainerCallback):
+    """
+    Compares the length of a resumed run with that of the checkpoint. If it is given in epochs, it is known only when
+    training begins.
+
+    Raises:
+        `ValueError`: as [`check_not_beyond`].
+    """
+
+    def __init__(self, trainer: ResumableGRPOTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        checkpoint = self._trainer._resumed_from
+        if checkpoint is None:
+            return
+        check_not_beyond(state.max_steps, checkpoint)
+        before = (read_state(Path(checkpoint, STATE_FILE)) or {}).get("max_steps")
+        if before and before != state.max_steps and state.is_world_process_zero:
+            logger.warning(
+                "The training had %d steps and has %d now. What depends on the share that is done, such as the "
+                "learning rate and the scales of A3PO, continues where a training of %d steps would be.",
+                before,
+                state.max_steps,
+                state.max_steps,
+            )
 
 
 class KeepsTheBest(TrainerCallback):
@@ -277,8 +297,9 @@ def check_not_beyond(max_steps: int, checkpoint: str | None) -> None:
     state = read_state(Path(checkpoint, STATE_FILE))
     if state is not None and state["global_step"] > max_steps:
         raise ValueError(
-            f"'{checkpoint}' is of step {state['global_step']}, beyond `max_steps={max_steps}`. Pass the checkpoint "
-            "of an earlier step as `resume_from_checkpoint`, or raise `max_steps`."
+            f"'{checkpoint}' is of step {state['global_step']}, beyond the {max_steps} steps of the training. Pass "
+            "the checkpoint of an earlier step as `resume_from_checkpoint`, or raise the length (`max_steps`, "
+            "`num_train_epochs`)."
         )
 
 

@@ -206,10 +206,15 @@ RELIED_ON = (
     ReliedOn(
         "trl.GRPOTrainer",
         "_buffered_inputs",
-        ("update.efficient_update",),
-        "the savings: the micro-batches of a rollout, a list of dictionaries",
+        ("training.checkpoints", "update.efficient_update"),
+        "the savings: the micro-batches of a rollout, a list of dictionaries; resuming: a new run has none",
     ),
-    ReliedOn("trl.GRPOTrainer", "_step", ("update.efficient_update",), "the savings: counts micro-batches"),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "_step",
+        ("training.checkpoints", "update.efficient_update"),
+        "the savings: counts micro-batches; resuming: a new run begins at 0",
+    ),
     ReliedOn(
         "trl.GRPOTrainer",
         "ref_model",
@@ -369,6 +374,9 @@ RELIED_ON = (
     ReliedOn(
         "accelerate.utils", "broadcast_object_list", ("training.checkpoints",), "one decision for all: what to resume"
     ),
+    ReliedOn(
+        "accelerate.utils", "DynamoBackend", ("update.efficient_update",), "packed rows: whether the launcher compiles"
+    ),
     ReliedOn("accelerate.utils", "gather_object", ("training.input_checks",), "the prompt in an error of rewards"),
     # Commands
     ReliedOn("trl.scripts", "grpo", ("cli.train",), "`trl-a3po train`, which runs TRL's script"),
@@ -418,7 +426,7 @@ RELIED_ON = (
     ReliedOn(
         "transformers.integrations",
         "get_reporting_integration_callbacks",
-        ("cli.train",),
+        ("cli.training_options",),
         "the check of the trackers before `trl-a3po train` loads a model",
     ),
     ReliedOn("transformers.utils.logging", "disable_progress_bar", ("cli.demo",), "the output of `trl-a3po demo`"),

@@ -84,7 +84,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         positions = learned_positions(self.model)
-        if positions and self.max_completion_length:
+        if positions and self.max_completion_length and not self.args.use_vllm:  # vLLM ends a completion there
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
@@ -131,9 +131,9 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return rollout
 
     def _rollout_is_ours(self) -> bool:
-        """Whether no subclass overrides the method that makes a rollout."""
-        ours = RolloutGRPOTrainer._generate_and_score_completions
-        return type(self)._generate_and_score_completions is ours
+        """Whether no subclass, and no method assigned on the instance, replaces the method that makes a rollout."""
+        name = "_generate_and_score_completions"
+        return getattr(type(self), name) is getattr(RolloutGRPOTrainer, name) and name not in vars(self)
 
     def _generate_and_score_completions(self, inputs):
         rollout = self._sample_round(inputs)

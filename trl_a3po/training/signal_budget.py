@@ -244,6 +244,7 @@ class SignalBudget:
         advantages: Tensor,
         unselected: Tensor,
         logps: Tensor,
+        old_logps: Tensor,
         entropies: Tensor,
         rows: slice,
         signal_is_shaped: bool,
@@ -256,6 +257,8 @@ class SignalBudget:
             advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping.
             unselected (`torch.Tensor` of shape `(B,)`): What a token that is not selected gets.
             logps (`torch.Tensor` of shape `(B, T)`): Log-probabilities under the policy that is trained.
+            old_logps (`torch.Tensor` of shape `(B, T)`):
+                Those that TRL compares with the sampler's. For GSPO-token, those in `inputs` are others.
             entropies (`torch.Tensor` of shape `(B, T)`): NaN in rows that are skipped.
             rows (`slice`): The rows that are completions.
             signal_is_shaped (`bool`): As in [`trained_reasons`].
@@ -277,7 +280,7 @@ class SignalBudget:
             self._add("tokens", count_tokens(tokens, removed))
         if self._corrects:
             amplified = _by_token(shaped).abs() > unselected.abs()[:, None]
-            self._add_mismatch(inputs, logps, mask & ~entropies.isnan(), amplified)
+            self._add_mismatch(inputs, old_logps, mask & ~entropies.isnan(), amplified)
 
     def add_entropy_mask(self, kept: Tensor) -> None:
         """Takes the mask of `top_entropy_quantile`, which TRL's loss makes next."""
@@ -316,9 +319,9 @@ class SignalBudget:
             removed["sampler_truncated"] = (treated <= low) | (treated >= high)
         return removed
 
-    def _add_mismatch(self, inputs: dict[str, Any], logps: Tensor, mask: Tensor, amplified: Tensor) -> None:
+    def _add_mismatch(self, inputs: dict[str, Any], old_logps: Tensor, mask: Tensor, amplified: Tensor) -> None:
         ratio, outside, compared = mismatch(
-            inputs.get("old_per_token_logps", logps),
+            old_logps,
             inputs["sampling_per_token_logps"],
             mask,
             self._args.vllm_importance_sampling_mode,

@@ -9,8 +9,9 @@ layers again. Between passes the model has its own attention.
 import functools
 import inspect
 import operator
+import sys
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ class _PackedName(str):
 
     layout: PackedLayout
     original: str | None
+    in_backward: bool = False
 
 
 _NAME = "trl_a3po_packed"
@@ -83,16 +85,16 @@ class _PackedInBackward(torch.autograd.Function):
     def backward(ctx, gradient):
         # This runs before the backward of any layer, because all depend on it. The callback runs after the last.
         model = ctx.model
-        _switch_on(model, ctx.layout)
+        _switch_on(model, ctx.layout, in_backward=True)
         Variable._execution_engine.queue_callback(lambda: restore_attention(model))
         return gradient, None, None
 
 
-def _switch_on(model: torch.nn.Module, layout: PackedLayout) -> None:
+def _switch_on(model: torch.nn.Module, layout: PackedLayout, in_backward: bool = False) -> None:
     for config in _configs(model):
         current = config._attn_implementation
         name = _PackedName(_NAME)
-        name.layout = layout
+        name.layout, name.in_backward = layout, in_backward
         name.original = current.original if isinstance(current, _PackedName) else current
         _set_name(config, name)
 
@@ -132,11 +134,17 @@ def _attend_packed(
     Returns:
         The output of shape (1, N, H, E), and no attention weights.
     """
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    name: Any = getattr(getattr(module, "config", None), "_attn_implementation", None)
     layout = getattr(name, "layout", None)
     if layout is None:
         raise ValueError(f"{type(module).__name__} does not read its attention function from its `config`.")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.positions:
+        if name.in_backward:
+            # Of another pass that a subclass ran before the packed one: checkpointing runs its layers again, too.
+            options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+            asked = {each: value for each, value in options.items() if value is not None}
+            own = _function_of(module, name.original)
+            return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **asked, **kwargs)
         raise ValueError(
             f"{type(module).__name__} attends from {tuple(query.shape[:3:2])} to {tuple(key.shape[:3:2])} positions "
             f"in a packed pass of (1, {layout.positions}). Run only one pass at a time, without a cache."
@@ -148,6 +156,7 @@ def _attend_packed(
         raise ValueError(f"{type(module).__name__} does not attend causally.")
     layout.windows.add(sliding_window)
     plain = softcap is not None or s_aux is not None
+    layout.needs_scores |= plain
     if not plain and dropout == 0 and _varlen_takes(query, value):
         return _attend_varlen(query, key, value, layout, scaling, sliding_window), None
     attend = functools.partial(_attend_plainly, softcap=softcap, sinks=s_aux) if plain else _attend_fused
@@ -176,6 +185,12 @@ def _attend_packed(
 
 
 AttentionInterface.register(_NAME, _attend_packed)
+
+
+def _function_of(module: torch.nn.Module, name: str | None) -> Callable[..., tuple[Tensor, Any]]:
+    """The attention function that a layer runs by this name. The eager one is in the file of the layer's class."""
+    registered = AttentionInterface()
+    return registered[name] if name in registered else sys.modules[type(module).__module__].eager_attention_forward
 
 
 def _mask(layout: PackedLayout, block: Block, window: int | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import astuple
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
@@ -121,8 +122,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return getattr(self.accelerator.unwrap_model(model), "config", None)
 
     def _agree_on_packing(self) -> Packing:
-        if self.args.torch_compile:
-            return Packing("`torch_compile=True` would compile the model again for every layout")
+        # Accelerate's launcher can compile, too.
+        if self.args.torch_compile or self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            return Packing("a compiled model would be compiled again for every layout")
         if getattr(self, "aux_loss_enabled", False):
             return Packing("the router loss counts all positions")
         with self.accelerator.autocast():
@@ -351,11 +353,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # A row that was skipped in the plan may have a gradient now: a subclass may change the weights from step
             # to step, or the advantages before the loss, or a hook was assigned in the meantime.
             scope.computed, positions = plan.present, plan.positions_of(plan.present)
-            lacks_old_logps = 0 in plan.skipped_signs - self._skippable_signs() and self._loss_is_trls()
-            if "old_per_token_logps" in scope.inputs and lacks_old_logps and self._may_skip_old_logps:
+            may_train_others = 0 in plan.skipped_signs - self._skippable_signs() or scope.advantages_changed
+            lacks_old_logps = self._may_skip_old_logps and self._loss_is_trls()
+            if "old_per_token_logps" in scope.inputs and may_train_others and lacks_old_logps:
                 raise RuntimeError(
-                    "`shape_advantages` was assigned while a rollout was in use. Its completions of zero advantage "
-                    "have no old log-probabilities. Assign it before training, or set `skip_old_logps=False`."
+                    "`shape_advantages` was assigned, or advantages were changed, while a rollout was in use. Its "
+                    "completions of zero advantage have no old log-probabilities. Assign it before training, or set "
+                    "`skip_old_logps=False`."
                 )
         if isinstance(positions, PackedLayout):
             output = compute(PackedForward(model, positions), input_ids, attention_mask, logits_to_keep)
@@ -451,6 +455,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         # These metrics include rows without a gradient, or zeros in place of log-probabilities.
         for name in [name for name in metrics if name.startswith("sampling/")]:
             del metrics[name][before.get(name, 0) :]
+            if not metrics[name]:
+                del metrics[name]  # TRL would log `None`
         del rollout["old_per_token_logps"]
         rollout.pop("importance_sampling_ratio", None)
         return rollout if is_aligned else self._with_old_logps(rollout, skipped)

@@ -178,9 +178,11 @@ class PackedLayout:
     position_ids: Tensor = field(init=False)
     places: Tensor = field(init=False)
 
-    # For attention: masks of blocks, and the sliding windows that layers asked for (`None` for none).
+    # For attention: masks of blocks, the sliding windows that layers asked for (`None` for none), and whether a layer
+    # asked for what no fast kernel takes.
     masks: dict[tuple[Any, ...], Tensor] = field(init=False, default_factory=dict)
     windows: set[int | None] = field(init=False, default_factory=set)
+    needs_scores: bool = field(init=False, default=False)
 
     def __post_init__(self):
         batch, width, completion_width = self.shape

@@ -171,6 +171,9 @@ def _compare(model: torch.nn.Module) -> Packing:
             )
         elif (asked := _expected_windows(config, window)) not in (None, layout.windows):
             reasons.append(f"its attention layers ask for windows of {layout.windows}, its configuration for {asked}")
+        elif layout.needs_scores and "flash" in str(config._attn_implementation):
+            # The model's own kernel does not keep the scores of all pairs of tokens in memory. Ours would.
+            reasons.append("no kernel for packed rows has its soft-capped scores or its sinks")
         else:
             return Packing(None, layout.by_column, _limit(config))
     return Packing(reasons[0])
