@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def test_every_peer_has_a_name():
         assert set(kinds[1:-1]) == {inspect.Parameter.KEYWORD_ONLY}
         assert kinds[-1] is inspect.Parameter.VAR_KEYWORD
         assert settings_of(name)
+
+
+def test_every_method_has_its_row_and_its_paper_in_the_document():
+    page = (Path(__file__).parents[1] / "docs" / "shaping.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \((.*?)\) \|", page, flags=re.MULTILINE))
+    assert set(PEERS) <= set(rows)
+    for name in PEERS:
+        number = METHODS[name].paper["id"]
+        assert number in rows[name] or rows[name] == "as above"
 
 
 @all_peers

@@ -53,7 +53,10 @@ def test_the_table_of_completions_has_a_row_for_each_completion():
     columns = {}
     completions = say("\\boxed{\\frac{50}{7}}", "\\boxed{3}")
     rewards.accuracy_reward(completions, [HALF] * 2, log_extra=columns.__setitem__, prompts=["?"] * 2)
-    if not columns:
+    of_trl = {}
+    trl.rewards.accuracy_reward(completions, [HALF[0]] * 2, log_extra=of_trl.__setitem__)
+    assert columns.keys() == of_trl.keys()
+    if not of_trl:
         pytest.skip("this TRL has no such columns")
     assert columns["solution"] == [HALF[1], HALF[0]]
     assert [re.sub(r".*\[(.*?),.*", r"\1", text) for text in columns["gold_parsed"]] == ["50/7", "1/2"]

@@ -380,6 +380,14 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 ", ".join(changed),
             )
 
+    def _forget_last_run(self):
+        super()._forget_last_run()
+        self._metrics["train"].clear()
+        self._fresh_prompts = RolloutGRPOTrainer._fresh_prompts
+        self._polarity_sums.pop("train", None)
+        self._signal_budget.pop_counts()
+        self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)
+
     # What it logs
 
     def _reduce_polarity_sums(self, mode: str) -> None:

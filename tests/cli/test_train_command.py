@@ -361,6 +361,15 @@ def test_mistakes_that_are_found_while_loading(content, options, message, file, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("length", [["--max_steps", "1"], ["--max_steps", "-1", "--num_train_epochs", "0.1"]])
+def test_resuming_from_beyond_the_end(length, file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
+    line = ["--config", file(save_steps=1), "--dataset_name", dataset, "--problems"]
+    train.train([*line, "--max_steps", "2"])
+    with pytest.raises(train.UsageError, match=r"checkpoint-2' is of step 2, beyond the 1 steps of the training"):
+        train.train([*line, *length, "--resume_from_checkpoint", "True"])
+
+
 def test_resuming_without_a_checkpoint(file, tmp_path):
     dataset = write_rows(tmp_path / "problems.jsonl", GSM8K)
     line = ["--config", file(), "--dataset_name", dataset, "--problems", "--resume_from_checkpoint", "True"]

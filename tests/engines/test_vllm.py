@@ -13,10 +13,11 @@ pytest.importorskip("vllm")
 
 import torch
 from support import processes, reference, tiny, vllm_on_cpu
-from support.training import ShapingRecorder, make
+from support.training import SGD, ShapingRecorder, make, update_difference
 from trl import GRPOTrainer
 
 from trl_a3po import A3POTrainer
+from trl_a3po.update.packed_forward import trl_has_fused_head
 
 
 pytestmark = [
@@ -140,7 +141,7 @@ def test_tokens_are_selected_by_the_policy_being_trained(correction, make_with_e
     assert not torch.equal(call["shaped"], shaped_by_reference(call, sampled, trainer.args))
 
 
-@pytest.mark.parametrize("savings", [False, True], ids=["", "savings"])
+@pytest.mark.parametrize("savings", [tiny.PLAIN, {}], ids=["plain", "savings"])
 @pytest.mark.parametrize("mode", MODES)
 def test_corrects_for_a_sampler_that_is_off(mode, savings, make_with_engine):
     """The correction is a factor of the loss: the sampler moves the ratio, not what is selected."""
@@ -148,8 +149,7 @@ def test_corrects_for_a_sampler_that_is_off(mode, savings, make_with_engine):
         ShapingRecorder,
         vllm_importance_sampling_mode=mode,
         vllm_importance_sampling_clip_max=1.2,
-        trim_padding=savings,
-        skip_zero_advantage=savings,
+        **savings,
     )
     vllm_on_cpu.change_sampler(trainer, lambda token, logprob: logprob + (0.5 if token % 2 else -0.5))
     trainer.train()
@@ -160,6 +160,31 @@ def test_corrects_for_a_sampler_that_is_off(mode, savings, make_with_engine):
         assert ratio.shape[1] == (1 if mode.startswith("sequence") else call["mask"].shape[1])
         assert ratio.max() <= 1.2
         assert ratio.std() > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_pass_for_old_log_probabilities_is_replaced_and_nothing_changes(mode, make_with_engine):
+    """Also in the first rollout, where it runs as a check of the ratio."""
+
+    def train(**savings):
+        trainer = make_with_engine(vllm_importance_sampling_mode=mode, **SGD, **savings)
+        vllm_on_cpu.change_sampler(trainer, lambda token, logprob: logprob + (0.2 if token % 2 else -0.2))
+        passes = []
+
+        def note(module, args):
+            if not torch.is_grad_enabled():  # only the passes of the loss have gradients
+                passes.append(trainer.state.global_step)
+
+        trainer.model.register_forward_pre_hook(note)
+        trainer.train()
+        return trainer, passes
+
+    (plain, plain_passes), (ours, our_passes) = train(**tiny.PLAIN), train()
+    assert set(plain_passes) == {0, 1, 2, 3}
+    if trl_has_fused_head():
+        assert ours._sampler.is_trls is True
+        assert set(our_passes) == {0}
+    assert update_difference(ours, plain) < 1e-4
 
 
 @pytest.mark.parametrize(

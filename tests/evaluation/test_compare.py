@@ -18,7 +18,7 @@ from trl_a3po.evaluation.runs import problem_fingerprint, summary
 def write(tmp_path):
     """Writes an evaluation: the correct samples of each problem, by its text."""
 
-    def write(name, correct, solution="$2$", settings=None, versions=None):
+    def write(name, correct, solution="$2$", settings=None, versions=None, says="\\boxed{{{}}}"):
         records = []
         for text, samples in correct.items():
             prompt = [{"role": "user", "content": text}]
@@ -27,7 +27,7 @@ def write(tmp_path):
                     "problem": problem_fingerprint(prompt),
                     "prompt": prompt,
                     "solution": solution,
-                    "completions": [f"\\boxed{{{2 if each else 3}}}" for each in samples],
+                    "completions": [says.format(2 if each else 3) for each in samples],
                     "correct": samples,
                     "tokens": [5] * len(samples),
                     "ended": [True] * len(samples),
@@ -208,13 +208,17 @@ def test_a_list_of_one_solution_is_that_solution(write):
 
 def test_the_page_shows_hostile_text_as_text(write, tmp_path):
     hostile = "<script>alert(1)</script>\u202e\x00&\"'"
-    first, second = write("<b>first</b>", {hostile: [1.0]}), write("second", {hostile: [0.0], "x": [0.0]})
+    options = {"solution": hostile, "says": f"{hostile} {{}}"}
+    first = write("<b>first</b>", {hostile: [1.0]}, settings={hostile: 1}, **options)
+    second = write("second", {hostile: [0.0], "x": [0.0]}, settings={hostile: hostile}, **options)
     results = [read(first), read(second)]
     page = write_page(results, [compare(*results)], tmp_path / "page.html").read_text()
     assert "<script" not in page
     assert "<b>" not in page
     assert "\u202e" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;⟨U+202E⟩⟨U+0000⟩&amp;" in page
+    # In the summary, the problem, the solution, a completion of each model, and the note on the settings.
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;⟨U+202E⟩⟨U+0000⟩&amp;") >= 6
+    assert "default-src 'none'" in page
     assert not re.search(r"(src|href)=", page)
 
 

@@ -247,9 +247,11 @@ def test_a_model_that_cannot_be_loaded_whole_is_refused(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["without a layer", "another size"])
-def test_weights_are_checked_without_being_read(kind, tmp_path):
-    model = Path(tiny.save(tmp_path))
+def test_weights_are_checked_without_being_read(kind, tmp_path, monkeypatch):
+    model, loaded = Path(tiny.save(tmp_path)), []
+    monkeypatch.setattr(models, "load_model", lambda *args, **kwargs: loaded.append(load_model(*args, **kwargs)))
     check_weights(model)
+    assert {parameter.device.type for parameter in loaded[0].parameters()} == {"meta"}
     change, message = MODELS[kind]
     change(model)
     with pytest.raises(ValueError, match=message):

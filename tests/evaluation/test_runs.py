@@ -292,6 +292,12 @@ def test_files_of_something_else_stay_as_they_are(name, text, problems, argument
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"`{name}` but no `run.json`|run.json' is damaged: it has no model"):
         evaluate(arguments(), problems, guesses)
+    other = path.with_name("results.json")
+    if name != "run.json" and name != other.name:
+        other.write_text("[]")
+        with pytest.raises(ValueError, match=r"`samples.jsonl` and `results.json` but no `run.json`"):
+            evaluate(arguments(), problems, guesses)
+        other.unlink()
     assert path.read_text() == text
     assert {each.name for each in path.parent.iterdir()} <= {name, ".lock"}
 

@@ -122,6 +122,7 @@ def test_each_finding_can_be_acted_on(name):
         (0.95, -0.97, 0.3, "all wrong"),
         (0.95, 0.985, 0.12, "all right"),
         (0.95, 0.012, 1.0, "same reward within groups"),  # rewards of -1 and 1
+        (0.95, 0.05, 0.0, "same reward within groups"),  # each of them
         (1.0, 0.02, 0.14, "same reward within groups"),
         (0.95, 0.5, 0.5, "same reward within groups"),
     ],

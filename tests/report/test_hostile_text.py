@@ -12,9 +12,9 @@ from support import tiny
 from support.demo_program import SMALL, START_MODEL, run_demo
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig
-from trl.rewards import accuracy_reward
 
 from trl_a3po import A3POConfig, A3POTrainer
+from trl_a3po.rewards import accuracy_reward
 from trl_a3po.training.input_checks import check_rewards
 
 

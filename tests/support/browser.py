@@ -127,9 +127,5 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=_KEY_CODES[key])
 
-    def screenshot(self, whole=True):
-        """A picture in PNG, in base64."""
-        return self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
-
 
 _KEY_CODES = {"Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}

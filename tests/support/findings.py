@@ -79,7 +79,7 @@ CASES = {
     ),
     "most completions truncated": (
         {"completions/clipped_ratio": 0.5, **FLAT},
-        {"completions/clipped_ratio": 0.49, **HEALTHY},
+        {"completions/clipped_ratio": 0.49, **FLAT, "reward_std": None},
     ),
     "entropy collapsed": (
         {"entropy": lambda t: 0.8 if t <= 0.5 else 0.08, **FLAT, "reward_std": 0.4},
@@ -103,7 +103,7 @@ CASES = {
     ),
     "a reward function that gives nothing": (
         {"rewards/format/mean": 0.0, "rewards/format/std": 0.0, **FLAT},
-        {"rewards/format/mean": lambda t: 0.1 if t == 1 else 0.0, "rewards/format/std": 0.0, "reward_std": None},
+        {"rewards/format/mean": 0.0, "rewards/format/std": 0.001, **FLAT, "reward_std": None},
     ),
     "gradient spikes": (
         {"grad_norm": lambda t: 50.0 if t == 0.5 else 0.5},

@@ -17,7 +17,7 @@ from datasets import IterableDataset
 from kill_worker import digests
 from packaging.version import Version
 from support import tiny
-from support.training import SGD, StopAfter, assert_same_update, make
+from support.training import SGD, StopAfter, assert_same_update, is_time, make
 from transformers import TrainerCallback
 
 from trl_a3po import A3POTrainer
@@ -326,8 +326,10 @@ class InterruptsOnce(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(model_dir, tmp_path):
-    fields = {"gradient_accumulation_steps": 4, "max_steps": 4, **SGD}
+@pytest.mark.parametrize("dynamic_sampling", [0, 3])
+def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(dynamic_sampling, model_dir, tmp_path):
+    fields = {"gradient_accumulation_steps": 4, "max_steps": 4, "logging_steps": 1, "num_generations": 2, **SGD}
+    fields["dynamic_sampling"] = dynamic_sampling
     whole = saving_trainer(model_dir, tmp_path / "whole", **fields)
     whole.train()
     trainer = saving_trainer(model_dir, tmp_path / "interrupted", **fields)
@@ -336,6 +338,11 @@ def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(
         trainer.train()
     trainer.train(True)
     assert_same_update(trainer, whole)
+    logs, expected = (
+        [{name: value for name, value in log.items() if not is_time(name)} for log in each.state.log_history[:-1]]
+        for each in (trainer, whole)
+    )
+    assert logs == expected
 
 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.9"), reason="this TRL refuses streams")

@@ -139,7 +139,7 @@ def test_the_method_does_not_see_rows_that_are_skipped_or_added(tmp_path):
 def test_metrics_are_those_of_the_method_without_the_mark(tmp_path):
     marked, unmarked = trained(tmp_path, Marked).state.log_history, trained(tmp_path, Unmarked).state.log_history
     for ours, theirs in zip(marked[:-1], unmarked[:-1], strict=True):
-        names = [name for name in theirs if name.startswith(("a3po/signal", "a3po/positive", "a3po/negative"))]
+        names = [name for name in theirs if name.startswith(("signal/", "a3po/positive", "a3po/negative"))]
         assert names
         assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, rel=1e-3)
 

@@ -212,7 +212,7 @@ def test_a_line_is_bounded(tmp_path):
     assert len(line) < MAX_LINE_BYTES
     completion = LoggedCompletion.from_line(line)
     assert completion.length == 5000
-    assert len(completion.tokens) == len(completion.probs) == token_log.MAX_TOKENS
+    assert len(completion.tokens) == len(completion.probs) == 1024
     assert {len(text) for text in completion.tokens} == {MAX_TOKEN_CHARACTERS}
     assert len(completion.prompt) == token_log.MAX_PROMPT_CHARACTERS
 

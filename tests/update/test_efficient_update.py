@@ -170,8 +170,30 @@ def test_a_common_start_of_all_prompts_is_computed_once_in_a_pass(model, model_d
         assert added > 16 * len(saved.passes)
 
 
+def long_rollout(prompts, trainer):
+    output = rollout(prompts, trainer)
+    for name, start in (("completion_ids", [7, 8, 9] * 14), ("logprobs", [-3.0] * 42)):
+        output[name] = [[*start, *row] for row in output[name]]
+    return output
+
+
+@needs_fused_head
+def test_rows_longer_than_the_context_of_a_rotation_are_padded(tmp_path):
+    """Beyond it, the rotation depends on the longest row of a pass."""
+    rotation = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    is_new = hasattr(Qwen2Config(), "rope_parameters")
+    config = {"max_position_embeddings": 48, "rope_parameters" if is_new else "rope_scaling": rotation}
+    directory = tiny.save(tmp_path / "model", **config)
+    arguments = {"rollout_func": long_rollout}
+    plain = train_rollout(directory, tmp_path, arguments=arguments, **tiny.PLAIN)
+    saved = train_rollout(directory, tmp_path, arguments=arguments)
+    assert (saved._packing.reason, saved._packing.limit) == (None, 48)
+    assert max(rows for rows, _ in saved.passes) > 1  # not packed
+    assert update_difference(saved, plain) < 1e-4
+
+
 @pytest.mark.parametrize("option", ["trim_padding", "skip_zero_advantage"])
-def test_each_saving_alone(option, model_dir, tmp_path):
+def test_each_of_the_two_savings_of_a_loss_alone(option, model_dir, tmp_path):
     plain = train_rollout(model_dir, tmp_path, **tiny.PLAIN)
     saved = train_rollout(model_dir, tmp_path, **{**tiny.PLAIN, option: True})
     assert update_difference(saved, plain) < 1e-4
@@ -359,6 +381,7 @@ def test_a_model_that_the_launcher_compiles_is_not_packed(model_dir, tmp_path, m
     assert "compiled" in make(tmp_path, model=model_dir)._packing.reason
 
 
+@needs_fused_head
 def test_metrics_of_the_sampler_that_are_replaced_leave_no_empty_ones(model_dir, tmp_path):
     trainer = make(tmp_path, model=model_dir)
     trainer._sampler = SimpleNamespace(is_trls=True)
@@ -458,22 +481,44 @@ def test_advantages_that_a_method_on_the_instance_changes(model_dir, tmp_path):
     assert update_difference(run(), run(**tiny.PLAIN)) < 1e-4
 
 
-class AddsAdvantages(TrainerCallback):
+class ChangesAdvantages(TrainerCallback):
     """Changes the rollout between two iterations over it."""
+
+    def __init__(self, change):
+        self.change = change
 
     def on_step_end(self, args, state, control, **kwargs):
         for micro_batch in self.trainer._buffered_inputs:
-            micro_batch["advantages"] = micro_batch["advantages"] + 0.1
+            micro_batch["advantages"] = self.change(micro_batch["advantages"])
 
 
-def test_advantages_that_a_callback_changes_are_refused_where_they_need_what_was_not_computed(model_dir, tmp_path):
-    callback = AddsAdvantages()
+def train_with_changes(model_dir, output_dir, change, **fields):
+    callback = ChangesAdvantages(change)
     arguments = {"rollout_func": rollout, "callbacks": [callback]}
-    fields = {"num_iterations": 2, "max_completion_length": 12}
-    trainer = make(tmp_path, model=model_dir, reward_funcs=given_reward, arguments=arguments, **fields)
+    fields = {"num_iterations": 2, "max_steps": 4, "max_completion_length": 12, **SGD, **fields}
+    trainer = make(output_dir, model=model_dir, reward_funcs=given_reward, arguments=arguments, **fields)
     callback.trainer = trainer
+    trainer.train()
+    return trainer
+
+
+@needs_fused_head
+def test_advantages_that_a_callback_gives_are_refused_where_they_need_what_was_not_computed(model_dir, tmp_path):
     with pytest.raises(RuntimeError, match="advantages were changed, while a rollout was in use"):
-        trainer.train()
+        train_with_changes(model_dir, tmp_path, lambda advantages: advantages + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        (lambda advantages: 1.5 * advantages, {}),
+        (lambda advantages: advantages + 0.1, {"skip_zero_advantage": False}),
+        (lambda advantages: advantages + 0.1, {"skip_old_logps": False}),
+    ],
+)
+def test_advantages_that_a_callback_changes_otherwise(change, fields, model_dir, tmp_path):
+    plain = train_with_changes(model_dir, tmp_path, change, **tiny.PLAIN)
+    assert update_difference(train_with_changes(model_dir, tmp_path, change, **fields), plain) < 1e-4
 
 
 class OwnPassBefore(A3POTrainer):

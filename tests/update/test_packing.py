@@ -570,9 +570,6 @@ class TestPackedForward:
         one, other = make_batch(SHAPES), make_batch(SHAPES[::-1])
         expected = [gradients(model, packed, batch)[2] for batch in (one, other)]
 
-        def both(model, one, other):
-            return tuple(torch.cat(each) for each in zip(packed(model, one), packed(model, other), strict=True))
-
         model.zero_grad()
         weights = torch.linspace(-1, 1.5, 63).view(7, 9)
         (logps, entropies), (other_logps, other_entropies) = packed(model, one), packed(model, other)

@@ -39,7 +39,7 @@ from ..evaluation.problems import Message, check_parseable, rows, to_prompt_and_
 from ..evaluation.runs import refuse_empty, rows_in_both
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
 from ..training.checkpoint_files import check_writable
-from ..training.checkpoints import resume_argument
+from ..training.checkpoints import BeyondTheEndError, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
 from .main import exit_status, parser_of
@@ -243,7 +243,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
         with trains_with(make_trainer):
             grpo.main(script, config, model, mixture)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, DatasetGenerationError) as error:
-        if trainers and trainers[0].state.max_steps > 0:
+        if trainers and trainers[0].state.max_steps > 0 and not isinstance(error, BeyondTheEndError):
             raise  # training had begun, and the traceback says where it failed
         message = _usage_message(error, script, mixture)
         if message is None:
@@ -345,8 +345,8 @@ def _check_reward_names(names: Sequence[str]) -> None:
 def _usage_message(error: Exception, script: A3POScriptArguments, mixture: DatasetMixtureConfig) -> str | None:
     """A message that tells the user how to fix an error before training; `None` if the error is a defect."""
     names = script.dataset_name or ", ".join(str(each.data_files or each.path) for each in mixture.datasets)
-    if type(error) is RuntimeError and "Dataset scripts" not in str(error):
-        return None
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return _one_line(error) if "Dataset scripts" in str(error) else None
     if isinstance(error, DatasetGenerationError):
         return unreadable(names, error)
     if isinstance(error, KeyError):

@@ -333,7 +333,7 @@ def _convert(
 
 
 def _in_parts(messages: Sequence[Message]) -> list[Message]:
-    """The same messages, because the contents of a dataset's messages have one type."""
+    """The messages with their texts in parts, like the problem's: the contents in a dataset have one type."""
     return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
 
 

@@ -402,6 +402,9 @@ def _evaluate(
     worked_examples: Sequence[Message],
 ) -> dict[str, Any]:
     samples, results_file = directory / "samples.jsonl", directory / "results.json"
+    # First, because what stands here may be files of something else.
+    found = [each for each in (samples, results_file, directory / RUN_FILE) if each.exists()]
+    before = _read_run(directory, found) if found else None
     if samples.exists() and results_file.exists():
         expected = read_object(results_file, fix="Delete it to resume the evaluation.").get("samples_sha256")
         if expected not in (None, hash_of_file(samples)):
@@ -409,9 +412,6 @@ def _evaluate(
                 f"'{samples}' is not the file that '{results_file}' was computed from. Delete both, or choose "
                 "another `output_dir`."
             )
-    # First, because what stands here may be files of something else.
-    found = [each for each in (samples, results_file, directory / RUN_FILE) if each.exists()]
-    before = _read_run(directory, found) if found else None
     done = read_samples(samples)
     if not done and not results_file.exists():
         before = None  # nothing was sampled, so the settings are still free
@@ -544,8 +544,8 @@ def _read_run(directory: Path, found: Sequence[Path]) -> dict[str, Any]:
     path = directory / RUN_FILE
     if not path.exists():
         raise ValueError(
-            f"'{directory}' contains {' and '.join(f'`{each.name}`' for each in found)} but no `{RUN_FILE}`, so of "
-            "which model and problems is unknown. Choose another `output_dir`."
+            f"'{directory}' contains {' and '.join(f'`{each.name}`' for each in found)} but no `{RUN_FILE}`, so its "
+            "model and problems are unknown. Choose another `output_dir`."
         )
     fix = "Delete it and `samples.jsonl` if an evaluation wrote them; else choose another `output_dir`."
     return read_object(path, "model", "settings", "versions", fix=fix)

@@ -96,10 +96,11 @@ class Log:
         rest = 1 - share + 1e-9
 
         def is_at(name: str, reward: float, span: float) -> bool:
-            """Whether all rewards are this one, but for those of the rest, which are at most `span` away."""
-            spread = self.end(f"{name.removesuffix('/mean')}/std")
-            is_wider = spread > 1.1 * span * math.sqrt(rest)  # a tenth more, because the batch may be small
-            return abs(self.end(name) - reward) <= span * rest and not is_wider
+            """Whether all rewards can be this one, except in the groups that differ: those are up to `span` away."""
+            distance, spread = abs(self.end(name) - reward), self.end(f"{name.removesuffix('/mean')}/std")
+            # A tenth more, because a batch may be small. Without any spread, all rewards are at the distance.
+            fits = math.isnan(spread) or distance / 2 <= spread <= 1.1 * span * math.sqrt(rest)
+            return distance <= span * rest and fits
 
         if scored and all(is_at(name, 0, 1) or is_at(name, -1, 2) for name in scored):
             return {"all_wrong": share}

@@ -70,13 +70,17 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 put_back(directory)
             self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
+        check_not_beyond(self.args.max_steps, self._resumed_from)
         if self._resumed_from and self.accelerator.is_main_process:
             self._warn_of_what_differs(read_state(Path(self._resumed_from, STATE_FILE)) or {})
-        # TRL counts on where an interrupted run has stopped, and would use the rest of its rollout.
-        self._step, self._buffered_inputs = 0, None
+        self._forget_last_run()
         output = super().train(self._resumed_from, *args, **kwargs)
         self._check_parameters(f"Training ended after step {self.state.global_step}")
         return output
+
+    def _forget_last_run(self) -> None:
+        """If it was interrupted, TRL would count on within its step, and use the rest of its rollout."""
+        self._step, self._buffered_inputs = 0, None
 
     def _warn_of_what_differs(self, state: dict[str, Any]) -> None:
         if cast(GRPOConfig, self.args).sync_ref_model:
@@ -137,7 +141,7 @@ class ChecksLength(TrainerCallback):
     training begins.
 
     Raises:
-        `ValueError`: as [`check_not_beyond`].
+        `BeyondTheEndError`: as [`check_not_beyond`].
     """
 
     def __init__(self, trainer: ResumableGRPOTrainer):
@@ -281,6 +285,10 @@ def check_has_optimizer(checkpoint: Path) -> None:
     )
 
 
+class BeyondTheEndError(ValueError):
+    """A checkpoint is of a later step than the last one of the run."""
+
+
 def check_not_beyond(max_steps: int, checkpoint: str | None) -> None:
     """
     Refuses a checkpoint of a later step than the last one of the run, which would save its model as the result.
@@ -290,13 +298,13 @@ def check_not_beyond(max_steps: int, checkpoint: str | None) -> None:
         checkpoint (`str`, *optional*): The checkpoint to resume from.
 
     Raises:
-        `ValueError`: naming the checkpoint, both steps and the fix.
+        `BeyondTheEndError`: naming the checkpoint, both steps and the fix.
     """
     if checkpoint is None or max_steps <= 0:
         return
     state = read_state(Path(checkpoint, STATE_FILE))
     if state is not None and state["global_step"] > max_steps:
-        raise ValueError(
+        raise BeyondTheEndError(
             f"'{checkpoint}' is of step {state['global_step']}, beyond the {max_steps} steps of the training. Pass "
             "the checkpoint of an earlier step as `resume_from_checkpoint`, or raise the length (`max_steps`, "
             "`num_train_epochs`)."

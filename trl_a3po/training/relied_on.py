@@ -427,7 +427,7 @@ RELIED_ON = (
         "transformers.integrations",
         "get_reporting_integration_callbacks",
         ("cli.training_options",),
-        "the check of the trackers before `trl-a3po train` loads a model",
+        "the check of the trackers before a command loads a model",
     ),
     ReliedOn("transformers.utils.logging", "disable_progress_bar", ("cli.demo",), "the output of `trl-a3po demo`"),
     ReliedOn("trl.rewards", "accuracy_reward", ("rewards",), "the rewards by math-verify"),

@@ -84,7 +84,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         positions = learned_positions(self.model)
-        if positions and self.max_completion_length and not self.args.use_vllm:  # vLLM ends a completion there
+        if positions and self.max_completion_length:
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 

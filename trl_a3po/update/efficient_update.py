@@ -353,14 +353,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # A row that was skipped in the plan may have a gradient now: a subclass may change the weights from step
             # to step, or the advantages before the loss, or a hook was assigned in the meantime.
             scope.computed, positions = plan.present, plan.positions_of(plan.present)
-            may_train_others = 0 in plan.skipped_signs - self._skippable_signs() or scope.advantages_changed
-            lacks_old_logps = self._may_skip_old_logps and self._loss_is_trls()
-            if "old_per_token_logps" in scope.inputs and may_train_others and lacks_old_logps:
-                raise RuntimeError(
-                    "`shape_advantages` was assigned, or advantages were changed, while a rollout was in use. Its "
-                    "completions of zero advantage have no old log-probabilities. Assign it before training, or set "
-                    "`skip_old_logps=False`."
-                )
+            self._check_old_logps(scope, any_row=0 in plan.skipped_signs - self._skippable_signs())
         if isinstance(positions, PackedLayout):
             output = compute(PackedForward(model, positions), input_ids, attention_mask, logits_to_keep)
         else:
@@ -375,6 +368,25 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # The ratio of a skipped row is 1.
             logps = torch.cat([logps[:computed], logps[computed:] + scope.inputs["old_per_token_logps"][computed:]])
         return logps, entropies, *others
+
+    def _check_old_logps(self, scope: LossScope, any_row: bool) -> None:
+        """
+        Refuses to train on rows without old log-probabilities. Waits for the device, which is rare.
+
+        Args:
+            scope ([`LossScope`]): The loss, of rows or advantages that the plan did not know.
+            any_row (`bool`): Whether rows of zero advantage may have a gradient, too.
+        """
+        inputs = scope.inputs
+        if "old_per_token_logps" not in inputs:
+            return
+        lacking = loss_mask(inputs).any(1) & (inputs["old_per_token_logps"] == 0).all(1)
+        if (lacking if any_row else lacking & (inputs["advantages"] != 0)).any():
+            raise RuntimeError(
+                "`shape_advantages` was assigned, or advantages were changed, while a rollout was in use. Its "
+                "completions of zero advantage have no old log-probabilities. Assign it before training, or set "
+                "`skip_old_logps=False`."
+            )
 
     def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size=None, live=None):
         """Computes all rows, or the live ones, in as many passes as TRL. No pass has more positions than TRL's."""

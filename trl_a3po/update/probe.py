@@ -1,5 +1,6 @@
 """Checks whether a model can be packed: by rules for effects that short rows do not show, else on made-up rows."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def _compare(model: torch.nn.Module) -> Packing:
             )
         elif (asked := _expected_windows(config, window)) not in (None, layout.windows):
             reasons.append(f"its attention layers ask for windows of {layout.windows}, its configuration for {asked}")
-        elif layout.needs_scores and "flash" in str(config._attn_implementation):
+        elif layout.needs_scores and re.search("flash|flex", str(config._attn_implementation)):
             # The model's own kernel does not keep the scores of all pairs of tokens in memory. Ours would.
             reasons.append("no kernel for packed rows has its soft-capped scores or its sinks")
         else:
