@@ -65,7 +65,7 @@ test-transformers: $(VENV_TRANSFORMERS)/ready  ## the tests of the update, with 
 test-trl: $(VENV)/ready  ## TRL's own tests of GRPO, with GRPOTrainer and with A3POTrainer: TRL_TESTS=path/to/a/clone/of/trl
 	$(VENV)/bin/python tests/trl_suite $(TRL_TESTS)
 
-dist: pyproject.toml  ## build the packages, and check that the installed wheel runs every command
+dist: pyproject.toml  ## build the packages, and check that the installed wheel runs
 	rm -rf dist $(VENV_WHEEL)
 	$(PYTHON) -m venv $(VENV_WHEEL)
 	$(VENV_WHEEL)/bin/python $(INSTALL) build twine

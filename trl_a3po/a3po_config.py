@@ -32,10 +32,10 @@ class A3POConfig(GRPOConfig):
     2512.21625). With all scales and both weights 1, training is GRPO: to rounding, and to the last bit if
     `trim_padding`, `skip_zero_advantage` and `skip_old_logps` are off.
 
-    The paper's A3PO decides which of the four token ends are on by default. Ratio 0.2 and scale 2 are from the
-    scripts in the authors' released code. The shape and length of the decay are our choice, see
-    [`~trl_a3po.schedules.decay_scale`]. The paper speaks of an initial scale rho and a rate alpha per step. The linear
-    decay has alpha = (rho - 1) / `scale_decay_steps`, so set `scale_decay_steps` to (rho - 1) / alpha to get a rate.
+    The paper's A3PO decides which of the four token ends are on by default. Ratio 0.2 and scale 2 are from scripts in
+    an earlier commit of the authors' code, each of which amplifies one token end. The shape and length of the decay
+    are our choice, see [`~trl_a3po.schedules.decay_scale`]. For a decay of alpha per step from the scale rho, set
+    `scale_decay_steps` to (rho - 1) / alpha.
 
     A ratio or scale that you change from its default must have an effect. It has none if the ratio of its token end is
     0, its scale is 1, or the weight of its polarity is 0. A ratio of 0 and a scale of 1 are always accepted: they turn

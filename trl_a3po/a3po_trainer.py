@@ -226,6 +226,10 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         Returns:
             `torch.Tensor` of shape `(B, T)`, or of shape `(B,)` if all tokens of a completion share one advantage.
             A3PO's own result is always `(B, T)` when a subclass calls it, and 0 where `mask` is 0.
+
+        Raises:
+            `ValueError`: an override is marked with `completionwise`, but calls `super()` with a `shaping` that is
+                not; or the method that `shaping` names refuses its arguments, as `w_reinforce` does without rewards.
         """
         self._settings_were_used |= self.is_in_train
         if self.args.shaping != A3PO:

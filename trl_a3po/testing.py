@@ -50,9 +50,9 @@ def assert_gradients_follow(
         seed (`int`, *optional*, defaults to `0`):
             Seed of the made-up log-probabilities and entropies.
 
-    Choose the settings of your method so that both sides of each of its conditions occur here: entropies are between
-    0 and 3 nats, log-probabilities between -4 and 0, completions have at most 8 tokens, and rewards are 0 or 1, or NaN
-    where a completion has none.
+    Choose the settings of your method so that both sides of each of its conditions occur here: entropies are between 0
+    and 3 nats, log-probabilities between -4 and 0 (old ones up to 0.7 from them), completions have at most 8 tokens,
+    and rewards are 0 or 1, or NaN where a completion has none.
 
     Raises:
         `AssertionError`: a gradient differs. Names the token, its advantage by `reference`, its gradient and the

@@ -25,7 +25,7 @@ DAPO = {
     "positive_low_scale": 1.0,
     "negative_high_scale": 1.0,
 }
-# The defaults of the package, spelled out. Ratio and scale: example scripts of A3PO's authors. Decay: the package's.
+# The defaults of the package, spelled out. Ratio and scale: scripts of A3PO's authors for one end. Decay: ours.
 A3PO = {
     "positive_low_ratio": 0.2,
     "positive_low_scale": 2.0,

@@ -56,7 +56,7 @@ OUR_REWARDS = {name: f"trl_a3po.rewards.{name}" for name in ("accuracy_reward", 
 @dataclass
 class A3POScriptArguments(grpo.GRPOScriptArguments):
     """
-    Arguments of `trl-a3po train`: those of TRL's GRPO script, and two that say how to read a dataset.
+    Arguments of `trl-a3po train`: those of TRL's GRPO script, and three about datasets of problems.
 
     Args:
         problems (`bool`, *optional*, defaults to `False`):

@@ -291,7 +291,7 @@ def to_prompt_and_solution(
 def _check_type(column: str, feature: Any, name: str) -> None:
     """A type that does not keep what its author wrote."""
     if re.search(r"'float(16|32)'", repr(feature)):
-        lost = "has numbers of 16 or 32 bits, which are not exactly those that were written"
+        lost = "has floating-point numbers of 16 or 32 bits, which are not exactly those that were written"
     elif "ClassLabel(" in repr(feature):
         lost = "has class labels, of which only the numbers are stored"
     else:
