@@ -270,9 +270,9 @@ def test_lists_in_parquet_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "answers", "message"),
     [
-        (Value("float32"), [123456789.0, 0.1], "has numbers of 16 or 32 bits"),
-        (Value("float16"), [0.1, 0.5], "has numbers of 16 or 32 bits"),
-        ([Value("float32")], [[0.1], [0.5]], "has numbers of 16 or 32 bits"),
+        (Value("float32"), [123456789.0, 0.1], "has floating-point numbers of 16 or 32 bits"),
+        (Value("float16"), [0.1, 0.5], "has floating-point numbers of 16 or 32 bits"),
+        ([Value("float32")], [[0.1], [0.5]], "has floating-point numbers of 16 or 32 bits"),
         (ClassLabel(names=["A", "B"]), ["A", "B"], "has class labels"),
     ],
 )
