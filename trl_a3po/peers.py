@@ -14,8 +14,7 @@ trainer of your own calls it in one line:
 
 Pass settings before the batch: `peers.entropy_advantage(advantages, alpha=0.1, **batch)`. A name that is neither a
 setting nor an argument of the hook raises a `TypeError`, a value out of its range or a wrong shape a `ValueError`.
-[`clip_cov`] and [`stare`] also need a value that the trainer
-knows.
+[`clip_cov`] and [`stare`] also need a value that the trainer knows.
 
 The tensors are those of the hook. B is the number of completions, T the number of token positions:
 
