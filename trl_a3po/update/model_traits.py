@@ -117,17 +117,13 @@ def configured_traits(model: torch.nn.Module) -> PaddingTraits:
     """
     adapters = getattr(model, "peft_config", {}).values()
     config = text_config(model)
-    rope = _rope(config)
-    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    rotates_by_length = not {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint(
-        {"dynamic", "longrope"}
-    )
+    rotates_by_length = rotation_limit(config) is not None
     looks_at_blocks = not _KNOWN_LAYERS.issuperset(_layer_types(config))
     return PaddingTraits(
         left_padding=(
             rotates_by_length
             or any(adapter.is_prompt_learning for adapter in adapters)
-            or any(each.get("llama_4_scaling_beta") for each in nested)
+            or any(each.get("llama_4_scaling_beta") for each in _rotations(config))
             or bool(getattr(config, "attn_temperature_tuning", None) or getattr(config, "log_scaling_n_floor", None))
             or looks_at_blocks
             or _CHUNKED in _layer_types(config)
@@ -196,7 +192,20 @@ def learned_positions(model: torch.nn.Module) -> int | None:
 
 def has_rotary_positions(config: PretrainedConfig) -> bool:
     """Whether a model rotates its positions instead of looking them up in a table of limited length."""
-    return bool(_rope(config)) or hasattr(config.get_text_config(), "rope_theta")
+    return any(_rotations(config)) or hasattr(config.get_text_config(), "rope_theta")
+
+
+def rotation_limit(config: PretrainedConfig) -> int | None:
+    """
+    Number of columns above which the rotation of all positions depends on the longest row of a pass; `None` if it
+    never does.
+    """
+    config = config.get_text_config()
+    rotations = _rotations(config)
+    if {each.get("rope_type", each.get("type")) for each in rotations}.isdisjoint({"dynamic", "longrope"}):
+        return None
+    limits = [holder.get("original_max_position_embeddings") for holder in (*rotations, vars(config))]
+    return min([limit for limit in limits if limit], default=config.max_position_embeddings)
 
 
 def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
@@ -304,6 +313,8 @@ def _chunks(config: PretrainedConfig) -> list[int]:
     ]
 
 
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
+def _rotations(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The settings of a model's rotations: one, or one for each kind of layer."""
     config = config.get_text_config()
-    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .layout import PackedLayout, RowShape
-from .model_traits import configured_traits, has_rotary_positions, text_config
+from .model_traits import configured_traits, has_rotary_positions, rotation_limit, text_config
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
@@ -70,17 +70,6 @@ def _excluded(model: torch.nn.Module) -> str | None:
     if others:
         return f"it has layers other than attention ({', '.join(sorted(others))})"
     return None
-
-
-def _limit(config: PretrainedConfig) -> int | None:
-    """Number of columns above which the rotation of all positions depends on the longest row of a pass."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    if {each.get("rope_type", each.get("type")) for each in nested}.isdisjoint({"dynamic", "longrope"}):
-        return None
-    holders = [*nested, vars(config)]
-    limits = [holder.get("original_max_position_embeddings") for holder in holders]
-    return min([limit for limit in limits if limit], default=config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
@@ -176,7 +165,7 @@ def _compare(model: torch.nn.Module) -> Packing:
             # The model's own kernel does not keep the scores of all pairs of tokens in memory. Ours would.
             reasons.append("no kernel for packed rows has its soft-capped scores or its sinks")
         else:
-            return Packing(None, layout.by_column, _limit(config))
+            return Packing(None, layout.by_column, rotation_limit(config))
     return Packing(reasons[0])
 
 
