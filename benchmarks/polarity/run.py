@@ -41,11 +41,13 @@ import trl
 from countdown import Problem, demonstrations, is_right, problems
 from datasets import Dataset
 from methods import DAPO, METHODS
+from results import is_done
 from stale_sampler import StaleSampler
 from start_model import imitate, untrained_model, word_tokenizer
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from trl_a3po import A3POConfig, __version__
+import trl_a3po
+from trl_a3po import A3POConfig
 from trl_a3po.evaluation.runs import sample_model
 
 
@@ -342,7 +344,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def surroundings() -> dict[str, Any]:
-    here = Path(__file__).parent
+    here = Path(trl_a3po.__file__).parent  # the code that runs, which need not be the one beside this file
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout if shutil.which("git") else ""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -355,23 +357,12 @@ def surroundings() -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "trl": trl.__version__,
-            "trl_a3po": __version__,
+            "trl_a3po": trl_a3po.__version__,
         },
     }
 
 
 # All runs
-
-
-def is_done(preset: Any, output: Path, method_name: str, seed: int) -> bool:
-    """Whether a run has written its result. `preset` is a dataclass of the settings that all runs share."""
-    path = output / f"{method_name}-{seed}.json"
-    if not path.exists():
-        return False
-    before = json.loads(path.read_text())["preset"]
-    if before != json.loads(json.dumps(asdict(preset))):  # in JSON, tuples are lists
-        raise ValueError(f"'{path}' was made with another preset: {before}. Pass that one, or another `--output`.")
-    return True
 
 
 def failure(work: Callable[[], None]) -> str | None:
@@ -408,7 +399,8 @@ def main(line: Sequence[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
 
     starts = {f"start of seed {seed}": partial(make_start, preset, output, seed) for seed in seeds}
-    missing = [(seed, name) for seed in seeds for name in arguments.methods if not is_done(preset, output, name, seed)]
+    shared = {"preset": asdict(preset)}
+    missing = [(seed, name) for seed in seeds for name in arguments.methods if not is_done(output, name, seed, shared)]
     runs = {f"{name}, seed {seed}": partial(run, preset, output, name, seed) for seed, name in missing}
     return 0 if work_off(starts, arguments.jobs) and work_off(runs, arguments.jobs) else 1
 

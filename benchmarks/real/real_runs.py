@@ -19,6 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -33,7 +34,8 @@ from checkpoint import make_checkpoint
 from datasets import Dataset
 from methods import DAPO, METHODS, Method, peer
 from problems import write
-from run import CURVES, is_done, surroundings, written_whole
+from results import is_done
+from run import CURVES, surroundings, written_whole
 from train import ON_CPU
 
 from trl_a3po import A3POConfig, A3POTrainer
@@ -57,6 +59,8 @@ CHOSEN = {**{name: METHODS[name] for name in SEEDS}, "stare": peer("stare", targ
 
 
 ENTROPY_OF_ALL = "entropy_of_all"  # a metric of these runs
+STARTS = "starts.jsonl"  # of an unfinished run: a line for each start of its training
+SAMPLER = "vllm" if HAS_VLLM else "transformers"
 
 
 @dataclass(frozen=True)
@@ -186,13 +190,43 @@ def evaluate(preset: Preset, model: str, work: Path, name: str) -> dict:
     return {"samples": preset.samples, "right": [int(sum(record["correct"])) for record in records]}
 
 
-def write_result(path: Path, preset: Preset, start: dict, method_name: str, seed: int, work: Path) -> None:
+def note_start(work: Path, **chosen) -> None:
+    """
+    Notes the step and the commit at which a training starts or continues.
+
+    Raises:
+        `ValueError`: What is `chosen`, such as the model, was something else when the training was begun.
+    """
+    chosen = json.loads(json.dumps(chosen))
+    for start in read_starts(work):
+        for name, value in chosen.items():
+            if start[name] != value:
+                raise ValueError(
+                    f"'{work}' was begun with `{name}` {start[name]}, not {value}. Pass that one, or another `--work`."
+                )
+    steps = [int(each.name.rpartition("-")[2]) for each in checkpoints_in(work / "model") if is_complete(each)]
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / STARTS).open("a") as file:
+        file.write(json.dumps({**chosen, "step": max(steps, default=0), "commit": surroundings()["commit"]}) + "\n")
+
+
+def read_starts(work: Path) -> list[dict]:
+    path = work / STARTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_result(
+    path: Path, preset: Preset, model: str | None, start: dict, method_name: str, seed: int, work: Path
+) -> None:
     state = json.loads((work / "model" / STATE_FILE).read_text())
     logs = [log for log in state["log_history"] if "step_time" in log]
     # Rewards and lengths are known once a rollout, the others at every step.
     keys = {**CURVES, **({ENTROPY_OF_ALL: "entropy"} if HAS_VLLM else {})}
     curves = {name: [round(log[key], 4) for log in logs if key in log] for key, name in keys.items()}
     trained = str(work / "model")
+    around = surroundings()
+    if HAS_VLLM:
+        around["versions"]["vllm"] = version("vllm")
     result = {
         "method": method_name,
         "seed": seed,
@@ -203,8 +237,10 @@ def write_result(path: Path, preset: Preset, start: dict, method_name: str, seed
         "other": evaluate(preset, trained, work, "other"),
         "start": start,
         "train_seconds": round(sum(log["step_time"] for log in logs), 1),
-        "sampler": "vllm" if HAS_VLLM else "transformers",
-        **surroundings(),
+        "model": model,
+        "sampler": SAMPLER,
+        "starts": [{name: start[name] for name in ("step", "commit")} for start in read_starts(work)],
+        **around,
     }
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(result, separators=(",", ":")) + "\n")
@@ -248,18 +284,21 @@ def main(line=None):
         of_run = work / f"{method}-{seed}"
         print(f"{method}, seed {seed}", flush=True)
         if not (of_run / "model" / STATE_FILE).exists():
+            note_start(of_run, model=model, settings=settings_of(preset, CHOSEN[method], seed), sampler=SAMPLER)
             again = ["--preset", arguments.preset, "--model", model, "--work", str(arguments.work)]
             subprocess.run([sys.executable, __file__, *again, "--train", method, str(seed)], check=True)
-        write_result(output / f"{method}-{seed}.json", preset, start.result(), method, seed, of_run)
+        result = output / f"{method}-{seed}.json"
+        write_result(result, preset, arguments.model, start.result(), method, seed, of_run)
         shutil.rmtree(of_run)
 
     chosen = [0, 1, 2, 3, 4] if arguments.seeds is None else arguments.seeds
     # Seed by seed, so that pairs are complete as early as possible.
     pairs = [(method, seed) for seed in chosen for method in arguments.methods]
+    shared = {"preset": asdict(preset), "model": arguments.model, "sampler": SAMPLER}
     open_pairs = [
         (method, seed)
         for method, seed in pairs
-        if (arguments.seeds is not None or seed < SEEDS[method]) and not is_done(preset, output, method, seed)
+        if (arguments.seeds is not None or seed < SEEDS[method]) and not is_done(output, method, seed, shared)
     ]
     if not open_pairs:
         return

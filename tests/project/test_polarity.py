@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -241,7 +241,7 @@ def test_a_killed_program_resumes(start, tmp_path):
 def test_another_preset_in_the_same_place_is_refused(start):
     run.run(run.PRESETS["dry"], start, "dapo", 0)
     with pytest.raises(ValueError, match=r"dapo-0.json.*another preset.*--output"):
-        run.is_done(run.PRESETS["cpu"], start, "dapo", 0)
+        run.is_done(start, "dapo", 0, {"preset": asdict(run.PRESETS["cpu"])})
 
 
 def test_a_failing_run_does_not_end_the_others(capsys):
@@ -382,9 +382,22 @@ def test_report_names_everything(tmp_path, capsys):
 
 
 def test_results_of_two_presets_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no result of `run.py`"):
+    with pytest.raises(ValueError, match=r"no result"):
         results_module.load(tmp_path)
     for seed, preset in enumerate(({"a": 1}, {"a": 2})):
         (tmp_path / f"{seed}.json").write_text(json.dumps({"method": "dapo", "seed": seed, "preset": preset}))
     with pytest.raises(ValueError, match="2 presets"):
         results_module.load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "values"), [("sampler", ("vllm", "transformers")), ("model", (None, "qwen"))])
+def test_results_of_two_samplers_or_models_are_refused(tmp_path, name, values):
+    for seed, value in enumerate(values):
+        result = {"method": "dapo", "seed": seed, "preset": {"a": 1}, name: value}
+        (tmp_path / f"dapo-{seed}.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=f"2 {name}s"):
+        results_module.load(tmp_path)
+    shared = {"preset": {"a": 1}, name: values[0]}
+    assert results_module.is_done(tmp_path, "dapo", 0, shared)
+    with pytest.raises(ValueError, match=rf"dapo-1.json' was made with another {name}: {values[1]}"):
+        results_module.is_done(tmp_path, "dapo", 1, shared)

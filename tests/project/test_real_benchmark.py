@@ -32,7 +32,7 @@ def run(model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys):
+def test_a_killed_run_continues_and_the_analysis_reads_it(run, model_dir, tmp_path, capsys):
     options = ["--methods", "stare", "--seeds", "0"]
     process = run(*options, start_new_session=True)
     checkpoint, deadline = tmp_path / "work/dry/stare-0/model/checkpoint-2", time.monotonic() + 300
@@ -49,6 +49,8 @@ def test_a_killed_run_continues_and_the_analysis_reads_it(run, tmp_path, capsys)
     assert result["curves"]["step"] == [1, 2, 3, 4]
     assert len(result["curves"]["entropy"]) == 4
     assert len(result["curves"]["reward"]) == len(result["curves"]["length"]) == 2  # rollouts
+    assert [start["step"] for start in result["starts"]] == [0, 2]
+    assert result["model"] == str(model_dir)
     start = result["start"]
     for each, problems in ((result["held_out"], 4), (result["other"], 2), (start["test"], 4), (start["other"], 2)):
         assert each["samples"] == 32
@@ -84,6 +86,17 @@ def test_the_entropy_of_all_completions_is_that_of_the_sampled_tokens(runs, monk
     trainer = runs["with_entropy_of_all"](Sampled)()
     assert trainer._generate_single_turn([]) == ([[3, 4], [5]], [[-1.0, -2.0], [-6.0]])
     assert trainer._metrics["train"][runs["ENTROPY_OF_ALL"]] == [3.0]
+
+
+def test_a_run_does_not_continue_with_another_model(runs, tmp_path):
+    runs["note_start"](tmp_path, model="one", settings={"seed": 0})
+    (tmp_path / "model" / "checkpoint-10").mkdir(parents=True)  # not complete
+    runs["note_start"](tmp_path, model="one", settings={"seed": 0})
+    assert [start["step"] for start in runs["read_starts"](tmp_path)] == [0, 0]
+    with pytest.raises(ValueError, match=r"begun with `model` one, not two.*`--work`"):
+        runs["note_start"](tmp_path, model="two", settings={"seed": 0})
+    with pytest.raises(ValueError, match=r"begun with `settings` \{'seed': 0\}, not \{'seed': 1\}"):
+        runs["note_start"](tmp_path, model="one", settings={"seed": 1})
 
 
 def test_no_run_at_a_time_is_an_error(runs, capsys):
