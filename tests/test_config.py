@@ -135,6 +135,7 @@ REFUSED = [
     ({"off_policy_mask_threshold": -1.0}, "`off_policy_mask_threshold` must be 0 or more, or None, got -1.0."),
     ({"min_p": 2.0}, "`min_p` must be between 0 and 1, or None, got 2.0."),
     ({"repetition_penalty": 0.0}, "`repetition_penalty` must be above 0, got 0.0. Pass 1.0 for none."),
+    ({"repetition_penalty": None, "use_vllm": True}, "`repetition_penalty` must be a number with vLLM, got None."),
     ({"multi_objective_aggregation": "sum"}, "must be 'sum_then_normalize' or 'normalize_then_sum', got 'sum'."),
     ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a dictionary, got '[1]'. In a YAML file,"),
     ({"num_iterations": 0}, "`num_iterations` must be 1 or more, got 0. Pass 1 to use each rollout once."),
@@ -217,6 +218,7 @@ def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
         # What samplers and TRL take.
         {"top_k": -1},
         {"top_k": None},
+        {"repetition_penalty": None},
         {"temperature": math.inf},
         {"epsilon": math.inf},
         {"scale_rewards": True},

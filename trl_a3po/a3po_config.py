@@ -341,7 +341,10 @@ class A3POConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be {least} or more, or None, got {value!r}. {why}.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"`min_p` must be between 0 and 1, or None, got {self.min_p!r}.")
-        if not self.repetition_penalty > 0:
+        if self.repetition_penalty is None:
+            if self.use_vllm:
+                raise ValueError("`repetition_penalty` must be a number with vLLM, got None. Pass 1.0 for none.")
+        elif not self.repetition_penalty > 0:
             raise ValueError(
                 f"`repetition_penalty` must be above 0, got {self.repetition_penalty!r}. Pass 1.0 for none."
             )

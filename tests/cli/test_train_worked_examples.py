@@ -1,6 +1,7 @@
 """`trl-a3po train --worked_examples`: what the model is prompted with, and what is refused before training."""
 
 import json
+import re
 
 import pytest
 import trl
@@ -65,11 +66,15 @@ def test_a_problem_to_train_on_is_warned_of(line, caplog):
     assert "row 7 (counted from 0)" in caplog.text
 
 
+WRONG = [{"question": "1?", "answer": "#### 1"}]
+
+
 @pytest.mark.parametrize(
     ("examples", "options", "message"),
     [
         (EXAMPLES, "--reward_funcs accuracy_reward", "`worked_examples` has an effect only on problems"),
-        ([{"question": "1?", "answer": "#### 1"}], "--problems", "Row 0 .* does not score as correct"),
+        (WRONG, "--problems", "Row 0 .* does not score as correct"),
+        (WRONG, "--problems --reward_funcs trl_a3po.rewards.accuracy_reward", "Row 0 .* does not score as correct"),
     ],
 )
 def test_what_does_not_work_is_refused_before_anything_starts(examples, options, message, line, capsys):
@@ -77,8 +82,7 @@ def test_what_does_not_work_is_refused_before_anything_starts(examples, options,
         cli.main(["train", *line(examples, *options.split())])
     assert error.value.code == 2
     refusal = capsys.readouterr().err
-    assert message.split(".*")[0] in refusal
-    assert message.split(".*")[-1] in refusal
+    assert re.search(message, refusal)
 
 
 def test_a_streamed_evaluation_cannot_be_compared(line, tmp_path, capsys):

@@ -14,6 +14,7 @@ from trl_a3po import A3POTrainer
 from trl_a3po.training.signal_budget import (
     REASONS,
     TOKEN_REASONS,
+    SignalBudget,
     count_reasons,
     count_tokens,
     mismatch,
@@ -219,6 +220,22 @@ def test_clipped_shares_are_those_of_trl(tmp_path):
     # TRL's is a mean over micro-batches of means over their tokens; all of these have the same tokens.
     assert found["clipped_low"] == pytest.approx(entry["clip_ratio/low_mean"])
     assert found["clipped_high"] == pytest.approx(entry["clip_ratio/high_mean"])
+
+
+@pytest.mark.parametrize("delta", [None, 1.1, 1.5])
+def test_clipped_tokens_are_those_whose_loss_has_no_gradient(delta, tmp_path):
+    args = {"epsilon": 0.2, "epsilon_high": 0.3, "delta": delta}
+    budget = SignalBudget(make(tmp_path, **args))
+    log_ratio = torch.linspace(0.5, 2, 40).log().repeat(2, 1).requires_grad_()
+    advantages = torch.tensor([[1.0], [-1.0]])
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(max=math.inf if delta is None else delta)
+    torch.minimum(bounded * advantages, ratio.clamp(0.8, 1.3) * advantages).sum().backward()
+    old_logps = torch.zeros_like(log_ratio)
+    inputs = {"advantages": advantages, "old_per_token_logps": old_logps}
+    removed = budget._removed(inputs, torch.ones_like(log_ratio), log_ratio.detach())
+    assert torch.equal(removed["clipped_low"] | removed["clipped_high"], log_ratio.grad == 0)
+    assert not (removed["clipped_low"] & removed["clipped_high"]).any()
 
 
 def test_a_shaping_that_learns_from_equal_rewards(tmp_path):

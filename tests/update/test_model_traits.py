@@ -17,6 +17,7 @@ from trl_a3po.update.model_traits import (
     learned_positions,
     never_alone,
     observed_traits,
+    ordinary_tokens,
     padding_traits,
 )
 
@@ -427,3 +428,8 @@ def test_the_noise_of_neftune_has_the_scale_of_the_padded_width(tmp_path):
     train_rollout(A3POTrainer, model, tmp_path, **noise, max_steps=1)
     assert max(widths) > 50
     assert {width for width in widths if width > 20} == {max(widths)}
+
+
+def test_no_token_that_a_configuration_names_is_ordinary():
+    config = transformers.Qwen2Config(vocab_size=8, bos_token_id=1, eos_token_id=[2, 3], pad_token_id=None)
+    assert ordinary_tokens(config).tolist() == [0, 4, 5, 6, 7]

@@ -511,6 +511,9 @@ class TestCheck:
         packing = check_packing(make_model("llama", rope_parameters=parameters))
         assert (packing.reason, packing.limit) == (None, limit)
 
+    def test_a_model_may_have_several_ends(self):
+        assert check_packing(make_model("llama", eos_token_id=[2, 3])).reason is None
+
     def test_leaves_the_model_as_it_was(self):
         model = make_model("llama", attention_dropout=0.3).train()
         model.model.layers[0].eval()

@@ -172,7 +172,7 @@ def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: D
 
 
 def _checks_answers(script: A3POScriptArguments) -> bool:
-    return not OUR_REWARDS.keys().isdisjoint(script.reward_funcs or ())
+    return not {*OUR_REWARDS, *OUR_REWARDS.values()}.isdisjoint(script.reward_funcs or ())
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -211,7 +211,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(_one_line(error)) from error
     script.reward_funcs = [OUR_REWARDS.get(name, name) for name in script.reward_funcs or ()]
-    checks_answers = not set(OUR_REWARDS.values()).isdisjoint(script.reward_funcs)
+    checks_answers = _checks_answers(script)
     if config.process_index:
         logging.getLogger("trl_a3po").setLevel(logging.ERROR)  # the main process warns for all
 
@@ -336,8 +336,10 @@ def _warn_of_shared(train_dataset: Any, eval_dataset: Any) -> None:
 
 def _check_reward_names(names: Sequence[str]) -> None:
     """Imports the rewards that are given by their path, as TRL's script will do."""
-    for module, _, function in (name.rpartition(".") for name in names if "." in name):
+    paths = [name.rpartition(".") for name in names if "." in name]
+    if paths:
         sys.path.insert(0, os.getcwd())
+    for module, _, function in paths:
         if not hasattr(importlib.import_module(module), function):
             raise UsageError(f"`reward_funcs` names '{function}', but the module '{module}' has no such function.")
 

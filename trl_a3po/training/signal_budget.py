@@ -308,11 +308,11 @@ class SignalBudget:
             if trainer.importance_sampling_level == "sequence":
                 log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
             ratio = log_ratio.exp()
-            high = math.inf if args.delta is None else args.delta
+            high, delta = 1 + trainer.epsilon_high, math.inf if args.delta is None else args.delta
+            # Without `delta`, a large ratio of a negative token is not clipped. It clips positive ones too.
+            bound = torch.where(shaped > 0, min(high, delta), max(high, delta))
             removed["clipped_low"] = (ratio < 1 - trainer.epsilon_low) & (shaped < 0)
-            removed["clipped_high"] = ((ratio > 1 + trainer.epsilon_high) & (shaped > 0)) | (
-                (ratio > max(high, 1 + trainer.epsilon_high)) & (shaped < 0)
-            )
+            removed["clipped_high"] = (ratio > bound) & (shaped != 0)
         if self._corrects:
             treated, (low, high) = inputs["importance_sampling_ratio"], _bounds(self._args)
             removed["sampler_masked"] = treated == 0

@@ -204,8 +204,19 @@ def rotation_limit(config: PretrainedConfig) -> int | None:
     rotations = _rotations(config)
     if {each.get("rope_type", each.get("type")) for each in rotations}.isdisjoint({"dynamic", "longrope"}):
         return None
-    limits = [holder.get("original_max_position_embeddings") for holder in (*rotations, vars(config))]
-    return min([limit for limit in limits if limit], default=config.max_position_embeddings)
+    named = [holder.get("original_max_position_embeddings") for holder in (*rotations, vars(config))]
+    limits = [limit for limit in named if limit]
+    return min(limits) if limits else config.max_position_embeddings
+
+
+def ordinary_tokens(config: PretrainedConfig) -> Tensor:
+    """The first tokens of a vocabulary, without those that a configuration names: padding, ends, images."""
+    special: set[Any] = set()
+    for name, value in config.to_dict().items():
+        if name.endswith(("token_id", "token_index")):
+            special.update(value if isinstance(value, list) else [value])  # a model may have several ends
+    size = min(config.get_text_config().vocab_size, 1000)
+    return torch.tensor([token for token in range(size) if token not in special])
 
 
 def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
@@ -242,21 +253,13 @@ def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
 
 def _made_up_rows(config: PretrainedConfig) -> Tensor:
     """(3, P + N) ordinary tokens, also in the columns of padding: the embedding of a padding token may be 0."""
-    text_config = config.get_text_config()
-    plain = {"full_attention", "sliding_attention"}.issuperset(_layer_types(text_config)) and not any(
-        _chunks(text_config)
-    )
-    sizes = [size for size in _chunks(text_config) if size <= _LONGEST_CHUNK]
+    language = config.get_text_config()
+    plain = {"full_attention", "sliding_attention"}.issuperset(_layer_types(language)) and not any(_chunks(language))
+    sizes = [size for size in _chunks(language) if size <= _LONGEST_CHUNK]
     columns = _PADDING + (12 if plain else max(_CHUNK, *sizes) + 8)
-    columns = min(columns, getattr(text_config, "max_position_embeddings", None) or columns)
-    special: set[Any] = set()
-    for name, value in config.to_dict().items():
-        if name.endswith(("token_id", "token_index")):
-            special.update(value if isinstance(value, list) else [value])
-    ordinary = [token for token in range(min(text_config.vocab_size, 1000)) if token not in special]
-    return torch.tensor(ordinary)[
-        torch.randint(len(ordinary), (3, columns), generator=torch.Generator().manual_seed(0))
-    ]
+    columns = min(columns, getattr(language, "max_position_embeddings", None) or columns)
+    ordinary = ordinary_tokens(config)
+    return ordinary[torch.randint(len(ordinary), (3, columns), generator=torch.Generator().manual_seed(0))]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

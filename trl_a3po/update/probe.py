@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .layout import PackedLayout, RowShape
-from .model_traits import configured_traits, has_rotary_positions, rotation_limit, text_config
+from .model_traits import configured_traits, has_rotary_positions, ordinary_tokens, rotation_limit, text_config
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
@@ -102,8 +102,7 @@ class _Batch:
 
 def _made_up_batch(config: PretrainedConfig, window: int, device: torch.device) -> _Batch:
     """Rows of two prompts with a common start. The first row needs no padding and is longer than the window."""
-    special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
-    usable = torch.tensor([token for token in range(1, min(config.vocab_size, 1000)) if token not in special])
+    usable = ordinary_tokens(config)
     generator = torch.Generator().manual_seed(0)
 
     def text(length: int) -> Tensor:
