@@ -312,7 +312,11 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             _check_gspo_token(self.args)  # a hook may have been assigned since
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
             scope.use_token_level_ratio()
+        self._count_for_logs(scope, advantages, shaped, per_token_logps, old_per_token_logps, entropies)
 
+    def _count_for_logs(self, scope, advantages, shaped, per_token_logps, old_per_token_logps, entropies) -> None:
+        inputs = scope.inputs
+        mask = loss_mask(inputs)
         settings = self.current_shaping_settings()
         unselected = weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
         # Skipped rows have neither log-probabilities nor entropies; they are marked by NaN entropies.
@@ -331,7 +335,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         )
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self.model.training:
-            own |= not self._rollout_is_ours()
+            own = self._shapes_its_own_way or not self._rollout_is_ours()
             self._signal_budget.add_trained(
                 inputs, advantages, unselected, per_token_logps, old_per_token_logps, entropies, rows, own
             )

@@ -2,7 +2,6 @@
 
 import functools
 import glob
-import hashlib
 import json
 import logging
 import math
@@ -21,6 +20,8 @@ import pyarrow.compute as pc
 import yaml
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
+
+from .files import hash_of_file
 
 
 logger = logging.getLogger(__name__)
@@ -109,10 +110,8 @@ def file_source(name: str) -> dict[str, Any]:
         `OSError`, `ValueError`: as [`check_file`].
     """
     check_file(name)
-    with open(name, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     loader = LOADERS[Path(name).suffix]
-    return {"path": loader, "name": digest[:32], "data_files": glob.escape(os.path.abspath(name))}
+    return {"path": loader, "name": hash_of_file(Path(name))[:32], "data_files": glob.escape(os.path.abspath(name))}
 
 
 def _check_lines(name: str) -> None:

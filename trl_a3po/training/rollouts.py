@@ -31,11 +31,10 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     Raises:
         `ValueError`: with `dynamic_sampling`, a dataset that cannot be indexed, images, or a model whose
-            output depends on left padding; in training, a reward that is infinite, a completion without tokens, or a
-            prompt that leaves no room for a completion.
+            output depends on padding or on the other rows of a batch; in training, a reward that is infinite, a
+            completion without tokens, or a prompt that leaves no room for a completion.
     """
 
-    num_generations: int
     processing_class: Any
 
     # The optimizer step, and the prompts that are left to draw in it.

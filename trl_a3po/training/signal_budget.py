@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from ..a3po_config import A3POConfig
 from ..update.micro_batches import loss_mask
-from ..update.sampler_correction import sampler_ratio
+from ..update.sampler_correction import largest_of, sampler_ratio
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,14 @@ _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 # Modules whose reward functions return None for one reason only: the solution cannot be parsed.
 _MATH_VERIFY = ("trl.rewards", "trl_a3po.rewards")
 _MISMATCH = ("tokens", "sum", "squares", "outside")
+# What is counted, and how many numbers each has.
+_PARTS = {
+    "sampled": len(REASONS),
+    "completions": len(REASONS),
+    "tokens": len(TOKEN_REASONS),
+    "mismatch": len(_MISMATCH),
+    "amplified": len(_MISMATCH),
+}
 
 
 def parses_solutions(reward_func: Any) -> bool:
@@ -204,12 +212,8 @@ def mismatch_sums(ratio: Tensor, outside: Tensor, counted: Tensor) -> tuple[Tens
     """Sums of shape `(4,)`, which add up over batches, and the largest ratio and its negative smallest, `(2,)`."""
     weight = ratio.where(counted, 0.0)
     sums = [counted, weight, weight**2, outside & counted]
-    nothing = ratio.new_full((1,), -math.inf)
-    largest = [ratio.where(counted, -math.inf), (-ratio).where(counted, -math.inf)]
-    return (
-        torch.stack([each.sum(dtype=torch.float32) for each in sums]),
-        torch.stack([torch.cat([each.flatten(), nothing]).amax() for each in largest]),
-    )
+    largest = largest_of([(ratio, counted), (-ratio, counted)])
+    return torch.stack([each.sum(dtype=torch.float32) for each in sums]), largest
 
 
 class SignalBudget:
@@ -226,7 +230,7 @@ class SignalBudget:
         args = self._args
         self._corrects = bool(args.use_vllm and args.vllm_importance_sampling_correction)
         device = trainer.accelerator.device
-        self._counts = torch.zeros(sum(_PARTS.values()), device=device)
+        self._counts = {part: torch.zeros(size, device=device) for part, size in _PARTS.items()}
         self._largest = torch.full((4,), -math.inf, device=device)
         self._has_warned = False
         # With `top_entropy_quantile`, TRL's loss makes the mask after the advantages are shaped.
@@ -338,8 +342,9 @@ class SignalBudget:
 
     def pop_counts(self) -> Tensor:
         """Counts since the last call, the same number on every process, to be added up over processes."""
-        counts = self._counts
-        self._counts = torch.zeros_like(counts)
+        counts = torch.cat(list(self._counts.values()))
+        for each in self._counts.values():
+            each.zero_()
         return counts
 
     def metrics(self, counts: Tensor) -> dict[str, float]:
@@ -410,17 +415,7 @@ class SignalBudget:
         return possible
 
     def _add(self, part: str, counts: Tensor) -> None:
-        self._counts.split(list(_PARTS.values()))[list(_PARTS).index(part)].add_(counts)
-
-
-# The parts of the tensor of counts, and their sizes.
-_PARTS = {
-    "sampled": len(REASONS),
-    "completions": len(REASONS),
-    "tokens": len(TOKEN_REASONS),
-    "mismatch": len(_MISMATCH),
-    "amplified": len(_MISMATCH),
-}
+        self._counts[part] += counts
 
 
 def _shares(prefix: str, reasons: Sequence[str] | dict[str, str], counts: Tensor, possible: set[str]):

@@ -302,7 +302,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 raise RuntimeError(
                     f"`{type(self).__name__}._get_per_token_logps_and_entropies` did not call `super()`, so the loss "
                     "read advantages that are not shaped. Call it with the arguments that you get, and change what it "
-                    "returns."
+                    "returns. If you replaced the model of this trainer, make a new trainer."
                 )
         finally:
             scope.end()

@@ -139,7 +139,7 @@ def observed_traits(model: torch.nn.Module) -> PaddingTraits:
     rows = _made_up_rows(cast(PretrainedConfig, model.config))
     traits = PaddingTraits()
     for training in (True, False):
-        with _as_is(model, training):
+        with as_is(model, training):
             observed = _compare_runs(model, rows)
         if observed is not None:
             traits |= observed
@@ -233,7 +233,7 @@ def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
     whole, flipped = rows[:1, _PADDING:], rows[:1].roll(-_PADDING, dims=1)  # without padding; padding on the right
 
     def run(ids: Tensor, mask: Tensor) -> Tensor:
-        device = cast(Any, model).device
+        device = next(model.parameters()).device
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[0]  # (columns, V)
         return logits[:length] if mask is on_the_right else logits[-length:]
 
@@ -281,10 +281,10 @@ def _rounding(logits: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
+def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
     """Puts a model in a mode, without dropout and gradients. Restores the mode of each module and random numbers."""
     modes = [(module, module.training) for module in model.modules()]
-    device = cast(Any, model).device
+    device = next(model.parameters()).device
     model.train(training)
     for module, _ in modes:
         if "Dropout" in type(module).__name__:

@@ -1,8 +1,7 @@
 """Checks whether a model can be packed: by rules for effects that short rows do not show, else on made-up rows."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .layout import PackedLayout, RowShape
-from .model_traits import configured_traits, has_rotary_positions, ordinary_tokens, rotation_limit, text_config
+from .model_traits import as_is, configured_traits, has_rotary_positions, ordinary_tokens, rotation_limit, text_config
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
@@ -55,7 +54,7 @@ def check_packing(model: torch.nn.Module) -> Packing:
     reason = _excluded(model)
     if reason is not None:
         return Packing(reason)
-    with _evaluating(model), torch.no_grad():
+    with as_is(model, training=False):
         return _compare(model)
 
 
@@ -194,15 +193,3 @@ def _in_half_precision(model: torch.nn.Module) -> bool:
     kind = next(model.parameters()).device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in halves
     return autocast or any(parameter.dtype in halves for parameter in model.parameters())
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Turns dropout off, and restores the mode of each module afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -10,6 +10,7 @@ Shapes: B completions, T token positions.
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -144,16 +145,17 @@ def mismatch_statistics(
     is_known = mask & ~distance.isnan()
     is_counted = mask if ratio.shape == mask.shape else mask.any(-1, keepdim=True)
     sums = [distance.where(is_known, 0.0).sum(), is_known.sum(), ratio.where(is_counted, 0.0).sum(), is_counted.sum()]
-    largest = [
-        distance.where(is_known, -math.inf),
-        ratio.where(is_counted, -math.inf),
-        (-ratio).where(is_counted, -math.inf),
-    ]
-    nothing = ratio.new_full((1,), -math.inf, dtype=torch.float32)
     return (
         torch.stack([each.float() for each in sums]),
-        torch.stack([torch.cat([each.float().flatten(), nothing]).amax() for each in largest]),
+        largest_of([(distance, is_known), (ratio, is_counted), (-ratio, is_counted)]),
     )
+
+
+def largest_of(values: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The largest of each tensor where its mask is true, in float32; -inf if it is true nowhere."""
+    nothing = values[0][0].new_full((1,), -math.inf, dtype=torch.float32)
+    masked = [torch.cat([each.float().where(mask, -math.inf).flatten(), nothing]) for each, mask in values]
+    return torch.stack([each.amax() for each in masked])
 
 
 def mismatch_metrics(sums: Tensor, largest: Tensor) -> dict[str, float]:
