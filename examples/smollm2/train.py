@@ -86,6 +86,23 @@ def train(preset, model, output, has_vllm, **values):
     run(*program, "--config", HERE / f"{preset}-train.yaml", *words)
 
 
+def check_options(parser, output, asked):
+    """Refuses other options than those of the run in the folder. Without a part of a run, there is nothing to mix."""
+    record = output / "options.json"
+    parts = output / "before" / "samples.jsonl", output / "model"
+    if not record.exists() or not any(path.exists() for path in parts):
+        return
+    try:
+        before = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        parser.error(
+            f"'{record}' must hold the options of the run in '{output}', but is damaged: it is not JSON ({error}). "
+            "Delete it if the run had the options of this command. Else pass another `--output`."
+        )
+    if before != asked:
+        parser.error(f"'{output}' holds a run with the options {before}. Pass these, or another `--output`.")
+
+
 def main(line=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=["cpu", "gpu"], default="cpu")
@@ -98,15 +115,16 @@ def main(line=None):
     preset, output = arguments.preset, arguments.output or Path("build", f"real-{arguments.preset}")
 
     asked = {name: value for name, value in vars(arguments).items() if name != "output"}
-    record = output / "options.json"
-    if record.exists() and (before := json.loads(record.read_text())) != asked:
-        parser.error(f"'{output}' holds a run with the options {before}. Pass these, or another `--output`.")
+    check_options(parser, output, asked)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"`--output` must be a folder, and '{output}' cannot be one: {error}. Pass another.")
     try:
         model = arguments.model or str(make_checkpoint(MODEL))
-    except UnreachableError as error:
-        parser.error(f"{error}\nPass a model of yours with `--model`.")
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(asked) + "\n")
+    except (UnreachableError, OSError) as error:
+        parser.error(f"{error}\nInstead, you can pass a model of yours with `--model`.")
+    (output / "options.json").write_text(json.dumps(asked) + "\n", encoding="utf-8")
     if preset == "cpu":
         write(output / "problems", KINDS, HELD_OUT)
 

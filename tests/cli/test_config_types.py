@@ -49,6 +49,39 @@ def test_other_types_are_refused(options, message, file, capsys):
     assert f"error: '{path}': {message}\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("text", "name", "lines"),
+    [
+        ("seed: 1\n# again\ntemperature: 1\n'seed': 2\n", "seed", (1, 4)),
+        ("{seed: 1, seed: 1}\n", "seed", (1, 1)),
+        ("seed: 1\nenv:\n  A: b\n  C: d\n  A: e\n", "A", (3, 5)),
+        ("seed: 1\ndatasets:\n- path: a\n  split: b\n  path: c\n", "path", (3, 5)),
+        ("env: &env\n  A: b\n  A: c\nother: *env\n", "A", (2, 3)),
+    ],
+)
+def test_a_repeated_name_is_refused(command, text, name, lines, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as error:
+        cli.main([command, "--config", str(path)])
+    assert error.value.code == 2
+    message = f"'{path}' has `{name}` on line {lines[0]} and again on line {lines[1]}. Keep one of them."
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_merged_is_no_repetition(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model_name_or_path: model\ndataset_name: a.jsonl\noutput_dir: scores\n"
+        "chat_template_kwargs:\n  one: &one {a: 1, b: 1}\n  two: {in: &two {<<: *one, b: 2}}\n"
+        "  three: {<<: *two, b: 3, c: 3}\n  four: {b: 4, <<: [*one, *two]}\n"
+    )
+    (arguments,) = eval_command.make_parser().parse_args_and_config(["--config", str(path)])
+    assert arguments.chat_template_kwargs["three"] == {"a": 1, "b": 3, "c": 3}
+    assert arguments.chat_template_kwargs["four"] == {"a": 1, "b": 4}
+
+
 def test_the_other_commands_too(file, capsys):
     for command, option in [("demo", "eval_size"), ("train", "log_tokens")]:
         with pytest.raises(SystemExit):

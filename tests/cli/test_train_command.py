@@ -183,6 +183,36 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
             "`test_split_size` cannot split a stream",
         ),
         (
+            "train {model} {data} --problems --test_split_size 0.1",
+            "`test_split_size` holds out rows .* `eval_strategy` is 'no'. Pass `--eval_strategy steps`, or leave out",
+        ),
+        ("train {model} {data} --problems --test_split_size 2 --do_eval", "holds out rows .* `eval_strategy` is 'no'"),
+        ("train {model} --problems --config {mixture} --test_split_size 2", "holds out rows .* `eval_strategy` is"),
+        *(
+            (
+                f"train {{model}} {{data}} --problems --eval_strategy steps --eval_steps 1 --test_split_size {size}",
+                rf"`test_split_size` must be a share of the rows between 0 and 1, .* 1 or more\. Got {size}",
+            )
+            for size in ("0.0", "-0.5", "-2.0", "1.5", "nan", "inf")
+        ),
+        (
+            "train {model} {data} --reward_funcs accuracy_reward --instruction box-it",
+            "`instruction` has an effect only on problems. Pass `--problems`, or leave it out",
+        ),
+        *(
+            (f"{command} {options}", message)
+            for command in ("train {model} {data} --problems", "demo {data} --eval_size 2")
+            for options, message in [
+                ("--max_steps 0", "`max_steps` must be a number of steps, 1 or more, or -1 for .* got 0"),
+                ("--max_steps -5", "`max_steps` must be a number of steps, 1 or more, or -1 for .* got -5"),
+                ("--max_steps -1 --num_train_epochs 0", "`num_train_epochs` must be a number above 0, got 0.0"),
+                ("--max_steps -1 --num_train_epochs -1", "`num_train_epochs` must be a number above 0, got -1.0"),
+                ("--max_steps -1 --num_train_epochs inf", "`num_train_epochs` must be a number above 0, got inf"),
+                ("--config {no_steps}", "`max_steps` must be a number of steps, 1 or more, or -1 for .* got 0"),
+                ("--config {no_epochs}", "`num_train_epochs` must be a number above 0, got 0"),
+            ]
+        ),
+        (
             "train {model} {data} --problems --dataset_streaming --max_steps 5 --dataset_train_split train[:2]",
             "A stream has no slices",
         ),
@@ -226,6 +256,8 @@ def test_bad_lines_are_refused_before_anything_starts(arguments, message, tmp_pa
         "mixture.yaml": yaml.safe_dump({"datasets": [{"path": "json", "data_files": "a.jsonl"}]}),
         "wrong_mixture.yaml": yaml.safe_dump({"datasets": [{"file": "a.jsonl"}]}),
         "small_file.yaml": "dataset_nam: a.jsonl",
+        "no_steps.yaml": "max_steps: 0",
+        "no_epochs.yaml": "max_steps: -1\nnum_train_epochs: 0",
         "empty.jsonl": "",
     }
     files = {}
@@ -310,8 +342,16 @@ def test_a_missing_split_is_named(file, tmp_path):
 
 def test_files_of_a_mixture(file, tmp_path, capsys):
     datasets = [{"path": write_rows(tmp_path / name, GSM8K[:5])} for name in ("a.jsonl", "b.jsonl")]
-    train.train(["--config", file(datasets=datasets), "--problems", "--test_split_size", "2"])
-    assert "8 problems to train on" in capsys.readouterr().out
+    train.train(["--config", file(datasets=datasets), *EVALUATES, "--test_split_size", "2"])
+    assert "8 problems to train on, 2 to evaluate on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "size"), [(3, "3"), (3, "5"), (1, "0.5")])
+def test_a_test_split_of_all_rows_is_refused(count, size, file, tmp_path):
+    dataset = write_rows(tmp_path / "problems.jsonl", GSM8K[:count])
+    message = rf"`test_split_size={size}` leaves no rows to train on: the dataset '.*problems.jsonl' has {count} in"
+    with pytest.raises(train.UsageError, match=message):
+        train.train(["--config", file(), "--dataset_name", dataset, *EVALUATES, "--test_split_size", size])
 
 
 def test_a_file_is_streamed(file, tmp_path):
@@ -455,6 +495,12 @@ def test_rows_without_a_reward_are_counted(file, tmp_path, caplog):
     dataset = write_rows(tmp_path / "problems.jsonl", rows)
     train.train(["--config", file(num_generations=4), "--dataset_name", dataset, "--problems"])
     assert "Skipped 1 of 8 problems: row 6" in caplog.text
+
+
+def test_the_epochs_of_a_length_in_steps_have_no_meaning(file, monkeypatch):
+    monkeypatch.setattr(train, "_launch", lambda arguments: 0)
+    line = ["--config", file(num_train_epochs=0), "--dataset_name", "on/the-hub", "--problems"]
+    assert train.main(line) == 0
 
 
 def test_an_optimizer_that_needs_the_model_is_left_to_the_trainer(file, monkeypatch):

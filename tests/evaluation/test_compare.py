@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from trl_a3po.cli import compare as compare_command
 from trl_a3po.cli import main as cli
 from trl_a3po.evaluation import metrics
 from trl_a3po.evaluation.compare import Difference, compare, markdown, read_result
@@ -241,6 +242,8 @@ def test_the_command(write, tmp_path, capsys, monkeypatch):
         (["b", "a"], "There is no directory 'b'. Pass the `output_dir` of `trl-a3po eval`."),
         (["page.html", "a"], "There is no directory 'page.html'. Pass the `output_dir` of `trl-a3po eval`."),
         (["c", "d", "--output", "c/samples.jsonl"], "c/samples.jsonl' exists and is no HTML page."),
+        (["c", "d", "--output", "none/page.html"], "/none' to write 'page.html' into. Make it first."),
+        (["c", "d", "--output", "c"], "needs the name of a file, but 'c' is a directory. Choose 'c/comparison.html'."),
     ],
 )
 def test_bad_lines_are_refused(line, message, write, tmp_path, capsys, monkeypatch):
@@ -255,3 +258,19 @@ def test_bad_lines_are_refused(line, message, write, tmp_path, capsys, monkeypat
         status = error.code
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["c", "none/page.html"])
+def test_where_the_page_goes_is_checked_before_the_work(output, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_command, "read_result", lambda *_: pytest.fail("an evaluation was read"))
+    directories = [str(write(name, {"1?": [1.0]})) for name in ("c", "d")]
+    assert cli.main(["compare", *directories, "--output", output]) == 2
+
+
+def test_a_page_that_cannot_be_written_loses_no_comparison(write, tmp_path, capsys):
+    directories = [str(write(name, {"1?": [1.0]})) for name in ("c", "d")]
+    assert cli.main(["compare", *directories, "--output", f"{directories[0]}/samples.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    assert "d minus c, 1 problems, paired" in out
+    assert "exists and is no HTML page" in err

@@ -112,6 +112,29 @@ def test_products_lists_and_texts_stay_as_they_are(answer):
         ("1/2%", ["0.5\\%", "0.005"], ["50", "0.5"]),
         ("1e5 meters", ["100000"], ["5"]),
         ("1e3%", ["10"], ["1", "1000"]),
+        # Characters at which math-verify stops.
+        ("1.5e-3", ["0.0015"], ["1.5", "-3"]),
+        ("10^-3", ["0.001", "10^{-3}"], ["10"]),
+        ("10⁻³", ["0.001", "10^{-3}"], ["10"]),
+        ("5 × 10^-3", ["0.005"], ["0.001", "5"]),
+        ("5²", ["25"], ["5"]),
+        ("12 cm²", ["12"], ["144"]),
+        ("2^-x", ["2^{-x}"], ["2"]),
+        ("2√3", ["2\\sqrt{3}", "\\sqrt{12}"], ["2", "3"]),
+        ("1+√(x+1)", ["1+\\sqrt{x+1}"], ["1"]),
+        ("∛9", ["\\sqrt[3]{9}"], ["3"]),
+        ("2¾", ["2.75", "\\frac{11}{4}"], ["2", "1.5"]),
+        ("½", ["0.5"], ["1"]),
+        ("½ hours", ["0.5"], ["2"]),
+        ("½x", ["\\frac{x}{2}"], ["\\frac{1}{2x}"]),
+        ("1⁄2", ["0.5"], ["1"]),
+        ("3·4", ["12"], ["3"]),
+        ("–3", ["-3"], ["3"]),
+        ("1 ± √2", ["1 \\pm \\sqrt{2}"], ["1"]),
+        ("(−∞, 3]", ["(-\\infty, 3]"], ["3"]),
+        ("(1,2) ∪ (3,4)", ["(1,2) \\cup (3,4)"], ["(1,2)"]),
+        ("$5 and $6", ["5 and 6", "\\{5, 6\\}"], ["6", "5"]),
+        ("$3.50/$2", ["1.75"], ["3.5"]),
     ],
 )
 def test_plain_answers_are_read_as_people_mean_them(answer, right, wrong):
@@ -423,11 +446,47 @@ def test_an_empty_instruction_is_none():
     assert row["prompt"][0]["content"] == "1?"
 
 
-def test_an_instruction_follows_a_problem_in_parts():
-    parts = [{"type": "text", "text": "1+1?"}]
+def test_the_parts_of_a_problem_are_one_text():
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}], "solution": "2"}])
     (row,) = to_prompt_and_solution(dataset, "Box it.")
-    assert row["prompt"][0]["content"] == [*parts, {"type": "text", "text": "\nBox it."}]
+    assert row["prompt"][0]["content"] == "1+1?\nBox it."
+
+
+@pytest.mark.parametrize("role", ["assistant", "system"])
+def test_an_instruction_needs_a_message_of_the_user(role):
+    messages = [{"role": "user", "content": "1?"}, {"role": role, "content": "So"}]
+    dataset = Dataset.from_list([{"prompt": messages, "solution": "1"}])
+    (row,) = to_prompt_and_solution(dataset)
+    assert row["prompt"] == messages
+    for added in ({"instruction": "Box it."}, {"worked_examples": messages}):
+        with pytest.raises(ValueError, match=rf"^Row 0 .* ends with a message of the role '{role}'"):
+            to_prompt_and_solution(dataset, **added)
+
+
+@pytest.mark.parametrize(
+    "choices", [{"options": ["red", "blue"]}, {"choices": {"text": ["red", "blue"], "label": ["A", "B"]}}]
+)
+def test_answers_to_choose_from_belong_to_the_text(choices):
+    def read(text):
+        return to_prompt_and_solution(Dataset.from_list([{"question": text, "answer": "B", **choices}]))
+
+    (row,) = read("Which? A: red, B: blue")
+    assert row["prompt"][0]["content"] == "Which? A: red, B: blue"
+    (name,) = choices
+    with pytest.raises(ValueError, match=rf"^Row 0 .* \(`{name}`\).*: 'blue' is missing\. Put them into the text"):
+        read("Which? A: red")
+
+
+def test_a_derivation_without_a_final_answer_is_no_answer(caplog):
+    texts = [
+        "By lemma 3, the product of two such numbers is even.",
+        "The answer is 7",
+        "It is long, but so: \\boxed{2}",
+    ]
+    dataset = Dataset.from_list([{"problem": "?", "solution": text} for text in texts])
+    assert to_prompt_and_solution(dataset)["row"] == [1, 2]
+    assert "Skipped 1 of 3 problems: row 0" in caplog.text
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "json", "parquet"])

@@ -1,6 +1,7 @@
 """`trl-a3po eval`: whole evaluations, resumed, refused where anything changed, and ended by no problem."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -637,6 +638,33 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr()
     assert "checkpoint-2' contains no model" in out.err
     assert "checkpoint-12 minus checkpoint-10" in out.out
+
+
+def test_checkpoints_of_an_earlier_run_are_no_part_of_the_curve(tmp_path, capsys, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command: evaluated.append(command[-3]) or SimpleNamespace(returncode=2)
+    )
+    for second, (step, loss) in enumerate([(1, 0.1), (2, 0.1), (3, 0.1), (1, 0.2)]):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir(exist_ok=True)
+        log = [{"step": each, "loss": loss} for each in range(1, step + 1)]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+        os.utime(checkpoint / "trainer_state.json", (second, second))
+    rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "2"}])
+    line = ["eval", "--model_name_or_path", str(tmp_path), "--dataset_name", rows, "--checkpoints"]
+    assert cli.main([*line, "--output_dir", str(tmp_path / "curve")]) == 2
+    assert evaluated == [str(tmp_path / "checkpoint-1")]
+    assert "are of a run that" in (out := capsys.readouterr().out)
+    assert "held before: checkpoint-2, checkpoint-3\n" in out
+
+
+def test_solutions_are_checked_before_anything_is_sampled(tmp_path, capsys):
+    rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "a\nb"}])
+    line = ["eval", "--model_name_or_path", "nothing", "--dataset_name", rows, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        cli.main(line)
+    assert "cannot parse any of the 1 solutions for evaluation, such as '$a\\nb$'" in capsys.readouterr().err
 
 
 def test_a_dataset_is_checked_before_any_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):

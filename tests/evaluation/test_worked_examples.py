@@ -3,6 +3,8 @@
 import json
 import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, IterableDataset
 
@@ -69,6 +71,7 @@ def test_a_prompt_of_one_turn_is_a_problem(write):
     ("rows", "message"),
     [
         ([], "'.*examples.jsonl' is empty"),
+        ([{}], "The worked examples '.*examples.jsonl' have no rows with columns. Write at least one row with"),
         ([{"text": "a"}], r"columns \['text'\], and no solution to show"),
         ([{"answer": "\\boxed{1}"}], r"The dataset has the columns \['answer'\]"),
         ([{"prompt": "1?", "reward_model": {"ground_truth": "1"}}], "and no solution to show"),
@@ -104,6 +107,13 @@ def test_files_that_cannot_be_read(write, tmp_path):
     (tmp_path / "broken.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"Cannot read the dataset '.*broken.parquet': .*[Pp]arquet"):
         load_worked_examples(str(tmp_path / "broken.parquet"))
+
+
+def test_a_file_of_columns_without_rows(tmp_path):
+    path = tmp_path / "examples.parquet"
+    pq.write_table(pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), path)
+    with pytest.raises(ValueError, match=r"The worked examples '.*examples\.parquet' have no rows with columns"):
+        load_worked_examples(str(path))
 
 
 def test_a_path_is_no_pattern_and_an_edited_file_is_read_again(write, tmp_path):

@@ -1,6 +1,8 @@
 """The example of a pretrained model: its commands are read by their parsers, in order, and a run is not mixed up."""
 
+import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,13 +25,13 @@ def start(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name, raising=False)
     program = runpy.run_path(str(FOLDER / "train.py"))
 
-    def start(*line, has_vllm=False):
+    def start(*line, has_vllm=False, model="model"):
         commands = []
         main = program["main"]
         monkeypatch.setitem(main.__globals__, "run", lambda *words: commands.append([*map(str, words)]))
         found = object() if has_vllm else None
         monkeypatch.setattr(main.__globals__["importlib"].util, "find_spec", lambda name: found)
-        main(["--model", "model", *line])
+        main([*(["--model", model] if model else []), *line])
         return commands
 
     return start
@@ -93,9 +95,91 @@ def test_an_interrupted_run_continues_and_a_finished_one_is_not_trained_again(st
 
 def test_another_run_in_the_same_folder_is_refused(start, capsys):
     start()
+    for part in ("before/samples.jsonl", "model/config.json"):
+        path = Path("build/real-cpu", part)
+        path.parent.mkdir()
+        path.touch()
+        with pytest.raises(SystemExit):
+            start("--lora")
+        assert "'build/real-cpu' holds a run with the options {'preset': 'cpu'" in capsys.readouterr().err
+        assert len(start()) == 5
+        path.unlink()
+        path.parent.rmdir()
+
+
+def test_a_mistake_can_be_corrected_in_the_same_folder(start):
+    start("--model", "nomodel")
+    assert len(start("--lora")) == 5
+    assert json.loads(Path("build/real-cpu/options.json").read_text())["lora"]
+
+
+@pytest.mark.parametrize("text", ["", '{"preset": "cp'])
+def test_damaged_options_of_a_run_are_named(text, start, capsys):
+    start()
+    record, samples = Path("build/real-cpu/options.json"), Path("build/real-cpu/before/samples.jsonl")
+    record.write_text(text)
+    samples.parent.mkdir()
+    samples.touch()
     with pytest.raises(SystemExit):
-        start("--lora")
-    assert "'build/real-cpu' holds a run with the options {'preset': 'cpu'" in capsys.readouterr().err
+        start()
+    message = " ".join(capsys.readouterr().err.split())
+    assert "'build/real-cpu/options.json' must hold the options of the run" in message
+    assert "is not JSON" in message
+    assert "Delete it if the run had the options of this command. Else pass another `--output`." in message
+    samples.unlink()  # of nothing that ran, any are taken
+    assert len(start()) == 5
+
+
+@pytest.mark.parametrize("output", ["file", "file/folder"])
+def test_an_output_that_is_no_folder_is_refused(output, start, capsys):
+    Path("file").touch()
+    with pytest.raises(SystemExit) as error:
+        start("--output", output)
+    assert error.value.code == 2
+    assert f"`--output` must be a folder, and '{output}' cannot be one: " in capsys.readouterr().err
+
+
+def test_a_folder_of_other_files_is_no_checkpoint(start, capsys, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    Path("build/smollm2").mkdir(parents=True)
+    Path("build/smollm2/notes.txt").touch()
+    with pytest.raises(SystemExit) as error:
+        start(model=None)
+    assert error.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert (
+        "'build/smollm2' has files, but no checkpoint. Choose another directory, or empty it. Instead, you" in message
+    )
+
+
+@pytest.mark.parametrize("name", ["checkpoint.py", "problems.py"])
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ([], 2, "the following arguments are required: DIRECTORY"),
+        (["--help"], 0, "where the "),
+        (["--unknown"], 2, "the following arguments are required: DIRECTORY"),
+        (["file"], 2, "hoose another directory"),
+    ],
+)
+def test_the_other_programs_read_their_line(name, line, status, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    (tmp_path / "file").touch()
+    command = [sys.executable, FOLDER / name, *line]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == status
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_programs_are_called_as_the_documents_say(tmp_path):
+    (tmp_path / "config.json").touch()
+    result = subprocess.run([sys.executable, FOLDER / "checkpoint.py", tmp_path], capture_output=True, text=True)
+    assert result.stdout == f"{tmp_path}\n", result.stderr
+    subprocess.run([sys.executable, FOLDER / "problems.py", tmp_path / "problems"], check=True)
+    names = ["other.jsonl", "test.jsonl", "train.jsonl", "worked_examples.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "problems").iterdir()) == names
 
 
 def test_a_package_that_cannot_be_downloaded_skips_the_tests_of_the_model(monkeypatch, tmp_path):

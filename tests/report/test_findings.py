@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import logged_runs
-from support.findings import CASES, FLAT, STEPS, constant, history, late
+from support.findings import CASES, FLAT, STEPS, constant, history, late, signal
 
 from trl_a3po.cli.report import main
 from trl_a3po.report.findings import find
@@ -214,6 +214,33 @@ def test_rewards_that_are_none_in_the_log_of_trl():
 )
 def test_odd_logs_have_no_findings(logs):
     assert names(logs) == []
+
+
+def without(log_history, name):
+    return [{key: value for key, value in entry.items() if key != name} for entry in log_history]
+
+
+@pytest.mark.parametrize("lacking", ["not there", "not a number"])
+def test_a_log_of_reasons_that_lacks_the_share_with_a_signal(lacking):
+    share = "signal/completions/signal"
+    logs = history(**{**signal(all_equal=1.0), share: math.nan, "frac_reward_zero_std": None})
+    if lacking == "not there":
+        logs = without(logs, share)
+    [finding] = [each for each in find(logs) if each.name == "no signal: same reward within groups"]
+    assert finding.since == 0  # nothing says since when
+    assert "100 %" in finding.seen
+
+
+def test_a_share_above_1_is_taken_for_1():
+    logs = history(frac_reward_zero_std=1.5, **constant(0.0))
+    assert find(logs) == find(history(frac_reward_zero_std=1.0, **constant(0.0)))
+    assert "no signal: all wrong" in names(logs)
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e200, lambda t: 1e308 * math.cos(99 * t)])
+@pytest.mark.parametrize("name", ["reward", "reward_std", "grad_norm", "entropy", "loss", "eval_reward"])
+def test_values_too_large_to_calculate_with_are_not_known(name, value):
+    assert names(history(**{name: value})) == []
 
 
 def test_the_document_has_the_table_of_the_code():

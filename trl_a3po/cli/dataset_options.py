@@ -48,8 +48,13 @@ def resolve_datasets(
         raise ValueError("A stream has no length: pass `--max_steps`, or remove `--dataset_streaming`.")
     if streams and mixture.test_split_size is not None:
         raise ValueError("`test_split_size` cannot split a stream. Remove `--dataset_streaming`.")
-    if mixture.test_split_size is not None and mixture.test_split_size >= 1:
-        mixture.test_split_size = int(mixture.test_split_size)  # `datasets` needs a number of rows as an int
+    if mixture.test_split_size is not None:
+        mixture.test_split_size = _share_or_rows(mixture.test_split_size)
+        if not evaluates:  # the rows would be held out for nothing
+            raise ValueError(
+                "`test_split_size` holds out rows to evaluate on, but `eval_strategy` is 'no'. Pass "
+                "`--eval_strategy steps`, or leave out `test_split_size`."
+            )
     if streams and (train_slice or test_slice):
         raise ValueError("A stream has no slices. Remove `--dataset_streaming`.")
 
@@ -66,6 +71,18 @@ def resolve_datasets(
         mixture.streaming = streams
     script.dataset_train_split, script.dataset_test_split = train, test
     return train_slice, test_slice
+
+
+def _share_or_rows(size: float) -> float:
+    """The size of a test split. `datasets` needs a number of rows as an int."""
+    if 0 < size < 1:
+        return size
+    if size < 1 or size % 1 != 0:  # not a number is no whole number either
+        raise ValueError(
+            "`test_split_size` must be a share of the rows between 0 and 1, such as 0.1, or a whole number of rows, "
+            f"1 or more. Got {size}."
+        )
+    return int(size)
 
 
 def _split_and_slice(option: str, name: str) -> tuple[str, str | None]:

@@ -48,7 +48,7 @@ from ..training.dataset_checks import check_dataset_sizes
 from .eval import uncounted
 from .main import parser_of
 from .parser import Parser, group_options
-from .training_options import check_libraries, check_scheduler
+from .training_options import check_libraries, check_schedule
 
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def main(line: Sequence[str] | None = None) -> int:
         demo, config = parser.parse_args_and_config(list(sys.argv[1:] if line is None else line))
         refuse_empty(config, "output_dir")
         check_math_verify()
-        check_scheduler(config)
+        check_schedule(config)
         check_libraries(config)
         resume = resume_argument(config.resume_from_checkpoint)
         find_model(demo.model_name_or_path)

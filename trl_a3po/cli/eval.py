@@ -17,10 +17,10 @@ from typing import Any
 from trl import TrlParser
 
 from ..evaluation.metrics import check_math_verify
-from ..evaluation.problems import load_problems
+from ..evaluation.problems import check_parseable, load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_problems
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
-from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked
+from ..training.checkpoint_files import PREVIOUS, STATE_FILE, checkpoints_in, is_marked, is_of_later_run
 from .compare import compare_directories
 from .main import exit_status, parser_of
 
@@ -47,6 +47,7 @@ def main(line: Sequence[str] | None = None) -> int:
         if arguments.max_problems is not None:
             problems = first_problems(problems, arguments.max_problems)
         check_no_overlap(problems, examples, "to evaluate on")
+        check_parseable(problems, "evaluation")
         if arguments.checkpoints:
             return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         results = evaluate(arguments, problems, worked_examples=examples)
@@ -71,6 +72,11 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     complete = [path for path in found if not is_marked(path)]
     if not complete:
         raise ValueError(f"'{run}' contains no complete checkpoint.")
+    earlier = [path for number, path in enumerate(complete) if any(_is_earlier(path, to) for to in complete[:number])]
+    if earlier:
+        names = ", ".join(path.name for path in earlier)
+        print(f"left out, because they are of a run that '{run}' held before: {names}")
+        complete = [path for path in complete if path not in earlier]
     status, results = 0, []
     for checkpoint in complete:
         directory = output / checkpoint.name
@@ -84,6 +90,12 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     if len(results) > 1:
         print(f"\n{compare_directories(results, output / 'comparison.html')}")
     return status
+
+
+def _is_earlier(checkpoint: Path, lower: Path) -> bool:
+    """Whether a checkpoint was there before the run began anew that has the one of a lower step."""
+    # A copy for inference may have no state.
+    return all((each / STATE_FILE).exists() for each in (checkpoint, lower)) and is_of_later_run(lower, checkpoint)
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:

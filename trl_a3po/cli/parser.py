@@ -87,7 +87,9 @@ class Parser(TrlParser):
 
     def _check_config(self, path: Path, return_remaining_strings: bool = False, **_: Any) -> None:
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        except _RepeatedKeyError as error:
+            raise ValueError(f"'{path}' {error}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(config, dict):
@@ -128,6 +130,29 @@ class Parser(TrlParser):
                     fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())
                 if not fits:
                     raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.")
+
+
+class _RepeatedKeyError(ValueError):
+    """A mapping of a YAML file has a key twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a repeated key. YAML would take the last one, and say nothing."""
+
+    # Not where values are made: by then, a mapping may have the keys of others that it merges (`<<`).
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _RepeatedKeyError(
+                    f"has `{key.value}` on line {lines[name]} and again on line {line}. Keep one of them."
+                )
+            lines[name] = line
+        return node
 
 
 # What the file of `--config` contains for a type.

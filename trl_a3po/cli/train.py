@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
 from .main import exit_status, parser_of
 from .parser import Parser, group_options
-from .training_options import check_libraries, check_scheduler
+from .training_options import check_libraries, check_schedule
 
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,10 @@ class A3POScriptArguments(grpo.GRPOScriptArguments):
     )
     instruction: str | None = field(
         default=None,
-        metadata={"help": "Text appended to each problem, such as 'Put your final answer within \\boxed{}.'"},
+        metadata={
+            "help": "Text appended to each problem, such as 'Put your final answer within \\boxed{}.' Needs "
+            "`problems`."
+        },
     )
     worked_examples: str | None = field(
         default=None,
@@ -132,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown or [known.training_script])}")
         if model.model_name_or_path is None:
             parser.error("the following arguments are required: --model_name_or_path")
-        check_scheduler(config)
+        check_schedule(config)
         check_libraries(config)
         _resolve(script, config, mixture)
         _worked_examples(script, config, mixture)
@@ -152,6 +156,9 @@ def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMi
                 "answers."
             )
         script.reward_funcs = ["accuracy_reward"]
+    for name in ("worked_examples", "instruction"):
+        if getattr(script, name) and not script.problems:
+            raise UsageError(f"`{name}` has an effect only on problems. Pass `--problems`, or leave it out.")
     if _checks_answers(script) and importlib.util.find_spec("math_verify") is None:
         raise UsageError("`accuracy_reward` needs math-verify. Install it: pip install 'trl[math-verify]'")
     return resolve_datasets(script, mixture, config.eval_strategy != "no", config.max_steps)
@@ -161,8 +168,6 @@ def _worked_examples(script: A3POScriptArguments, config: A3POConfig, mixture: D
     """The messages that stand before each problem."""
     if script.worked_examples is None:
         return []
-    if not script.problems:
-        raise UsageError("`worked_examples` has an effect only on problems. Pass `--problems`, or leave it out.")
     if config.eval_strategy != "no" and (script.dataset_streaming or mixture.streaming):
         raise UsageError(
             "`worked_examples` are compared with all problems to evaluate on, and a stream cannot be read twice. "
@@ -360,6 +365,13 @@ def _usage_message(error: Exception, script: A3POScriptArguments, mixture: Datas
         return (
             f"The dataset '{names}' has no split '{split}', only {', '.join(known)}. Name one of them with "
             f"`--dataset_{option}_split`, or hold out rows of the training split with `--test_split_size 0.1`."
+        )
+    # `datasets` names its own argument, and says how many rows there are.
+    refused_split = re.search(r"(?:number of samples |n_samples=)(\d+)", str(error))
+    if refused_split and mixture.test_split_size is not None:
+        return (
+            f"`test_split_size={mixture.test_split_size}` leaves no rows to train on: the dataset '{names}' has "
+            f"{refused_split[1]} in all. Pass a smaller one."
         )
     return _one_line(error)
 

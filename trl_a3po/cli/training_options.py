@@ -1,5 +1,6 @@
-"""Checks of the options of training, for the commands that train: what `transformers` would find only later."""
+"""Checks of the options of training, for the commands that train: what `transformers` finds only later, or never."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -10,13 +11,15 @@ from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
 
 
-def check_scheduler(config: A3POConfig) -> None:
+def check_schedule(config: A3POConfig) -> None:
     """
-    Makes the schedule of the learning rate once, because `transformers` makes it only when training begins.
+    Checks the length of the training, and makes the schedule of the learning rate once, because `transformers` makes
+    it only when training begins.
 
     Raises:
-        `ValueError`: it cannot be made. The message names the options.
+        `ValueError`: the training has no steps, or the schedule cannot be made. The message names the options.
     """
+    _check_length(config)
     kind, settings = SchedulerType(config.lr_scheduler_type), cast(Any, config.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)
@@ -26,6 +29,20 @@ def check_scheduler(config: A3POConfig) -> None:
             f"`learning_rate={config.learning_rate}` with `lr_scheduler_type='{kind.value}'` and "
             f"`lr_scheduler_kwargs={settings}` does not work: {error}"
         ) from error
+
+
+def _check_length(config: A3POConfig) -> None:
+    """`transformers` accepts a training of no steps, and any negative `max_steps`. A3POConfig does so, too."""
+    if config.max_steps < -1 or config.max_steps == 0:
+        raise ValueError(
+            "`max_steps` must be a number of steps, 1 or more, or -1 for a length in epochs (`num_train_epochs`), got "
+            f"{config.max_steps}."
+        )
+    if config.max_steps == -1 and not 0 < config.num_train_epochs < math.inf:
+        raise ValueError(
+            f"`num_train_epochs` must be a number above 0, got {config.num_train_epochs}. Or pass `--max_steps` for a "
+            "length in steps."
+        )
 
 
 def check_libraries(config: A3POConfig) -> None:

@@ -9,6 +9,7 @@ import numbers
 import os
 import re
 import reprlib
+import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ ANSWERS_OF = {"prompt": ("solution",), "question": ("answer", "solution"), "prob
 PROBLEMS = tuple(ANSWERS_OF)
 ANSWERS = ("answer", "solution", "reward_model")
 PICTURES = ("image", "images")
+CHOICES = ("options", "choices")
 
 Message = dict[str, Any]
 
@@ -259,7 +261,7 @@ def to_prompt_and_solution(
         _check_type(column, features.get(column), name)
     convert = functools.partial(
         _convert,
-        columns=[each for each in columns if each in (*PROBLEMS, *ANSWERS, *PICTURES)],
+        columns=[each for each in columns if each in (*PROBLEMS, *ANSWERS, *PICTURES, *CHOICES)],
         mixed=[each for each in ANSWERS if "Json(" in repr(features.get(each))],
         instruction=instruction,
         worked_examples=list(worked_examples),
@@ -322,18 +324,17 @@ def _convert(
             raise ValueError(f"Row {number} (counted from 0) of {name}: {error}") from error
         if not (conversation and answers):
             continue
+        if (instruction or worked_examples) and (role := conversation[-1]["role"]) != "user":
+            raise ValueError(
+                f"Row {number} (counted from 0) of {name}: the problem ends with a message of the role {role!r}, so "
+                "an instruction or worked examples have no place. End it with the user's message, or leave them out."
+            )
         conversation = with_instruction(conversation, instruction)
         start = int(conversation[0]["role"] == "system")
-        examples = _in_parts(worked_examples) if isinstance(conversation[-1]["content"], list) else worked_examples
-        converted["prompt"].append([*conversation[:start], *examples, *conversation[start:]])
+        converted["prompt"].append([*conversation[:start], *worked_examples, *conversation[start:]])
         converted["solution"].append(answers)
         converted["row"].append(number)
     return converted
-
-
-def _in_parts(messages: Sequence[Message]) -> list[Message]:
-    """The messages with their texts in parts, like the problem's: the contents in a dataset have one type."""
-    return [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
 
 
 def _check_lists(answers: Any) -> None:
@@ -402,7 +403,10 @@ def check_parseable(dataset: Dataset, use: str) -> None:
     """
     unparseable = unparseable_rows(dataset)
     if len(unparseable) == len(dataset):
-        raise ValueError(f"math-verify cannot parse any of the {len(dataset)} solutions for {use}.")
+        raise ValueError(
+            f"math-verify cannot parse any of the {len(dataset)} solutions for {use}, such as "
+            f"{reprlib.repr(dataset['solution'][0])}. Write each as a number, or as LaTeX within dollar signs."
+        )
     if unparseable:
         logger.warning(
             "math-verify cannot parse the solutions of %d of %d problems for %s. They get no reward: %s.",
@@ -415,7 +419,7 @@ def check_parseable(dataset: Dataset, use: str) -> None:
 
 def as_conversation(problem: Any) -> list[Message]:
     """
-    The messages of a problem; none if it has no text.
+    The messages of a problem, each with one text; none if it has no text.
 
     Raises:
         `ValueError`: it is neither a text nor a list of messages of text.
@@ -429,7 +433,12 @@ def as_conversation(problem: Any) -> list[Message]:
             "a problem must be a text, or a list of messages with texts as `role` and `content`, got "
             f"{reprlib.repr(problem)}."
         )
-    return problem
+    # Templates of text models take a list of parts for a text. Processors make parts of a text themselves.
+    return [{**message, "content": _joined(message["content"])} for message in problem]
+
+
+def _joined(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _is_message(value: Any) -> bool:
@@ -450,7 +459,7 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
     Columns that are empty in this row do not count: a mixture of datasets has the columns of all of them.
 
     Raises:
-        `ValueError`: an answer has an unknown shape, or the problem has pictures.
+        `ValueError`: an answer has an unknown shape, or the problem has pictures, or choices that its text lacks.
     """
     for name in PICTURES:
         if row.get(name):
@@ -463,7 +472,25 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
     read = _reader(filled) or _reader(list(row))
     if read is None:
         raise _unknown(list(row))
-    return read(row)
+    problem, answers = read(row)
+    for name in CHOICES:
+        if missing := [each for each in _texts(row.get(name)) if each not in str(problem)]:
+            raise ValueError(
+                f"it has answers to choose from (`{name}`), and its text has not all of them: "
+                f"{reprlib.repr(missing[0])} is missing. Put them into the text of the problem, or remove the column."
+            )
+    return problem, answers
+
+
+def _texts(choices: Any) -> list[str]:
+    """The texts to choose from, in a list or in the lists or texts of a dictionary."""
+    if isinstance(choices, dict):
+        choices = list(choices.values())
+    if isinstance(choices, np.ndarray):
+        choices = choices.tolist()
+    if isinstance(choices, list):
+        return [text for each in choices for text in _texts(each)]
+    return [choices.strip()] if isinstance(choices, str) else []
 
 
 def _unknown(columns: list[str]) -> ValueError:
@@ -486,7 +513,8 @@ def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[st
 
     def read(row: dict[str, Any]) -> tuple[Any, list[str]]:
         first, *others = answers
-        accepted = accepted_answers(row[first])
+        is_derivation = first == "solution" and _is_derivation(row[first])
+        accepted = [] if is_derivation else accepted_answers(row[first])
         for name in others:
             if not accepted and _has_box(row[name]):
                 accepted = accepted_answers(row[name])
@@ -509,10 +537,7 @@ def with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> l
     if not instruction:
         return prompt
     *before, last = prompt
-    content = last["content"]
-    if isinstance(content, str):
-        return [*before, {**last, "content": f"{content}\n{instruction}"}]
-    return [*before, {**last, "content": [*content, {"type": "text", "text": f"\n{instruction}"}]}]
+    return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]
 
 
 # Answers
@@ -549,7 +574,8 @@ def final_answer(answer: Any) -> str:
 
     In GSM8K it follows `####`; in MATH it is the last `\boxed{...}` of the derivation. Other answers get dollar
     signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1. Within them, it reads letters as
-    factors, so `8 dollars`, `3 1/2`, `1 000`, `1e5` and the like become LaTeX too.
+    factors, and it stops at some characters, so `8 dollars`, `3 1/2`, `1 000`, `1e5`, `2√3`, `5²` and the like become
+    LaTeX too.
 
     Raises:
         `ValueError`: the answer is neither a text nor a number that is exact.
@@ -568,20 +594,37 @@ def final_answer(answer: Any) -> str:
     box = _last_box(text)
     if box is not None:
         return f"\\boxed{{{box}}}" if box else ""
-    if _IN_DELIMITERS.search(text):
+    if _IN_DELIMITERS.search(text) and not _are_currencies(text):
         return text
     if not text.strip("$. "):
         return ""
-    # A single dollar sign is a currency.
+    # Such a dollar sign, and a single one, is a currency.
     bare = _DOLLAR.sub(r"\\$", text.removesuffix("."))
-    return f"${_number_in_latex(bare)}$"
+    return f"${_number_in_latex(_symbols_in_latex(bare))}$"
+
+
+def _are_currencies(text: str) -> bool:
+    """Whether each dollar sign stands before a number: `$5 and $6` has no LaTeX between dollar signs."""
+    signs = [match.end() for match in _DOLLAR.finditer(text)]
+    return len(signs) > 1 and all(re.match(r"[-+]?\d", text[end:]) for end in signs)
+
+
+def _symbols_in_latex(text: str) -> str:
+    """A text without the characters at which math-verify stops reading, or which it does not read as people do."""
+    text = _RAISED.sub(lambda match: _power(match[0].translate(_LOWERED)), text)
+    text = _NEGATIVE_POWER.sub(r"^{\1}", text.translate(_SYMBOLS))
+    return _ROOT.sub(lambda match: rf"{_ROOTS[match[1]]}{{{match[2] or match[3]}}}", text)
+
+
+def _power(exponent: str) -> str:
+    return f"^{exponent}" if len(exponent) == 1 else f"^{{{exponent}}}"
 
 
 def _number_in_latex(text: str) -> str:
-    """A number as people write it, with its currency or unit; other texts as they are."""
-    match = _PLAIN_NUMBER.fullmatch(text)
+    """A number as people write it, with its currency or unit; other texts as they are, but for fractions like `½`."""
+    match = _PLAIN_NUMBER.fullmatch(_VULGAR.sub(lambda match: f" {_parts_of(match[0])}", text).strip())
     if match is None:
-        return text
+        return _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*_parts_of(match[0]).split("/")), text)
     before, whole, over, under, spaced, mantissa, exponent, number, percent, unit = match.groups()
     if over:
         number = f"{over}/{under}"
@@ -596,6 +639,33 @@ def _number_in_latex(text: str) -> str:
     return before + number + (r"\%" if percent else "") + (rf"\text{{ {unit}}}" if unit else "")
 
 
+def _parts_of(fraction: str) -> str:
+    """Such as `1/2`, for `½`."""
+    return unicodedata.normalize("NFKC", fraction).replace("⁄", "/")
+
+
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
+_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
+_NEGATIVE_POWER = re.compile(r"\^\s*(-(?:\d+|[a-zA-Z]))")
+_SYMBOLS = str.maketrans(
+    {
+        "⁄": "/",
+        "∕": "/",
+        "−": "-",
+        "–": "-",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "×": r"\times ",
+        "∞": r"\infty ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+    }
+)
+_ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]"}
+_ROOT = re.compile(r"([√∛])\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))")
+
 _NUMBER = r"\d[\d,]*(?:\.\d+)?"
 # Other words may be factors, or change the number: `2 L`, `3 xy`, `5 million`, `3 tenths`.
 _UNIT = (
@@ -607,7 +677,7 @@ _PLAIN_NUMBER = re.compile(
     r"((?:[-+]?\s*(?:\\\$)?|\\\$\s*[-+])\s*)"  # a sign and a currency
     r"(?:(?:(\d+)\s+)?([1-9]\d*)/([1-9]\d*)"
     r"|(\d{1,3}(?: \d{3})+(?:\.\d+)?)"
-    rf"|({_NUMBER})[eE](\d+|[-+]\d\d+)"
+    rf"|({_NUMBER}(?=[eE](?:\d|[-+]\d\d))|\d+\.\d+(?=[eE]))[eE]([-+]?\d+)"  # `2e-1` may be 2 times e, minus 1
     rf"|({_NUMBER}))"
     rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}))?"
 )
@@ -615,6 +685,16 @@ _PLAIN_NUMBER = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _IN_DELIMITERS = re.compile(r"(?<!\\)\$[^$]*[^$\s][^$]*(?<!\\)\$|\\\(.*\S.*\\\)|\\\[.*\S.*\\\]", re.DOTALL)
+
+
+def _is_derivation(text: Any) -> bool:
+    """Whether a text is several words without a mark of the final answer."""
+    if not isinstance(text, str) or _has_box(text) or "####" in text or _IN_DELIMITERS.search(text):
+        return False
+    return len(re.findall(r"[^\W\d_]{2,}", text)) > _WORDS
+
+
+_WORDS = 5  # our choice: `The answer is 7` has three
 
 
 def _has_box(text: Any) -> bool:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from .problems import READ_ERRORS, Message, file_source, problem_and_answers, unreadable, with_instruction
@@ -36,11 +37,18 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
     """
     source = file_source(name)
     try:
-        rows = load_dataset(**source, split="train")
+        # `datasets` cannot read a parquet file without rows.
+        has_rows = source["path"] != "parquet" or pq.read_metadata(name).num_rows > 0
+        rows = load_dataset(**source, split="train") if has_rows else None
     except READ_ERRORS as error:
         raise ValueError(unreadable(name, error)) from error
-    if not len(rows):
-        raise ValueError(f"'{name}' has no rows.")
+    except ValueError:  # it makes no split of rows that are `{}`
+        rows = None
+    if not rows:
+        raise ValueError(
+            f"The worked examples '{name}' have no rows with columns. Write at least one row with `question` and "
+            "`answer`."
+        )
     text_column = "solution" if "solution" in rows.column_names else "answer"
     if text_column not in rows.column_names:
         raise ValueError(

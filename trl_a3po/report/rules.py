@@ -786,7 +786,9 @@ RULES: tuple[Rule, ...] = (
 
 
 def _since(points: Points, holds: Callable[[float], bool], width: int = FEWEST_LOGS) -> int:
-    """The first step of the stretch, up to the last log, in which the moving mean holds."""
+    """The first step of the stretch, up to the last log, in which the moving mean holds; 0 if nothing is known."""
+    if not points:
+        return 0  # another metric shows it, and this one was not logged
     since = points[-1][0]
     for last in range(len(points), 0, -1):
         window = points[max(0, last - width) : last]

@@ -22,6 +22,8 @@ Points = list[tuple[int, float]]
 FEWEST_LOGS, FEWEST_STEPS = 3, 10
 # A difference of two means is real if it is larger than this many standard errors.
 ERRORS = 3.0
+# Trainers log numbers of 32 bits, up to 3e38. The square, or the sum, of a much larger one is too large for Python.
+LARGEST = 1e100
 # From this share of completions without a learning signal on, nothing is learned.
 MOST = 0.9
 # The reasons why a completion has no learning signal, as `signal/completions/{reason}`.
@@ -70,8 +72,8 @@ class Log:
         return any(is_enough(self.known(name)) for name in self)
 
     def known(self, name: str) -> Points:
-        """Without those that are not finite."""
-        return [(step, value) for step, value in self.all(name) if math.isfinite(value)]
+        """Without those that are not finite, or too large to calculate with."""
+        return [(step, value) for step, value in self.all(name) if abs(value) <= LARGEST]
 
     def start(self, name: str) -> float:
         points = self.known(name)
@@ -91,6 +93,7 @@ class Log:
         share = self.end("frac_reward_zero_std")
         if math.isnan(share):
             return {}
+        share = min(share, 1.0)  # a larger one is an error of the log
         names = [name for name in self if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
         scored = [name for name in names if not math.isnan(self.end(name))]
         rest = 1 - share + 1e-9
