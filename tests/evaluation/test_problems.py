@@ -6,6 +6,8 @@ import logging
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
@@ -671,13 +673,16 @@ def test_a_folder_is_read(tmp_path):
         ("blank.jsonl", "\n  \n", "'.*blank.jsonl' is empty"),
         ("blank.json", "\n", "'.*blank.json' is empty"),
         ("list.json", "[]", "'.*list.json' is empty"),
+        ("empty.parquet", pa.table({"question": [], "answer": []}), "'.*empty.parquet' is empty"),
         ("rows.csv", "question,answer\n1,2\n", r"'.*rows.csv' is not a \.jsonl, \.json, \.parquet file"),
         ("broken.jsonl", '{"question": 1\n', "Cannot read the dataset '.*broken.jsonl': .*JSON"),
         ("broken.parquet", "no parquet", "Cannot read the dataset '.*broken.parquet': .*[Pp]arquet"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused_in_one_line(name, content, message, tmp_path):
-    if content is not None:
+    if isinstance(content, pa.Table):
+        pq.write_table(content, tmp_path / name)
+    elif content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises((OSError, ValueError), match=message) as error:
         load_problems(str(tmp_path / name), "train")

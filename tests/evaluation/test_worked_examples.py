@@ -71,7 +71,7 @@ def test_a_prompt_of_one_turn_is_a_problem(write):
     ("rows", "message"),
     [
         ([], "'.*examples.jsonl' is empty"),
-        ([{}], "The worked examples '.*examples.jsonl' have no rows with columns. Write at least one row with"),
+        ([{}], "The worked examples '.*examples.jsonl' have no columns. Each row needs `question`"),
         ([{"text": "a"}], r"columns \['text'\], and no solution to show"),
         ([{"answer": "\\boxed{1}"}], r"The dataset has the columns \['answer'\]"),
         ([{"prompt": "1?", "reward_model": {"ground_truth": "1"}}], "and no solution to show"),
@@ -112,7 +112,7 @@ def test_files_that_cannot_be_read(write, tmp_path):
 def test_a_file_of_columns_without_rows(tmp_path):
     path = tmp_path / "examples.parquet"
     pq.write_table(pa.table({"question": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), path)
-    with pytest.raises(ValueError, match=r"The worked examples '.*examples\.parquet' have no rows with columns"):
+    with pytest.raises(ValueError, match=r"'.*examples\.parquet' is empty"):
         load_worked_examples(str(path))
 
 

@@ -12,12 +12,14 @@ import reprlib
 import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
@@ -69,6 +71,10 @@ def check_file(name: str) -> None:
         raise ValueError(f"'{name}' is empty.")
     if LOADERS[path.suffix] == "json":
         _check_lines(name)
+        return
+    with suppress(pa.ArrowInvalid):  # `datasets` says what is wrong with the file, but cannot read one without rows
+        if not pq.read_metadata(name).num_rows:
+            raise ValueError(f"'{name}' is empty.")
 
 
 def check_folder(name: str, *arguments: Any) -> None:

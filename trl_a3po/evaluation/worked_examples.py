@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 from .problems import READ_ERRORS, Message, file_source, problem_and_answers, unreadable, with_instruction
@@ -37,18 +36,13 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
     """
     source = file_source(name)
     try:
-        # `datasets` cannot read a parquet file without rows.
-        has_rows = source["path"] != "parquet" or pq.read_metadata(name).num_rows > 0
-        rows = load_dataset(**source, split="train") if has_rows else None
+        rows = load_dataset(**source, split="train")
     except READ_ERRORS as error:
         raise ValueError(unreadable(name, error)) from error
-    except ValueError:  # it makes no split of rows that are `{}`
-        rows = None
-    if not rows:
+    except ValueError as error:  # `datasets` makes no split of rows that are `{}`
         raise ValueError(
-            f"The worked examples '{name}' have no rows with columns. Write at least one row with `question` and "
-            "`answer`."
-        )
+            f"The worked examples '{name}' have no columns. Each row needs `question` and `answer`."
+        ) from error
     text_column = "solution" if "solution" in rows.column_names else "answer"
     if text_column not in rows.column_names:
         raise ValueError(
