@@ -376,7 +376,7 @@ def test_a_dataset_smaller_than_a_generation_batch(file, tmp_path):
     ("content", "options", "message"),
     [
         ('{"question": 1\n', [], "Cannot read the dataset '.*problems.jsonl': .*JSON"),
-        ('{"question": "1+1?", "answer": ""}\n', [], "None of the 1 problems has both a text and an answer"),
+        ('{"question": "1+1?", "answer": ""}\n', [], "None of the 1 problems has both a text and a final answer"),
         ('{"question": "1+1?", "answer": "$no.$ $x$"}\n', ["--reward_funcs", "nowhere.reward"], "No module named"),
         ('{"text": "1+1?"}\n', [], r"has the columns \['text'\]"),
         (

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 
+from trl_a3po.evaluation.answers import accepted_answers, final_answer
 from trl_a3po.evaluation.problems import (
-    accepted_answers,
     file_source,
-    final_answer,
     load_problems,
     split_off_last,
     to_prompt_and_solution,
@@ -93,6 +92,25 @@ def test_products_lists_and_texts_stay_as_they_are(answer):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        *("48 m²", "48m²", "100 in²", "5cm²", "9.8 m/s²", "25 m s⁻¹", "12 kg·m²", "SO₄²⁻", "Ca²⁺", "½ hours", "10–20"),
+        *("2–3 days", "Diels–Alder reaction", "−1,234", "-5", "e^-kt", "e^-2x"),
+    ],
+)
+def test_words_units_and_ranges_stay_as_they_are(answer):
+    assert final_answer(answer) == f"${answer}$"
+    assert score(answer, [final_answer(answer)]) == 1.0
+
+
+@pytest.mark.parametrize(
+    "answer", ["She pays $5 for apples and $6 for pears, for a total of $11.", "$20 – $5 = $15", "$10-$20"]
+)
+def test_other_texts_with_several_dollar_signs_stay_as_they_are(answer):
+    assert final_answer(answer) == answer
+
+
+@pytest.mark.parametrize(
     ("answer", "right", "wrong"),
     [
         ("8 dollars", ["8", "\\$8", "8\\text{ dollars}", "8.0"], ["9", "9\\text{ dollars}", "80"]),
@@ -120,14 +138,14 @@ def test_products_lists_and_texts_stay_as_they_are(answer):
         ("10⁻³", ["0.001", "10^{-3}"], ["10"]),
         ("5 × 10^-3", ["0.005"], ["0.001", "5"]),
         ("5²", ["25"], ["5"]),
-        ("12 cm²", ["12"], ["144"]),
         ("2^-x", ["2^{-x}"], ["2"]),
         ("2√3", ["2\\sqrt{3}", "\\sqrt{12}"], ["2", "3"]),
         ("1+√(x+1)", ["1+\\sqrt{x+1}"], ["1"]),
+        ("√1,000", ["\\sqrt{1000}"], ["1", "0"]),
+        ("10^-6.5", ["10^{-6.5}"], ["5*10^{-7}", "10"]),
         ("∛9", ["\\sqrt[3]{9}"], ["3"]),
         ("2¾", ["2.75", "\\frac{11}{4}"], ["2", "1.5"]),
         ("½", ["0.5"], ["1"]),
-        ("½ hours", ["0.5"], ["2"]),
         ("½x", ["\\frac{x}{2}"], ["\\frac{1}{2x}"]),
         ("1⁄2", ["0.5"], ["1"]),
         ("3·4", ["12"], ["3"]),
@@ -349,7 +367,7 @@ def test_rows_without_an_answer_are_skipped_and_named(caplog):
         problems = to_prompt_and_solution(dataset)
     assert list(problems["solution"]) == ["$1$", "$5$"]
     assert [prompt[0]["content"] for prompt in problems["prompt"]] == ["0?", "4?"]
-    assert "Skipped 4 of 6 problems: rows 1, 2, 3, 5 (counted from 0) without a text or an answer." in caplog.text
+    assert "Skipped 4 of 6 problems: rows 1, 2, 3, 5 (counted from 0) without a text or a final answer." in caplog.text
 
 
 def test_many_skipped_rows_are_counted(caplog):
@@ -374,7 +392,7 @@ def test_rows_without_an_answer_in_a_stream(caplog):
 
 
 def test_no_problem_left_is_refused():
-    with pytest.raises(ValueError, match="None of the 2 problems has both a text and an answer"):
+    with pytest.raises(ValueError, match="None of the 2 problems has both a text and a final answer"):
         to_prompt_and_solution(Dataset.from_list([{"question": "?", "answer": ""}] * 2))
     with pytest.raises(ValueError, match="There are no rows in the dataset"):
         to_prompt_and_solution(Dataset.from_dict({"question": [], "answer": []}))
@@ -466,21 +484,34 @@ def test_an_instruction_needs_a_message_of_the_user(role):
             to_prompt_and_solution(dataset, **added)
 
 
+CHOICES = ["Newton's law", 'the "other"\nlaw']
+
+
+@pytest.mark.parametrize("answer", ["B", "(B)", "$B$"])
 @pytest.mark.parametrize(
-    "choices", [{"options": ["red", "blue"]}, {"choices": {"text": ["red", "blue"], "label": ["A", "B"]}}]
+    "choices",
+    [
+        {"options": CHOICES},
+        {"options": ["A) Newton's law.", 'B)the "other" law']},
+        {"choices": {"text": CHOICES, "label": ["A", "B"]}},
+        {"choices": json.dumps(CHOICES)},
+    ],
 )
-def test_answers_to_choose_from_belong_to_the_text(choices):
-    def read(text):
-        return to_prompt_and_solution(Dataset.from_list([{"question": text, "answer": "B", **choices}]))
+def test_what_a_letter_chooses_from_belongs_to_the_text(choices, answer):
+    def read(text, answer=answer):
+        prompt = [{"role": "user", "content": text}]
+        return to_prompt_and_solution(Dataset.from_list([{"prompt": prompt, "solution": answer, **choices}]))
 
-    (row,) = read("Which? A: red, B: blue")
-    assert row["prompt"][0]["content"] == "Which? A: red, B: blue"
+    text = 'Which?\n(A) newton\'s law (B) the "other"  law'
+    (row,) = read(text)
+    assert row["prompt"][0]["content"] == text
     (name,) = choices
-    with pytest.raises(ValueError, match=rf"^Row 0 .* \(`{name}`\).*: 'blue' is missing\. Put them into the text"):
-        read("Which? A: red")
+    with pytest.raises(ValueError, match=rf"^Row 0 .* its text lacks .* \(`{name}`\), such as .*Put it into the text"):
+        read("Which?\n(A) Newton's law")
+    read("Which?", 'the "other" law')  # may be found without them
 
 
-def test_a_derivation_without_a_final_answer_is_no_answer(caplog):
+def test_a_sentence_without_a_final_answer_is_no_answer(caplog):
     texts = [
         "By lemma 3, the product of two such numbers is even.",
         "The answer is 7",
@@ -489,6 +520,15 @@ def test_a_derivation_without_a_final_answer_is_no_answer(caplog):
     dataset = Dataset.from_list([{"problem": "?", "solution": text} for text in texts])
     assert to_prompt_and_solution(dataset)["row"] == [1, 2]
     assert "Skipped 1 of 3 problems: row 0" in caplog.text
+    formulas = [
+        r"\begin{pmatrix} \frac{1}{2} & \frac{1}{3} \\ 0 & 1 \end{pmatrix}",
+        r"\left(-\infty,-\frac{1}{2}\right)\cup\left(\frac{1}{2},\infty\right)",
+        r"x \in \left[ \frac{\pi}{4}, \frac{3\pi}{4} \right]",
+    ]
+    dataset = Dataset.from_list([{"problem": "?", "solution": formula} for formula in formulas])
+    assert to_prompt_and_solution(dataset)["solution"] == [f"${formula}$" for formula in formulas]
+    (row,) = to_prompt_and_solution(Dataset.from_list([{"prompt": "?", "solution": texts[0]}]))
+    assert row["solution"] == f"${texts[0].rstrip('.')}$"  # TRL's columns
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "json", "parquet"])

@@ -71,7 +71,7 @@ def test_a_prompt_of_one_turn_is_a_problem(write):
     ("rows", "message"),
     [
         ([], "'.*examples.jsonl' is empty"),
-        ([{}], "The worked examples '.*examples.jsonl' have no columns. Each row needs `question`"),
+        ([{}], "The worked examples '.*examples.jsonl' cannot be read: .* Each row needs `question`"),
         ([{"text": "a"}], r"columns \['text'\], and no solution to show"),
         ([{"answer": "\\boxed{1}"}], r"The dataset has the columns \['answer'\]"),
         ([{"prompt": "1?", "reward_model": {"ground_truth": "1"}}], "and no solution to show"),

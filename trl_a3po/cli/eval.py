@@ -47,9 +47,9 @@ def main(line: Sequence[str] | None = None) -> int:
         if arguments.max_problems is not None:
             problems = first_problems(problems, arguments.max_problems)
         check_no_overlap(problems, examples, "to evaluate on")
-        check_parseable(problems, "evaluation")
         if arguments.checkpoints:
             return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
+        check_parseable(problems, "evaluation", "do not count")
         results = evaluate(arguments, problems, worked_examples=examples)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -4,12 +4,9 @@ import functools
 import glob
 import json
 import logging
-import math
-import numbers
 import os
 import re
 import reprlib
-import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +21,7 @@ import yaml
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
+from .answers import accepted_answers, decoded, has_box, is_derivation
 from .files import hash_of_file
 
 
@@ -240,7 +238,8 @@ def to_prompt_and_solution(
 
     A `solution` is a string, in a form that math-verify reads. If some problem has several accepted answers, the
     `solution` of every problem is a list of strings: [`trl_a3po.rewards.accuracy_reward`] takes both. Problems without
-    a text or without an answer are skipped, and a warning says how many and which. `row` is the number of each row
+    a text or without an answer are skipped, and a warning says how many and which. Beside `question` and `problem`, a
+    `solution` of sentences is an answer only if it marks one. `row` is the number of each row
     before others were skipped; streams have no such column.
 
     Args:
@@ -257,7 +256,8 @@ def to_prompt_and_solution(
 
     Raises:
         `ValueError`: the dataset has other columns, a problem or an answer has an unknown shape, a problem has
-        pictures, or no problem is left. The message names the row.
+        pictures, or lacks the choices of which its answer is the letter, or does not end with the user's message while
+        there is something to add, or no problem is left. The message names the row.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     if _reader(columns) is None:
@@ -283,12 +283,16 @@ def to_prompt_and_solution(
     mapped = dataset.map(convert, batched=True, with_indices=True, remove_columns=columns, load_from_cache_file=False)
     if not len(mapped):
         raise ValueError(
-            f"None of the {len(dataset)} problems has both a text and an answer (columns {columns} of {name})."
+            f"None of the {len(dataset)} problems has both a text and a final answer (columns {columns} of {name}). "
+            r"In the sentences of a `solution`, it is within \boxed{} or dollar signs, or after ####."
         )
     kept = set(mapped["row"])
     if skipped := [each for each in row_numbers or range(len(dataset)) if each not in kept]:
         logger.warning(
-            "Skipped %d of %d problems: %s without a text or an answer.", len(skipped), len(dataset), rows(skipped)
+            "Skipped %d of %d problems: %s without a text or a final answer.",
+            len(skipped),
+            len(dataset),
+            rows(skipped),
         )
     if pc.max(pc.list_value_length(mapped.data.column("solution"))).as_py() > 1:
         return mapped
@@ -399,10 +403,10 @@ def unparseable_rows(dataset: Dataset) -> list[int]:
     return found
 
 
-def check_parseable(dataset: Dataset, use: str) -> None:
+def check_parseable(dataset: Dataset, use: str, consequence: str = "get no reward") -> None:
     """
     Warns about the problems of [`to_prompt_and_solution`] that `accuracy_reward` cannot score. `use` is what they are
-    for, such as `"training"`.
+    for, such as `"training"`, and `consequence` what becomes of them.
 
     Raises:
         `ValueError`: it can score none.
@@ -415,10 +419,11 @@ def check_parseable(dataset: Dataset, use: str) -> None:
         )
     if unparseable:
         logger.warning(
-            "math-verify cannot parse the solutions of %d of %d problems for %s. They get no reward: %s.",
+            "math-verify cannot parse the solutions of %d of %d problems for %s. They %s: %s.",
             len(unparseable),
             len(dataset),
             use,
+            consequence,
             rows(unparseable),
         )
 
@@ -479,24 +484,37 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
     if read is None:
         raise _unknown(list(row))
     problem, answers = read(row)
-    for name in CHOICES:
-        if missing := [each for each in _texts(row.get(name)) if each not in str(problem)]:
-            raise ValueError(
-                f"it has answers to choose from (`{name}`), and its text has not all of them: "
-                f"{reprlib.repr(missing[0])} is missing. Put them into the text of the problem, or remove the column."
-            )
+    if answers and all(_LABEL.fullmatch(answer) for answer in answers):
+        for name in CHOICES:
+            text = _plain(" ".join(message["content"] for message in as_conversation(problem)))
+            missing = [each for each in _texts(row.get(name)) if _plain(_MARK.sub("", each)) not in text]
+            if text and missing:
+                raise ValueError(
+                    f"its answer is a letter, and its text lacks what to choose from (`{name}`), such as "
+                    f"{reprlib.repr(missing[0])}. Put it into the text of the problem."
+                )
     return problem, answers
 
 
+_LABEL = re.compile(r"\$?\(?[A-J]\)?\$?")  # of a choice
+_MARK = re.compile(r"^\s*\(?[A-J][).:]\s*")  # before the text of a choice
+
+
 def _texts(choices: Any) -> list[str]:
-    """The texts to choose from, in a list or in the lists or texts of a dictionary."""
+    """The texts to choose from, in a list, or in the lists or texts of a dictionary."""
+    choices = decoded(choices)
     if isinstance(choices, dict):
-        choices = list(choices.values())
+        choices = choices.get("text", list(choices.values()))
     if isinstance(choices, np.ndarray):
         choices = choices.tolist()
     if isinstance(choices, list):
         return [text for each in choices for text in _texts(each)]
-    return [choices.strip()] if isinstance(choices, str) else []
+    return [] if choices is None else [str(choices)]
+
+
+def _plain(text: str) -> str:
+    """Without what differs between two ways to write a choice."""
+    return re.sub(r"[\s$.]", "", text).casefold()
 
 
 def _unknown(columns: list[str]) -> ValueError:
@@ -519,10 +537,11 @@ def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[st
 
     def read(row: dict[str, Any]) -> tuple[Any, list[str]]:
         first, *others = answers
-        is_derivation = first == "solution" and _is_derivation(row[first])
-        accepted = [] if is_derivation else accepted_answers(row[first])
+        # With `prompt`, `solution` is the answer that TRL's rewards take.
+        is_answer = problem == "prompt" or first != "solution" or not is_derivation(row[first])
+        accepted = accepted_answers(row[first]) if is_answer else []
         for name in others:
-            if not accepted and _has_box(row[name]):
+            if not accepted and has_box(row[name]):
                 accepted = accepted_answers(row[name])
         return row[problem], accepted
 
@@ -530,7 +549,7 @@ def _reader(columns: list[str]) -> Callable[[dict[str, Any]], tuple[Any, list[st
 
 
 def _verl_answers(reward_model: Any) -> list[str]:
-    reward_model = _decoded(reward_model)
+    reward_model = decoded(reward_model)
     if not reward_model:
         return []
     if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
@@ -544,204 +563,3 @@ def with_instruction(prompt: list[dict[str, Any]], instruction: str | None) -> l
         return prompt
     *before, last = prompt
     return [*before, {**last, "content": f"{last['content']}\n{instruction}"}]
-
-
-# Answers
-
-
-def accepted_answers(truth: Any) -> list[str]:
-    r"""
-    All answers that a ground truth accepts, each in the form of [`final_answer`]; none if the ground truth is empty.
-
-    A list accepts each of its items. A string that contains a JSON list of strings is read as that list, as in
-    Skywork-OR1; `"[1, 2]"` stays an interval. verl's datasets nest a dictionary beside a copy of the question. Its
-    answer is `solution` if that is a derivation with a `\boxed{}`, else `target`, `answer` or `solution`. The `target`
-    of MATH has lost spaces and line breaks, so some of its answers are damaged.
-
-    Raises:
-        `ValueError`: a dictionary with none of these keys.
-    """
-    if isinstance(truth, np.ndarray | np.generic):
-        truth = truth.tolist()
-    truth = _decoded(truth)
-    if isinstance(truth, bool):
-        truth = [str(truth), str(truth).lower()]
-    if isinstance(truth, dict):
-        return _nested_answers(truth)
-    if isinstance(truth, list | tuple):
-        return list(dict.fromkeys(answer for each in truth for answer in accepted_answers(each)))
-    answer = final_answer(truth)
-    return [answer] if answer else []
-
-
-def final_answer(answer: Any) -> str:
-    r"""
-    The part of an answer that math-verify compares, as LaTeX; empty if there is none.
-
-    In GSM8K it follows `####`; in MATH it is the last `\boxed{...}` of the derivation. Other answers get dollar
-    signs: without them, math-verify would read a bare `\frac{1}{2}` as the number 1. Within them, it reads letters as
-    factors, and it stops at some characters, so `8 dollars`, `3 1/2`, `1 000`, `1e5`, `2√3`, `5²` and the like become
-    LaTeX too.
-
-    Raises:
-        `ValueError`: the answer is neither a text nor a number that is exact.
-    """
-    if answer is None or (isinstance(answer, float) and math.isnan(answer)):
-        return ""
-    # Readers of files make times of texts and round large numbers, so these may not be what was written.
-    if not isinstance(answer, str | numbers.Number) or (isinstance(answer, float) and abs(answer) >= 2**53):
-        raise ValueError(
-            f"the answer {reprlib.repr(answer)} may not be what was written. Write it as a text within dollar signs, "
-            'such as "$2^{70}$".'
-        )
-    # 1e-05 would be read as e - 5.
-    text = np.format_float_positional(answer, trim="-") if isinstance(answer, float) else str(answer)
-    text = text.rsplit("####", 1)[-1].strip()
-    box = _last_box(text)
-    if box is not None:
-        return f"\\boxed{{{box}}}" if box else ""
-    if _IN_DELIMITERS.search(text) and not _are_currencies(text):
-        return text
-    if not text.strip("$. "):
-        return ""
-    # Such a dollar sign, and a single one, is a currency.
-    bare = _DOLLAR.sub(r"\\$", text.removesuffix("."))
-    return f"${_number_in_latex(_symbols_in_latex(bare))}$"
-
-
-def _are_currencies(text: str) -> bool:
-    """Whether each dollar sign stands before a number: `$5 and $6` has no LaTeX between dollar signs."""
-    signs = [match.end() for match in _DOLLAR.finditer(text)]
-    return len(signs) > 1 and all(re.match(r"[-+]?\d", text[end:]) for end in signs)
-
-
-def _symbols_in_latex(text: str) -> str:
-    """A text without the characters at which math-verify stops reading, or which it does not read as people do."""
-    text = _RAISED.sub(lambda match: _power(match[0].translate(_LOWERED)), text)
-    text = _NEGATIVE_POWER.sub(r"^{\1}", text.translate(_SYMBOLS))
-    return _ROOT.sub(lambda match: rf"{_ROOTS[match[1]]}{{{match[2] or match[3]}}}", text)
-
-
-def _power(exponent: str) -> str:
-    return f"^{exponent}" if len(exponent) == 1 else f"^{{{exponent}}}"
-
-
-def _number_in_latex(text: str) -> str:
-    """A number as people write it, with its currency or unit; other texts as they are, but for fractions like `½`."""
-    match = _PLAIN_NUMBER.fullmatch(_VULGAR.sub(lambda match: f" {_parts_of(match[0])}", text).strip())
-    if match is None:
-        return _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*_parts_of(match[0]).split("/")), text)
-    before, whole, over, under, spaced, mantissa, exponent, number, percent, unit = match.groups()
-    if over:
-        number = f"{over}/{under}"
-        if percent:  # without the factor, math-verify reads 1/2% as 1/(2%), and 2 1/2% as 2
-            number = rf"\frac{{{int(whole or 0) * int(under) + int(over)}}}{{{under}}}\cdot1"
-        elif whole:
-            number = rf"{whole}\frac{{{over}}}{{{under}}}"
-    elif spaced:
-        number = spaced.replace(" ", "")
-    elif mantissa:
-        number = rf"{mantissa}\cdot10^{{{exponent}}}" + (r"\cdot1" if percent else "")
-    return before + number + (r"\%" if percent else "") + (rf"\text{{ {unit}}}" if unit else "")
-
-
-def _parts_of(fraction: str) -> str:
-    """Such as `1/2`, for `½`."""
-    return unicodedata.normalize("NFKC", fraction).replace("⁄", "/")
-
-
-_VULGAR = re.compile("[¼-¾⅐-⅞]")
-_LOWERED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
-_NEGATIVE_POWER = re.compile(r"\^\s*(-(?:\d+|[a-zA-Z]))")
-_SYMBOLS = str.maketrans(
-    {
-        "⁄": "/",
-        "∕": "/",
-        "−": "-",
-        "–": "-",
-        "·": r"\cdot ",
-        "⋅": r"\cdot ",
-        "×": r"\times ",
-        "∞": r"\infty ",
-        "±": r"\pm ",
-        "∪": r"\cup ",
-        "∩": r"\cap ",
-    }
-)
-_ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]"}
-_ROOT = re.compile(r"([√∛])\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))")
-
-_NUMBER = r"\d[\d,]*(?:\.\d+)?"
-# Other words may be factors, or change the number: `2 L`, `3 xy`, `5 million`, `3 tenths`.
-_UNIT = (
-    r"(?:US |square |cubic )?(?:dollars?|cents?|euros?|pounds?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|"
-    r"degrees?|(?:centi|milli|kilo)?(?:met(?:er|re)s?|grams?)|lit(?:er|re)s?|inch(?:es)?|feet|foot|yards?|miles?|"
-    r"people|units?|mm|cm|km|mg|kg|m[lL]|ft|oz|lb)(?:(?: per |/)[a-z]+|\^[23])?"
-)
-_PLAIN_NUMBER = re.compile(
-    r"((?:[-+]?\s*(?:\\\$)?|\\\$\s*[-+])\s*)"  # a sign and a currency
-    r"(?:(?:(\d+)\s+)?([1-9]\d*)/([1-9]\d*)"
-    r"|(\d{1,3}(?: \d{3})+(?:\.\d+)?)"
-    rf"|({_NUMBER}(?=[eE](?:\d|[-+]\d\d))|\d+\.\d+(?=[eE]))[eE]([-+]?\d+)"  # `2e-1` may be 2 times e, minus 1
-    rf"|({_NUMBER}))"
-    rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}))?"
-)
-
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-_DOLLAR = re.compile(r"(?<!\\)\$")
-_IN_DELIMITERS = re.compile(r"(?<!\\)\$[^$]*[^$\s][^$]*(?<!\\)\$|\\\(.*\S.*\\\)|\\\[.*\S.*\\\]", re.DOTALL)
-
-
-def _is_derivation(text: Any) -> bool:
-    """Whether a text is several words without a mark of the final answer."""
-    if not isinstance(text, str) or _has_box(text) or "####" in text or _IN_DELIMITERS.search(text):
-        return False
-    return len(re.findall(r"[^\W\d_]{2,}", text)) > _WORDS
-
-
-_WORDS = 5  # our choice: `The answer is 7` has three
-
-
-def _has_box(text: Any) -> bool:
-    return isinstance(text, str) and _BOX.search(text) is not None
-
-
-def _last_box(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, on one line; empty if the box is not closed, None if there is no box."""
-    boxes = list(_BOX.finditer(text))
-    if not boxes:
-        return None
-    rest = text[boxes[-1].end() :]
-    if not rest.startswith("{"):  # `\boxed 5$`
-        return " ".join(rest.partition("$")[0].split())
-    depth, position = 0, 0
-    while position < len(rest):
-        character = rest[position]
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return " ".join(rest[1:position].split())
-        position += 2 if character == "\\" else 1  # `\{` and `\}` are no braces
-    return ""
-
-
-def _decoded(truth: Any) -> Any:
-    """Decodes a string that contains a dictionary or a list of strings as JSON. Returns other values unchanged."""
-    if not isinstance(truth, str) or not truth.strip().startswith(("{", "[")):
-        return truth
-    try:
-        decoded = json.loads(truth)
-    except json.JSONDecodeError:
-        return truth
-    if isinstance(decoded, dict) or (isinstance(decoded, list) and all(isinstance(each, str) for each in decoded)):
-        return decoded
-    return truth
-
-
-def _nested_answers(truth: dict[str, Any]) -> list[str]:
-    names = [name for name in ("target", "answer", "solution") if name in truth]
-    if truth and not names:
-        raise ValueError(f"A ground truth has {sorted(truth)}. Accepted are `target`, `answer`, `solution`.")
-    if _has_box(truth.get("solution")):
-        names.insert(0, "solution")
-    return next(filter(None, (accepted_answers(truth[name]) for name in names)), [])

@@ -41,7 +41,7 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
         raise ValueError(unreadable(name, error)) from error
     except ValueError as error:  # `datasets` makes no split of rows that are `{}`
         raise ValueError(
-            f"The worked examples '{name}' have no columns. Each row needs `question` and `answer`."
+            f"The worked examples '{name}' cannot be read: {error} Each row needs `question` and `answer`."
         ) from error
     text_column = "solution" if "solution" in rows.column_names else "answer"
     if text_column not in rows.column_names:
