@@ -243,7 +243,7 @@ def test_the_command(write, tmp_path, capsys, monkeypatch):
         (["page.html", "a"], "There is no directory 'page.html'. Pass the `output_dir` of `trl-a3po eval`."),
         (["c", "d", "--output", "c/samples.jsonl"], "c/samples.jsonl' exists and is no HTML page."),
         (["c", "d", "--output", "none/page.html"], "/none' to write 'page.html' into. Make it first."),
-        (["c", "d", "--output", "c"], "needs the name of a file, but 'c' is a directory. Choose 'c/comparison.html'."),
+        (["c", "d", "--output", "c"], "/c' is a directory. Name a file in it."),
     ],
 )
 def test_bad_lines_are_refused(line, message, write, tmp_path, capsys, monkeypatch):
@@ -260,7 +260,7 @@ def test_bad_lines_are_refused(line, message, write, tmp_path, capsys, monkeypat
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("output", ["c", "none/page.html"])
+@pytest.mark.parametrize("output", ["c", "none/page.html", "c/samples.jsonl"])
 def test_where_the_page_goes_is_checked_before_the_work(output, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare_command, "read_result", lambda *_: pytest.fail("an evaluation was read"))
@@ -268,9 +268,13 @@ def test_where_the_page_goes_is_checked_before_the_work(output, write, tmp_path,
     assert cli.main(["compare", *directories, "--output", output]) == 2
 
 
-def test_a_page_that_cannot_be_written_loses_no_comparison(write, tmp_path, capsys):
+def test_a_page_that_cannot_be_written_loses_no_comparison(write, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(compare_command, "write_page", full)
     directories = [str(write(name, {"1?": [1.0]})) for name in ("c", "d")]
-    assert cli.main(["compare", *directories, "--output", f"{directories[0]}/samples.jsonl"]) == 2
+    assert cli.main(["compare", *directories, "--output", str(tmp_path / "page.html")]) == 2
     out, err = capsys.readouterr()
     assert "d minus c, 1 problems, paired" in out
-    assert "exists and is no HTML page" in err
+    assert "No space left on device" in err

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from ..evaluation.compare import compare, markdown, read_result
 from ..evaluation.page import write_page
+from ..report.page import check_page
 from ..report.text import names_of
-
-
-PAGE = "comparison.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "file, which also shows the problems that the models solve differently.",
     )
     parser.add_argument("directories", metavar="DIR", nargs="+", type=Path, help="`output_dir` of `trl-a3po eval`")
-    parser.add_argument("--output", type=Path, default=Path(PAGE), help=f"file to write (default: {PAGE})")
+    parser.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), help="file to write (default: comparison.html)"
+    )
     parsed = parser.parse_args(arguments)
     if len(parsed.directories) < 2:
         parser.error("pass at least two directories")
@@ -50,21 +50,11 @@ def compare_directories(directories: Sequence[Path], output: Path) -> str:
         `str`: the line that says where the page is.
 
     Raises:
-        `OSError`, `ValueError`: there is nothing to compare, or no page can be written there. What can be known
-            beforehand is said before the work.
+        `OSError`, `ValueError`: there is nothing to compare, or no page can be written there.
     """
-    _check_output(output)
+    check_page(output)
     names = names_of(directories)
     results = [read_result(directory, name) for directory, name in zip(directories, names, strict=True)]
     pairs = [compare(results[0], other) for other in results[1:]]
     print(f"\n{markdown(results, pairs)}")
     return f"written to {write_page(results, pairs, output)}"
-
-
-def _check_output(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"The page needs the name of a file, but '{path}' is a directory. Choose '{path / PAGE}'.")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(
-            f"There is no directory '{path.absolute().parent}' to write '{path.name}' into. Make it first."
-        )

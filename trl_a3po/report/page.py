@@ -49,6 +49,23 @@ def write_page(runs: Sequence[Run], path: str | PathLike[str]) -> Path:
     return save_page(_fill_in(_template(), data), path)
 
 
+def check_page(path: str | PathLike[str]) -> None:
+    """
+    Raises:
+        `OSError`, `ValueError`: no page can be written there: it is a directory or a file that is no page, or its
+            directory does not exist.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise ValueError(f"A page is a file, but '{path}' is a directory. Name a file in it.")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"There is no directory '{path.parent}' to write '{path.name}' into. Make it first.")
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_START)).lower() not in (b"", _START):
+                raise ValueError(f"'{path}' exists and is no HTML page. Choose another file, or delete it.")
+
+
 def save_page(html: str, path: str | PathLike[str]) -> Path:
     """
     Writes a page as a whole, or not at all.
@@ -57,19 +74,14 @@ def save_page(html: str, path: str | PathLike[str]) -> Path:
         `Path`: the absolute path of the file.
 
     Raises:
-        `ValueError`: the file exists and is no page, or its directory does not exist.
+        `OSError`, `ValueError`: as [`check_page`].
     """
+    check_page(path)
     path = Path(path).absolute()
     target = path.resolve()  # a link stays a link
     if path.is_relative_to("/dev") or (target.exists() and not target.is_file()):
         path.write_text(html, encoding="utf-8", newline="\n")
         return path
-    if not target.parent.is_dir():
-        raise ValueError(f"There is no directory '{path.parent}' to write '{path.name}' into. Make it first.")
-    if target.exists():
-        with target.open("rb") as file:
-            if file.read(len(_START)).lower() not in (b"", _START):
-                raise ValueError(f"'{path}' exists and is no HTML page. Choose another file, or delete it.")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(html, encoding="utf-8", newline="\n")
