@@ -28,7 +28,7 @@ from .shaping import (
     weight_polarities,
 )
 from .training.checkpoint_files import check_writable
-from .training.checkpoints import ChecksLength, KeepsTheBest, ResumableGRPOTrainer
+from .training.checkpoints import ChecksGenerationConfig, ChecksLength, KeepsTheBest, ResumableGRPOTrainer
 from .training.finite import NaNGradients
 from .training.hook import call_hook, check_completionwise, fields_named_by
 from .training.hub_warnings import WarnOfFailedPushes
@@ -127,6 +127,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         self.add_callback(_CheckDecayEnds())
         self.add_callback(ChecksLength(self))
         self.add_callback(NaNGradients(self.accelerator))
+        self.add_callback(ChecksGenerationConfig())
         self.add_callback(KeepsTheBest())
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():

@@ -41,6 +41,24 @@ def saving_trainer(model_dir, output_dir, trainer_class=A3POTrainer, **fields):
     return make(output_dir, trainer_class, model=model_dir, arguments={"eval_dataset": tiny.prompts(8)}, **fields)
 
 
+def test_a_generation_config_that_cannot_be_saved_is_found_before_the_first_step(model_dir, tmp_path, caplog):
+    broken = tmp_path / "model"
+    shutil.copytree(model_dir, broken)
+    config = json.loads((broken / "generation_config.json").read_text())
+    # As beside older models. It has no token for padding, so the trainer changes it.
+    config |= {"temperature": 0.9, "top_p": 0.6, "do_sample": False, "pad_token_id": None}
+    (broken / "generation_config.json").write_text(json.dumps(config))
+    trainer = saving_trainer(str(broken), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"`generation_config` of the model cannot be saved.*do_sample = True"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer = saving_trainer(str(broken), tmp_path / "run", save_strategy="no")
+    trainer.train()  # somebody may save nothing
+    assert "`generation_config` of the model cannot be saved" in caplog.text
+    trainer.model.generation_config.do_sample = True
+    trainer.save_model()
+
+
 def names(directory):
     return sorted(path.name for path in directory.glob("checkpoint-*"))
 

@@ -58,6 +58,13 @@ def test_neutral_settings_are_grpo_to_the_last_bit(fields, model_dir, tmp_path):
     )
 
 
+def test_without_token_level_advantages_the_kl_term_may_have_the_ratio_of_the_sequence(model_dir, tmp_path):
+    fields = {"beta": 0.1, "importance_sampling_level": "sequence", "use_bias_correction_kl": True}
+    ours = train(tmp_path, model=model_dir, num_iterations=2, max_steps=4, **fields, **tiny.NEUTRAL)
+    assert_same_update(ours, train(tmp_path, GRPOTrainer, model=model_dir, num_iterations=2, max_steps=4, **fields))
+    assert ours.args.use_bias_correction_kl
+
+
 def test_neutral_settings_are_grpo_to_the_last_bit_with_lora(model_dir, tmp_path):
     assert_same_update(
         train(tmp_path, model=model_dir, arguments=tiny.lora(), **tiny.NEUTRAL),

@@ -7,11 +7,13 @@ the file `checkpoint-12.incomplete` is beside a checkpoint while it is written. 
 the new one is complete and on the disk.
 """
 
+import copy
 import errno
 import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import takewhile
@@ -161,6 +163,32 @@ class ChecksLength(TrainerCallback):
                 state.max_steps,
                 state.max_steps,
             )
+
+
+class ChecksGenerationConfig(TrainerCallback):
+    """
+    Fails before the first step if the model's `generation_config` cannot be saved, so that the weights would be lost.
+
+    transformers refuses to save one that is invalid, once a token id in it has changed. The trainer changes them when
+    training begins.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        config = getattr(model, "generation_config", None)
+        if config is None or hasattr(model, "peft_config") or not args.should_save:
+            return  # with an adapter, only that is saved
+        try:
+            with tempfile.TemporaryDirectory() as directory:
+                copy.deepcopy(config).save_pretrained(directory)
+        except ValueError as error:
+            found = (
+                f"The `generation_config` of the model cannot be saved, and so the model cannot: "
+                f"{' '.join(str(error).split())} Set `model.generation_config.do_sample = True`, or remove these "
+                "fields from `generation_config.json` beside the model."
+            )
+            if args.save_strategy != "no":
+                raise ValueError(found) from error
+            logger.warning(found)
 
 
 class KeepsTheBest(TrainerCallback):

@@ -76,6 +76,26 @@ def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Cal
     return checked
 
 
+def check_tokens(prompt_ids: Sequence[Sequence[int]], embeddings: int) -> None:
+    """
+    Refuses prompts with tokens that the model does not have: on a GPU, they would end the process without a reason.
+
+    Args:
+        prompt_ids (sequence of sequences of `int`): The prompts.
+        embeddings (`int`): Number of tokens that the model has an embedding for.
+
+    Raises:
+        `ValueError`: a prompt is refused. The message names the token and the fix.
+    """
+    largest = max((max(ids, default=0) for ids in prompt_ids), default=0)
+    if largest >= embeddings:
+        raise ValueError(
+            f"The tokenizer is not that of the model: a prompt has token {largest}, but the vocabulary of the model "
+            f"has {embeddings} tokens. Pass the tokenizer of the model, or call `model.resize_token_embeddings` after "
+            "you add tokens."
+        )
+
+
 def check_prompts_fit(
     prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any
 ) -> None:

@@ -15,7 +15,7 @@ from ..update.micro_batches import loss_mask
 from ..update.model_traits import learned_positions
 from .dataset_checks import check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
-from .input_checks import check_prompts_fit, check_rewards, refuse_empty_completions, total_rewards
+from .input_checks import check_prompts_fit, check_rewards, check_tokens, refuse_empty_completions, total_rewards
 from .signal_budget import SIGNAL, SignalBudget, parses_solutions, reward_reasons, rollout_reasons
 from .token_log import GROUPS
 
@@ -82,6 +82,9 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return super().get_train_dataloader()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        # An adapter of the embeddings may hide their number.
+        if embeddings := getattr(cast(Any, self.model).get_input_embeddings(), "num_embeddings", None):
+            check_tokens(prompt_ids, embeddings)
         positions = learned_positions(self.model)
         if positions and self.max_completion_length:
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer)
