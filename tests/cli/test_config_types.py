@@ -22,6 +22,19 @@ def file(tmp_path):
     return write
 
 
+@pytest.fixture
+def refusal(capsys):
+    """What a command says of a line that it refuses."""
+
+    def run(*line):
+        with pytest.raises(SystemExit) as error:
+            cli.main(list(line))
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -41,12 +54,9 @@ def file(tmp_path):
         ),
     ],
 )
-def test_other_types_are_refused(options, message, file, capsys):
+def test_other_types_are_refused(options, message, file, refusal):
     path = file(**REQUIRED, **options)
-    with pytest.raises(SystemExit) as error:
-        cli.main(["eval", "--config", path])
-    assert error.value.code == 2
-    assert f"error: '{path}': {message}\n" in capsys.readouterr().err
+    assert f"error: '{path}': {message}\n" in refusal("eval", "--config", path)
 
 
 @pytest.mark.parametrize("command", ["eval", "train"])
@@ -60,14 +70,11 @@ def test_other_types_are_refused(options, message, file, capsys):
         ("env: &env\n  A: b\n  A: c\nother: *env\n", "A", (2, 3)),
     ],
 )
-def test_a_repeated_name_is_refused(command, text, name, lines, tmp_path, capsys):
+def test_a_repeated_name_is_refused(command, text, name, lines, tmp_path, refusal):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(SystemExit) as error:
-        cli.main([command, "--config", str(path)])
-    assert error.value.code == 2
     message = f"'{path}' has `{name}` on line {lines[0]} and again on line {lines[1]}. Keep one of them."
-    assert message in capsys.readouterr().err
+    assert message in refusal(command, "--config", str(path))
 
 
 def test_what_is_merged_is_no_repetition(tmp_path):
@@ -111,12 +118,9 @@ def test_the_other_commands_too(file, capsys):
         ("lora_r", 8.5, "a whole number"),
     ],
 )
-def test_numbers_of_trl_are_checked(option, value, words, file, capsys):
+def test_numbers_of_trl_are_checked(option, value, words, file, refusal):
     path = file(**{option: value})
-    with pytest.raises(SystemExit) as error:
-        cli.main(["train", "--config", path])
-    assert error.value.code == 2
-    assert f"error: '{path}': `{option}` must be {words}, got {value!r}.\n" in capsys.readouterr().err
+    assert f"error: '{path}': `{option}` must be {words}, got {value!r}.\n" in refusal("train", "--config", path)
 
 
 def test_what_trl_takes_is_accepted(file):
@@ -142,22 +146,16 @@ def test_what_trl_takes_is_accepted(file):
     [("on: 3", True, ""), ("no: x", False, ""), ("5: abc", 5, ""), ("config: other.yaml", None, "`config`")],
 )
 @pytest.mark.parametrize("command", ["train", "demo", "eval"])
-def test_names_that_no_option_has(command, line, name, says, tmp_path, capsys):
+def test_names_that_no_option_has(command, line, name, says, tmp_path, refusal):
     path = tmp_path / "config.yaml"
     path.write_text(line)
-    with pytest.raises(SystemExit) as error:
-        cli.main([command, "--config", str(path)])
-    assert error.value.code == 2
     message = f"has {says}, which is an option of the command line only" if says else f"must be text, got {name!r}."
-    assert message in capsys.readouterr().err
+    assert message in refusal(command, "--config", str(path))
 
 
-def test_two_files_are_refused(file, capsys):
+def test_two_files_are_refused(file, refusal):
     for words in (["--config", file(), "--config", file()], ["--config", file(), f"--config={file()}"]):
-        with pytest.raises(SystemExit) as error:
-            cli.main(["train", *words])
-        assert error.value.code == 2
-        assert "`--config` was given more than once. Put all options into one file." in capsys.readouterr().err
+        assert "`--config` was given more than once. Put all options into one file." in refusal("train", *words)
 
 
 def test_what_yaml_says_naturally_is_accepted(file):

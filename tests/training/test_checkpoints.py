@@ -9,6 +9,7 @@ import stat
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,10 @@ def test_a_generation_config_that_cannot_be_saved_is_found_before_the_first_step
     with pytest.raises(ValueError, match=r"`generation_config` of the model cannot be saved.*do_sample = True"):
         trainer.train()
     assert trainer.state.global_step == 0
+    # Processes that do not save would else wait for the one that ended.
+    other = SimpleNamespace(save_strategy="steps", should_save=False)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        checkpoints.ChecksGenerationConfig().on_train_begin(other, None, None, model=trainer.model)
     trainer = saving_trainer(str(broken), tmp_path / "run", save_strategy="no")
     trainer.train()  # somebody may save nothing
     assert "`generation_config` of the model cannot be saved" in caplog.text

@@ -35,19 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(parsed.directories) < 2:
         parser.error("pass at least two directories")
     try:
-        print(f"\n{compare_directories(parsed.directories, parsed.output)}")
+        compare_directories(parsed.directories, parsed.output)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def compare_directories(directories: Sequence[Path], output: Path) -> str:
+def compare_directories(directories: Sequence[Path], output: Path) -> None:
     """
     Prints the comparison, and then writes the page, which may fail.
-
-    Returns:
-        `str`: the line that says where the page is.
 
     Raises:
         `OSError`, `ValueError`: there is nothing to compare, or no page can be written there.
@@ -57,4 +54,4 @@ def compare_directories(directories: Sequence[Path], output: Path) -> str:
     results = [read_result(directory, name) for directory, name in zip(directories, names, strict=True)]
     pairs = [compare(results[0], other) for other in results[1:]]
     print(f"\n{markdown(results, pairs)}")
-    return f"written to {write_page(results, pairs, output)}"
+    print(f"\nwritten to {write_page(results, pairs, output)}")

@@ -20,7 +20,7 @@ from ..evaluation.metrics import check_math_verify
 from ..evaluation.problems import check_parseable, load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_problems
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
-from ..training.checkpoint_files import PREVIOUS, STATE_FILE, checkpoints_in, is_marked, is_of_later_run
+from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked, is_of_later_run
 from .compare import compare_directories
 from .main import exit_status, parser_of
 
@@ -72,7 +72,12 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     complete = [path for path in found if not is_marked(path)]
     if not complete:
         raise ValueError(f"'{run}' contains no complete checkpoint.")
-    earlier = [path for number, path in enumerate(complete) if any(_is_earlier(path, to) for to in complete[:number])]
+    # What was there before the run began anew that has a checkpoint of a lower step.
+    earlier = [
+        path
+        for number, path in enumerate(complete)
+        if any(is_of_later_run(lower, path) for lower in complete[:number])
+    ]
     if earlier:
         names = ", ".join(path.name for path in earlier)
         print(f"left out, because they are of a run that '{run}' held before: {names}")
@@ -88,14 +93,8 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
         status = status or code
         results += [] if code else [directory]
     if len(results) > 1:
-        print(f"\n{compare_directories(results, output / 'comparison.html')}")
+        compare_directories(results, output / "comparison.html")
     return status
-
-
-def _is_earlier(checkpoint: Path, lower: Path) -> bool:
-    """Whether a checkpoint was there before the run began anew that has the one of a lower step."""
-    # A copy for inference may have no state.
-    return all((each / STATE_FILE).exists() for each in (checkpoint, lower)) and is_of_later_run(lower, checkpoint)
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:

@@ -486,14 +486,19 @@ def problem_and_answers(row: dict[str, Any]) -> tuple[Any, list[str]]:
     problem, answers = read(row)
     if answers and all(_LABEL.fullmatch(answer) for answer in answers):
         for name in CHOICES:
-            text = _plain(" ".join(message["content"] for message in as_conversation(problem)))
-            missing = [each for each in _texts(row.get(name)) if _plain(_MARK.sub("", each)) not in text]
-            if text and missing:
-                raise ValueError(
-                    f"its answer is a letter, and its text lacks what to choose from (`{name}`), such as "
-                    f"{reprlib.repr(missing[0])}. Put it into the text of the problem."
-                )
+            if choices := _texts(row.get(name)):
+                _check_choices(as_conversation(problem), name, choices)
     return problem, answers
+
+
+def _check_choices(conversation: list[Message], name: str, choices: list[str]) -> None:
+    text = _plain(" ".join(message["content"] for message in conversation))
+    missing = [each for each in choices if _plain(_MARK.sub("", each)) not in text]
+    if text and missing:
+        raise ValueError(
+            f"its answer is a letter, and its text lacks what to choose from (`{name}`), such as "
+            f"{reprlib.repr(missing[0])}. Put it into the text of the problem."
+        )
 
 
 _LABEL = re.compile(r"\$?\(?[A-J]\)?\$?")  # of a choice

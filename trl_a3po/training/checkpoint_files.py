@@ -57,9 +57,11 @@ def is_of_later_run(checkpoint: Path, higher: Path) -> bool:
     Whether a complete checkpoint is from a run that was started anew after another complete one of a higher step.
 
     Then it was written later, and the log of the higher one does not continue its log. The times alone would be
-    wrong for copies of checkpoints.
+    wrong for copies of checkpoints. Without a state, as in a copy for inference, nothing says so.
     """
     state, of_higher = checkpoint / STATE_FILE, higher / STATE_FILE
+    if not (state.exists() and of_higher.exists()):
+        return False
     if _waits(checkpoint) or state.stat().st_mtime <= of_higher.stat().st_mtime:
         return False
     log, longer = ((read_state(path) or {}).get("log_history", []) for path in (state, of_higher))

@@ -175,7 +175,7 @@ class ChecksGenerationConfig(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         config = getattr(model, "generation_config", None)
-        if config is None or hasattr(model, "peft_config") or not args.should_save:
+        if config is None or hasattr(model, "peft_config"):
             return  # with an adapter, only that is saved
         try:
             with tempfile.TemporaryDirectory() as directory:
@@ -186,9 +186,10 @@ class ChecksGenerationConfig(TrainerCallback):
                 f"{' '.join(str(error).split())} Set `model.generation_config.do_sample = True`, or remove these "
                 "fields from `generation_config.json` beside the model."
             )
-            if args.save_strategy != "no":
+            if args.save_strategy != "no":  # on every process, so that none waits for another
                 raise ValueError(found) from error
-            logger.warning(found)
+            if args.should_save:
+                logger.warning(found)
 
 
 class KeepsTheBest(TrainerCallback):

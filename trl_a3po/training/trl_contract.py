@@ -15,7 +15,7 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,14 +142,13 @@ def _gradients(trainer: GRPOTrainer) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.tensor([[1.0, 2.0, 4.0], [3.0, 0.5, 0.0]], device=device)
     logps = torch.tensor([[-0.5, -1.0, -2.0], [-1.5, -0.25, -0.75]], device=device)
     inputs = loss_inputs(advantages, (weights != 0).long(), logps)
-    trainer = copy.copy(trainer)
-    trainer.args = copy.copy(trainer.args)
+    probed = shallow_copy(trainer)
     # The KL term has no gradient here. With weights, the option may be refused, although this trainer has none.
-    cast(Any, trainer.args).use_bias_correction_kl = False
+    probed.args.use_bias_correction_kl = False
 
     def gradient(shape_advantages: Callable[..., Tensor]) -> Tensor:
         entropies = torch.ones_like(logps)
-        return loss_gradient(trainer, inputs, logps, entropies, shape_advantages, trainer_class=our_class(trainer))
+        return loss_gradient(probed, inputs, logps, entropies, shape_advantages, trainer_class=our_class(trainer))
 
     plain = gradient(lambda advantages, **_: advantages)
     weighted = gradient(lambda advantages, **_: advantages[:, None] * weights)
