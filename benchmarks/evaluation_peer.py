@@ -110,7 +110,7 @@ def by_last_number(texts: Sequence[str], solution: Any) -> list[float]:
 
 def figure(completions: Completions, problems: Dataset, rule) -> str:
     solved = [
-        Solved(tuple(texts), tuple(rule(texts, solution)))
+        Solved(tuple(texts), tuple(rule(texts, solution)), tuple(texts))
         for texts, solution in zip(completions, problems["solution"], strict=True)
     ]
     return "   ".join(f"{name} {value}" for name, value in metrics(solved).items())

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,39 @@ def test_problems_in_a_file(rows, file, tmp_path):
     options = ["--dataset_name", dataset, "--problems", "--instruction", "box it.", "--positive_low_scale", "3"]
     train.train(["--config", file(), *options])
     assert_trained(tmp_path / "output", positive_low_scale=3.0)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "The tokenizer of the model has no chat template, .* Save one as `chat_template.jinja`"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
+            r"refuses a conversation of system, user: TemplateError: no system\. The first ends with '5\+1='\.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_prompts_that_no_template_renders_are_refused_before_the_first_step(
+    command, template, message, model_dir, file, tmp_path, capsys
+):
+    """As of a base model, or of Gemma where a row has a system message."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template + tiny.CHAT_TEMPLATE)
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+1="}], "solution": f"{i + 1}"} for i in range(20)]
+    rows[5]["prompt"].insert(0, {"role": "system", "content": "add"})
+    line = ["--config", file(), "--dataset_name", write_rows(tmp_path / "problems.jsonl", rows)]
+    line += ["--model_name_or_path", str(model)]
+    if command == "train":
+        with pytest.raises(train.UsageError, match=message):
+            train.train([*line, "--problems"])
+    else:
+        with pytest.raises(SystemExit):
+            cli.main(["demo", *line, "--eval_size", "4"])
+        assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.glob("output/**/*.safetensors"))
 
 
 def test_a_dataset_without_prompts_is_refused(file, tmp_path):

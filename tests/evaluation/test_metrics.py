@@ -83,10 +83,14 @@ def test_math_verify_is_needed_only_for_answers(monkeypatch):
         without["check_math_verify"]()
 
 
+def solved(answers, correct):
+    return Solved([f"So {answer}." for answer in answers], correct, answers)
+
+
 def test_metrics_of_problems():
     problems = [
-        Solved(["\\boxed{1}"] * 4, [1.0] * 4),
-        Solved(["\\boxed{1}", "\\boxed{2}", "\\boxed{2}", "\\boxed{2}"], [1.0, 0.0, 0.0, 0.0]),
+        solved(["\\boxed{1}"] * 4, [1.0] * 4),
+        solved(["\\boxed{1}", "\\boxed{2}", "\\boxed{2}", "\\boxed{2}"], [1.0, 0.0, 0.0, 0.0]),
     ]
     found = metrics.metrics(problems)
     means = {name: value.mean for name, value in found.items()}
@@ -95,7 +99,7 @@ def test_metrics_of_problems():
 
 
 def test_k_goes_up_to_the_fewest_samples_of_a_problem():
-    problems = [Solved(["\\boxed{1}"] * 6, [0.0] * 5 + [1.0]), Solved(["\\boxed{1}"] * 3, [1.0, 0.0, 0.0])]
+    problems = [solved(["\\boxed{1}"] * 6, [0.0] * 5 + [1.0]), solved(["\\boxed{1}"] * 3, [1.0, 0.0, 0.0])]
     values = per_problem(problems)
     assert list(values) == ["avg@3", "pass@1", "pass@2", "pass@3", "maj@3"]
     assert values["avg@3"] == pytest.approx([1 / 6, 1 / 3])

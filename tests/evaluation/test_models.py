@@ -1,15 +1,21 @@
 """What is evaluated is the model as it was trained: its files, adapter, chat template, end tokens and class."""
 
+import dataclasses
 import json
 import os
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+import trl
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import adapters, tiny
@@ -18,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl_a3po import A3POTrainer
 from trl_a3po.evaluation import models
 from trl_a3po.evaluation.models import (
+    Chat,
     can_be_merged,
     check_weights,
     find_model,
@@ -29,7 +36,9 @@ from trl_a3po.evaluation.models import (
     resolve_dtype,
     trained_chat_template_kwargs,
 )
+from trl_a3po.evaluation.runs import score
 from trl_a3po.evaluation.samplers import Request, Sampling, transformers_engine
+from trl_a3po.rewards import reasoning_accuracy_reward
 
 
 PROMPTS = [[*range(3, 3 + length)] for length in (5, 5, 5, 5)] + [[*range(9, 14)], [40, 5, 30, 6, 22]]
@@ -391,6 +400,50 @@ def test_the_chat_template_is_called_as_in_training(tmp_path, monkeypatch):
     assert seen
     assert {tuple(ids) for ids in seen} <= {tuple(chat.encode(prompt)) for prompt in prompts}
     assert load_chat(files).encode(prompts[0]) == [*chat.encode(prompts[0]), *tokenizer("7").input_ids]
+
+
+@pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.8.0") or Version(transformers.__version__) < Version("5.13.0"),
+    reason="has no response templates",
+)
+def test_what_is_scored_is_what_the_reward_of_the_training_reads(tmp_path):
+    """With a response template, training takes the reasoning out. Here it stands in parentheses."""
+    fields = {
+        "reasoning_content": {"open": "(", "close_pattern": r"\)", "content": "text"},
+        "content": {"close_pattern": r"<eos>", "content": "text"},
+    }
+    model = tiny.save(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.response_template = {"defaults": {"role": "assistant"}, "start_anchor": "=", "fields": fields}
+    read = []
+
+    def reward(completions, completion_ids, prompts, **kwargs):
+        for completion, ids, prompt in zip(completions, completion_ids, prompts, strict=True):
+            read.append((prompt, ids, completion[0]["content"]))
+        return tiny.parity_reward(completion_ids)
+
+    args = tiny.config(tmp_path / "run", max_steps=2, max_completion_length=40)
+    trainer = A3POTrainer(model, reward, args, tiny.prompts(conversational=True), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    chat = load_chat(find_model(str(tmp_path / "run")))
+    assert [chat.answer(chat.encode(prompt), ids) for prompt, ids, _ in read] == [content for _, _, content in read]
+    assert any(content and content != chat.decode(ids) for _, ids, content in read)
+    ends = dataclasses.replace(chat, reasoning_delimiters=("9",))
+    assert [ends.answer(chat.encode(prompt), ids) for prompt, ids, _ in read] == [
+        content.split("9")[-1] if "9" in content else "" for _, _, content in read
+    ]
+
+
+@pytest.mark.parametrize("delimiters", [["</think>"], ["</think>", "|"], ["|", "</think>"]])
+@given(parts=st.lists(st.sampled_from([r"\boxed{2}", r"\boxed{3}", "</think>", "|", "so "]), max_size=6))
+def test_reasoning_ends_where_the_reward_says(parts, delimiters):
+    text = "".join(parts)
+    processor = SimpleNamespace(decode=lambda *_, **__: text)
+    chat = Chat(processor, (), (), None, None, reasoning_delimiters=tuple(delimiters))
+    messages = [[{"role": "assistant", "content": text}]]
+    expected = reasoning_accuracy_reward(messages, ["$2$"], reasoning_delimiters=delimiters)
+    assert score([chat.answer([], [])], "$2$") == expected
 
 
 def test_no_code_of_the_training_arguments_is_run(tmp_path):

@@ -103,6 +103,33 @@ def test_results(problems, arguments, tmp_path):
     assert {"trl", "transformers", "torch", "device"} <= results["versions"].keys()
 
 
+@contextmanager
+def reasons(arguments, subject, longest):
+    """Of four samples, one says 2 in its reasoning and ends there, one says 2 after it, and two say 3 after it."""
+    texts = ["\\boxed{2}", "so</think>\\boxed{2}", *["so</think>\\boxed{3}"] * 2]
+
+    def complete(requests):
+        return [[*TOKENIZER(texts[index % 4]).input_ids, 256] for index in range(len(requests))]
+
+    yield complete
+
+
+def test_only_what_follows_the_reasoning_is_scored(problems, arguments, tmp_path):
+    whole = evaluate(arguments("whole"), problems, reasons)
+    after = evaluate(arguments("after", reasoning_delimiters=["</think>", "</thought>"]), problems, reasons)
+    assert [samples(tmp_path / name)[0]["correct"] for name in ("whole", "after")] == [
+        [1.0, 1.0, 0.0, 0.0],
+        [0.0, 1.0, 0.0, 0.0],
+    ]
+    # In a tie the first answer counts. Without the first, 3 has the most votes.
+    assert (whole["metrics"]["maj@4"]["mean"], after["metrics"]["maj@4"]["mean"]) == (1.0, 0.0)
+    (record,) = samples(tmp_path / "after")[:1]
+    assert record["answers"] == ["", "\\boxed{2}", "\\boxed{3}", "\\boxed{3}"]
+    assert record["completions"] == samples(tmp_path / "whole")[0]["completions"]
+    with pytest.raises(ValueError, match=r"started with reasoning_delimiters=\['</think>', '</thought>'\]\. Pass"):
+        evaluate(arguments("after"), problems, no_engine)
+
+
 @pytest.mark.parametrize("left", ["in the batch", "in a line", "nothing"])
 def test_an_interrupted_evaluation_ends_as_one_at_one_go(left, problems, arguments, tmp_path):
     whole = evaluate(arguments("whole"), problems, guesses)
@@ -320,6 +347,7 @@ def test_a_damaged_file_is_named(name, text, problems, arguments, tmp_path):
         ({"correct": ["x"] * 4}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
         ({"correct": [1.0] * 3}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
         ({"tokens": []}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
+        ({"answers": ["1"] * 3}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
         ({"completions": [1] * 4}, "Line 2 of '.*samples.jsonl' is damaged: it is not a sample"),
         (b"\xff", "'.*samples.jsonl' is damaged: it is not UTF-8 .* Delete the file to sample again"),
     ],

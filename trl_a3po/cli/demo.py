@@ -48,7 +48,7 @@ from ..training.dataset_checks import check_dataset_sizes
 from .eval import uncounted
 from .main import parser_of
 from .parser import Parser, group_options
-from .training_options import check_libraries, check_schedule
+from .training_options import check_libraries, check_prompts, check_schedule
 
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ def main(line: Sequence[str] | None = None) -> int:
         checkpoint = checkpoint_to_resume_from(resume, output_dir, trainer.accelerator)
         check_not_beyond(config.max_steps, checkpoint)
         print(f"{len(train_problems)} training problems, {len(held_out_problems)} held out", flush=True)
+        check_prompts(trainer, train_problems, held_out_problems)
         before = held_out_results(trainer, held_out_problems, demo.eval_samples)
         print("".join(f"{each}\n" for each in uncounted(before)), end="", flush=True)
     except (OSError, ValueError) as error:

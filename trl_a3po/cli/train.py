@@ -45,7 +45,7 @@ from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
 from .main import exit_status, parser_of
 from .parser import Parser, group_options
-from .training_options import check_libraries, check_schedule
+from .training_options import check_libraries, check_prompts, check_schedule
 
 
 logger = logging.getLogger(__name__)
@@ -237,6 +237,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
             shown = f", {len(examples) // 2} worked examples before each" if examples else ""
             print(f"{len(train_dataset)} problems to train on{held_out}{shown}", flush=True)
         trainer = A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords)
+        if script.problems:
+            check_prompts(trainer, train_dataset, eval_dataset)
         # The script of TRL 1.0 does not pass the option on.
         resumed = functools.partial(trainer.train, resume_from_checkpoint=config.resume_from_checkpoint)
         trainer.train = resumed  # type: ignore[method-assign]

@@ -1,14 +1,15 @@
-"""Checks of the options of training, for the commands that train: what `transformers` finds only later, or never."""
+"""Checks for the commands that train: what `transformers` finds only later, or never."""
 
 import math
 from typing import Any, cast
 
 import torch
-from transformers import SchedulerType, get_scheduler
+from transformers import PreTrainedModel, SchedulerType, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
+from ..evaluation.models import Chat
 
 
 def check_schedule(config: A3POConfig) -> None:
@@ -63,3 +64,18 @@ def check_libraries(config: A3POConfig) -> None:
         raise ValueError(f"`optim='{cast(Any, config.optim).value}'` does not work: {error}") from error
     except (ValueError, NotImplementedError):
         pass  # it needs the model; the trainer says what is wrong
+
+
+def check_prompts(trainer: A3POTrainer, *datasets: Any) -> None:
+    """
+    Tries the chat template on the problems, because a trainer does so only at the step that draws them. Streams are
+    not checked.
+
+    Raises:
+        `ValueError`: there is no chat template, or it refuses a prompt.
+    """
+    config = cast(PreTrainedModel, trainer.model).config
+    chat = Chat.of(cast(Any, trainer.processing_class), config, None, cast(Any, trainer.args.chat_template_kwargs))
+    for dataset in datasets:
+        if hasattr(dataset, "__len__"):
+            chat.check(dataset["prompt"])

@@ -13,6 +13,8 @@ from typing import Any
 # What each line of `samples.jsonl` has: of the problem, and of each sample with its type.
 OF_PROBLEM = {"problem", "prompt", "solution"}
 OF_SAMPLES = {"completions": str, "tokens": int, "ended": bool, "correct": float | int | None}
+# And the part of each sample that is scored, if it is not the whole.
+ANSWERS = {"answers": str}
 
 
 @contextmanager
@@ -80,11 +82,12 @@ def _is_record(value: Any) -> bool:
     if not isinstance(value, dict) or not value.keys() >= OF_PROBLEM | OF_SAMPLES.keys():
         return False
     number = len(value["correct"]) if isinstance(value["correct"], list) else 0
+    of_samples = OF_SAMPLES | ANSWERS if "answers" in value else OF_SAMPLES
     return number > 0 and all(
         isinstance(value[name], list)
         and len(value[name]) == number
         and all(isinstance(each, kind) for each in value[name])
-        for name, kind in OF_SAMPLES.items()
+        for name, kind in of_samples.items()
     )
 
 

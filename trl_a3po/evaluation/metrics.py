@@ -22,10 +22,18 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Solved:
-    """The samples of one distinct problem: the text of each sample, and 1 if it is correct, else 0."""
+    """
+    The samples of one distinct problem.
+
+    Args:
+        completions (`Sequence[str]`): The text of each sample.
+        correct (`Sequence[float]`): 1 for each that is correct, 0 for each other.
+        answers (`Sequence[str]`): The part of each text that was scored.
+    """
 
     completions: Sequence[str]
     correct: Sequence[float]
+    answers: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def per_problem(problems: Sequence[Solved], samples: int | None = None) -> dict[
     for k in ks_of(samples):
         values[f"pass@{k}"] = [pass_at_k(correct, number, k) for correct, number in counts]
     values[f"maj@{samples}"] = [
-        majority_is_correct(each.completions[:samples], each.correct[:samples]) for each in problems
+        majority_is_correct(each.answers[:samples], each.correct[:samples]) for each in problems
     ]
     return values
 

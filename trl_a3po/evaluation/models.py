@@ -24,7 +24,9 @@ from typing import Any, cast
 
 import torch
 import transformers
+import trl
 from huggingface_hub import snapshot_download
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -35,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from trl.chat_template_utils import parse_response
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import create_model_from_path
 
@@ -48,6 +51,7 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 # The files of a model in a repository on the Hub, and of its training.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "training_args.bin"]
+_PARSES_RESPONSES = Version(trl.__version__) >= Version("1.8.0")
 # The file in a temporary directory that holds its name. Only directories with it are ever deleted.
 TEMPORARY = "temporary"
 # Relative to the largest logit. Rounding in single precision is about 1e-7. Every wrong merge that we tried is above.
@@ -294,6 +298,7 @@ class Chat:
         context (`int`, *optional*): Maximum tokens of a prompt with its completion; None if the model has no limit.
         vocabulary (`int`, *optional*): Number of tokens that the model has; None if its configuration does not say.
         template_kwargs (`dict`): Passed to the chat template.
+        reasoning_delimiters (`tuple[str, ...]`): Texts that end the reasoning; none if the whole text is the answer.
     """
 
     processor: PreTrainedTokenizerBase | ProcessorMixin
@@ -302,6 +307,7 @@ class Chat:
     context: int | None
     vocabulary: int | None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_delimiters: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -311,7 +317,7 @@ class Chat:
         generation_config: GenerationConfig | None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> "Chat":
-        tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        tokenizer = _tokenizer_of(processor)
         declared = generation_config.eos_token_id if generation_config is not None else None
         ids = [tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])]
         if not all(each is None or isinstance(each, int) for each in ids):
@@ -340,8 +346,55 @@ class Chat:
         )
         return [int(token) for token in encoded["input_ids"][0]]
 
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """
+        Tries the chat template on one conversation of each sequence of roles.
+
+        Raises:
+            `ValueError`: there is no chat template, or it refuses one of them.
+        """
+        if not self.processor.chat_template:
+            raise ValueError(
+                "The tokenizer of the model has no chat template, and problems are prompts of a chat. Save one as "
+                "`chat_template.jinja` in the directory of the model, or choose a model that has one."
+            )
+        tried = set()
+        for prompt in prompts:
+            roles = ", ".join(message["role"] for message in prompt)
+            if roles in tried:
+                continue
+            tried.add(roles)
+            try:
+                self.encode(prompt)
+            except Exception as error:  # a template may raise anything
+                raise ValueError(
+                    f"The chat template of the model refuses a conversation of {roles}: {_in_one_line(error)}. The "
+                    f"first ends with {prompt[-1]['content']!r:.100}."
+                ) from error
+
     def decode(self, ids: list[int]) -> str:
         return cast(str, self.processor.decode(ids, skip_special_tokens=True))
+
+    def answer(self, prompt_ids: list[int], ids: list[int]) -> str:
+        """
+        The part of a completion that the reward of the training reads.
+
+        A response template of the tokenizer takes the reasoning out, as in TRL since 1.8. `reasoning_delimiters` do so
+        as in [`~trl.rewards.reasoning_accuracy_reward`]: the first that the text has counts, and a text that has none
+        has no answer.
+        """
+        tokenizer = _tokenizer_of(self.processor)
+        if _PARSES_RESPONSES and getattr(tokenizer, "response_template", None) is not None:
+            text = parse_response(tokenizer, ids, prefix=prompt_ids)["content"]
+        else:
+            text = self.decode(ids)
+        if not self.reasoning_delimiters:
+            return text
+        return next((text.split(each)[-1] for each in self.reasoning_delimiters if each in text), "")
+
+
+def _tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    return processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
 
 def load_chat(

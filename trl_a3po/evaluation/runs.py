@@ -6,7 +6,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -80,6 +80,13 @@ class EvaluateArguments:
             "arguments of the training, if `training_args.bin` is beside the model, else none."
         },
     )
+    reasoning_delimiters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Texts that end the reasoning, such as '</think>'. Only what follows is scored, and a completion "
+            "without one is wrong, as in `reasoning_accuracy_reward`. By default the whole completion is scored."
+        },
+    )
     max_problems: int | None = field(default=None, metadata={"help": "Evaluate only the first N problems."})
     num_samples: int = field(default=8, metadata={"help": "Completions sampled for each problem."})
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 takes the most likely token."})
@@ -139,6 +146,11 @@ class EvaluateArguments:
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got '{self.dtype}'.")
         _template_kwargs(self.chat_template_kwargs)
+        if self.reasoning_delimiters is not None and not all(self.reasoning_delimiters or [""]):
+            raise ValueError(
+                f"`reasoning_delimiters` must be texts that are not empty, got {self.reasoning_delimiters}. Omit it "
+                "to score the whole completion."
+            )
 
 
 def refuse_empty(arguments: Any, *names: str) -> None:
@@ -192,9 +204,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Completion:
-    """A sample: its text, its number of tokens, and whether it reached an end token."""
+    """
+    A sample.
+
+    Args:
+        text (`str`): The whole text, without special tokens.
+        answer (`str`): The part of it that is scored, see [`Chat.answer`].
+        tokens (`int`): Its number of tokens.
+        ended (`bool`): Whether it reached an end token.
+    """
 
     text: str
+    answer: str
     tokens: int
     ended: bool
 
@@ -265,11 +286,14 @@ def sample(engine: Engine, chat: Chat, tasks: Sequence[Task], num_samples: int, 
     completions = []
     for task in tasks:
         if task.not_sampled is not None:
-            completions.append([Completion("", 0, False)] * num_samples)
+            completions.append([Completion("", "", 0, False)] * num_samples)
             continue
-        ids = [next(sampled) for _ in range(num_samples)]
-        completions.append([Completion(chat.decode(each), len(each), each[-1] in chat.end_ids) for each in ids])
+        completions.append([_completion(chat, task.prompt_ids, next(sampled)) for _ in range(num_samples)])
     return completions
+
+
+def _completion(chat: Chat, prompt_ids: list[int], ids: list[int]) -> Completion:
+    return Completion(chat.decode(ids), chat.answer(prompt_ids, ids), len(ids), ids[-1] in chat.end_ids)
 
 
 def score(texts: Sequence[str], solution: Any) -> list[float | None]:
@@ -315,6 +339,7 @@ def subject_of(arguments: EvaluateArguments) -> Subject:
         kwargs, source = {}, "unknown: no training_args.bin of GRPO beside the model"
     of_training = source == "training_args.bin"
     chat = load_chat(files, kwargs, arguments.trust_remote_code, of_training)
+    chat = replace(chat, reasoning_delimiters=tuple(arguments.reasoning_delimiters or ()))
     context = chat.context if arguments.max_model_len is None else arguments.max_model_len
     if context is not None and chat.context is not None and context > chat.context:
         raise ValueError(f"`max_model_len` is {context}, but the context of '{files.name}' is only {chat.context}.")
@@ -503,6 +528,7 @@ def _settings(arguments: EvaluateArguments, subject: Subject) -> dict[str, Any]:
         "seed": arguments.seed,
         "dtype": subject.dtype,
         "chat_template_kwargs": dict(subject.chat.template_kwargs),
+        **({"reasoning_delimiters": each} if (each := list(subject.chat.reasoning_delimiters)) else {}),
         "end_token_ids": list(subject.sampling.end_ids),
         "suppressed_token_ids": list(subject.sampling.suppressed_ids),
         "trust_remote_code": arguments.trust_remote_code,
@@ -525,16 +551,17 @@ def _device() -> str:
 
 def _record(row: dict[str, Any], completions: list[Completion], task: Task | None = None) -> dict[str, Any]:
     """A line of `samples.jsonl`."""
-    texts = [completion.text for completion in completions]
+    texts, answers = [each.text for each in completions], [each.answer for each in completions]
     record = {
         **({"row": row["row"]} if "row" in row else {}),
         "problem": problem_fingerprint(row["prompt"]),
         "prompt": row["prompt"],
         "solution": row["solution"],
         "completions": texts,
+        **({"answers": answers} if answers != texts else {}),
         "tokens": [completion.tokens for completion in completions],
         "ended": [completion.ended for completion in completions],
-        "correct": score(texts, row["solution"]),
+        "correct": score(answers, row["solution"]),
     }
     return record if task is None or task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
 
@@ -674,9 +701,11 @@ def distinct_problems(records: Sequence[dict[str, Any]]) -> dict[str, Solved]:
     problems: dict[str, Solved] = {}
     for record in records:
         if None not in record["correct"]:
-            before = problems.get(record["problem"], Solved((), ()))
+            before = problems.get(record["problem"], Solved((), (), ()))
             problems[record["problem"]] = Solved(
-                (*before.completions, *record["completions"]), (*before.correct, *record["correct"])
+                (*before.completions, *record["completions"]),
+                (*before.correct, *record["correct"]),
+                (*before.answers, *record.get("answers", record["completions"])),
             )
     return problems
 

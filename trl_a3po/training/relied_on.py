@@ -411,6 +411,12 @@ RELIED_ON = (
         "`trl-a3po eval`: the class of model that training would take",
     ),
     ReliedOn(
+        "trl.chat_template_utils",
+        "parse_response",
+        ("evaluation.models",),
+        "`trl-a3po eval`: what a reward reads, if the tokenizer has a response template",
+    ),
+    ReliedOn(
         "trl.data_utils",
         "prepare_multimodal_messages",
         ("evaluation.models",),
