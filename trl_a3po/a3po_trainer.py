@@ -88,8 +88,10 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     Raises:
         `TypeError`: `args` is not an [`A3POConfig`], or a subclass's `shape_advantages` cannot take the arguments of
             the hook.
-        `ValueError`: an option of TRL does not work with advantages of single tokens; in training, a reward is
-            infinite, or a completion has no tokens, or a run cannot resume from the given checkpoint.
+        `ValueError`: an option of TRL does not work with advantages of single tokens; before the first step, a dataset
+            is smaller than a batch, the model's `generation_config` cannot be saved, or the run cannot resume from the
+            given checkpoint; in training, a reward is infinite, a completion has no tokens, or a hook breaks its
+            promise ([`~trl_a3po.completionwise`]).
         `OSError`: checkpoints cannot be written to `output_dir`.
         `FloatingPointError`: in training, gradients or parameters are not finite.
         `RuntimeError`: the installed TRL no longer computes the loss from the advantages of single tokens.
@@ -340,8 +342,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             self._signal_budget.add_trained(
                 inputs, advantages, unselected, per_token_logps, old_per_token_logps, entropies, rows, own
             )
-        if self._token_log is not None and self.model.training:
-            self._token_log.add(inputs, advantages, shaped, logps, entropies)
+            if self._token_log is not None:
+                self._token_log.add(inputs, advantages, shaped, logps, entropies)
 
     def get_high_entropy_mask(self, *args, **kwargs):
         mask = super().get_high_entropy_mask(*args, **kwargs)
@@ -391,11 +393,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _forget_last_run(self):
         super()._forget_last_run()
+        self._forget_rollouts()
         self._metrics["train"].clear()
-        self._fresh_prompts = RolloutGRPOTrainer._fresh_prompts
         self._polarity_sums.pop("train", None)
-        self._signal_budget.pop_counts()
-        self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)
 
     # What it logs
 

@@ -253,7 +253,7 @@ def check_shaping(shaping: Any, settings: Mapping[str, Any]) -> None:
     Raises:
         `ValueError`: naming the value, what is allowed and the fix.
     """
-    if shaping not in list(METHODS):
+    if shaping not in list(METHODS):  # a list, because a value from YAML may not be hashable
         raise ValueError(
             f"`shaping` must be one of {', '.join(map(repr, METHODS))}, got {shaping!r}. Pass 'a3po' for A3PO, or "
             "override `A3POTrainer.shape_advantages` for a method of your own."

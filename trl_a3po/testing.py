@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .a3po_trainer import A3POTrainer
 from .peers import HOOK_ARGUMENTS
-from .training.hook import same_random_numbers
 from .training.trl_contract import loss_gradient, loss_inputs
+from .update.model_traits import same_random_numbers
 
 
 def assert_gradients_follow(

@@ -213,7 +213,7 @@ def reward(completions, numbers, target, **kwargs) -> list[float]:
 
 def right_answers(model, tokenizer, held_out: list[Problem], samples: int, max_completion_length: int) -> list[int]:
     """For each problem, how many of the samples, drawn at temperature 1, are right. The noise is always the same."""
-    drawn = sample_model(
+    _, drawn = sample_model(
         model,
         tokenizer,
         [row(problem)["prompt"] for problem in held_out],

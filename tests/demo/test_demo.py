@@ -144,7 +144,7 @@ def test_sampling_is_seeded_and_leaves_the_random_state_alone(model, tokenizer):
 
 def test_samples_of_a_prompt_are_together(model, tokenizer):
     prompts = [arithmetic.row(problem)["prompt"] for problem in [(11, 11, 11), (22, 33, 44)]]
-    drawn = sample_model(model, tokenizer, prompts, num_samples=3, max_completion_length=40)
+    _, drawn = sample_model(model, tokenizer, prompts, num_samples=3, max_completion_length=40)
     assert [[each.text[:6] for each in row] for row in drawn] == [["11+11="] * 3, ["22+33="] * 3]
 
 

@@ -129,8 +129,8 @@ def test_what_is_not_the_same_is_said_and_not_compared(write):
     assert list(pair.differences) == ["avg@2", "pass@1", "pass@2", "maj@2"]
     assert pair.differences["avg@2"].estimate.mean == -0.5
     assert pair.notes == [
-        "1 problems are only in first. They are not compared.",
-        "1 problems are only in second. They are not compared.",
+        "Only in first, and not compared: 1 of its problems.",
+        "Only in second, and not compared: 1 of its problems.",
         "first has 4 samples of each problem, second has 2. k is at most 2; avg@k is the mean over all samples.",
         "temperature differs: 0.6 and 1.0.",
     ]

@@ -158,6 +158,15 @@ def test_an_adapter_without_its_base_is_refused(change, message, tmp_path):
         find_model(str(adapter))
 
 
+def test_an_adapter_in_the_directory_of_its_base_is_refused(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora())
+    base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, base)
+    with pytest.raises(ValueError, match="not found: it is the directory of the adapter. Save the adapter in a dir"):
+        find_model(str(base))
+
+
 def test_a_directory_without_a_model_is_refused(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match=r"contains no model: neither .* Pass `--checkpoints`"):

@@ -146,12 +146,6 @@ def test_overlap_finds_what_is_the_same_but_for_spaces():
     assert overlap(problems("2 + 2?"), []) == []
 
 
-def test_overlap_reads_messages_of_parts():
-    parts = [{"type": "image"}, {"type": "text", "text": "2 + 2?"}, {"type": "text", "text": "\nbox it."}]
-    asked = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}], "row": 5}])
-    assert [found[:2] for found in overlap(asked, TURNS)] == [(5, 0)]
-
-
 def test_an_overlap_with_the_evaluation_names_its_row():
     with pytest.raises(ValueError, match=r"Row 1 .* to evaluate on is row 1 of the worked .*: '3 .*, and 1 more"):
         check_no_overlap(problems("1?", "3 + 4?", "2 + 2?"), TURNS, "to evaluate on")

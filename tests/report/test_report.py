@@ -160,6 +160,7 @@ def test_names(tmp_path):
     paths = [tmp_path / name for name in ("a/eval", "b/eval", "c")]
     assert names_of(paths) == ["a/eval", "b/eval", "c"]
     assert names_of(paths[1:]) == ["eval", "c"]
+    assert names_of([Path("/run"), Path("/x/run")]) == ["/run", "x/run"]
     with pytest.raises(ValueError, match="The same directory was given twice"):
         names_of([paths[0], paths[0]])
 

@@ -51,6 +51,28 @@ def test_the_reason_that_the_rewards_of_a_group_give(rewards, reason):
     assert named(reward_reasons(rewards, torch.ones(2), [False, False], 2, by_function=False)) == [reason] * 2
 
 
+@pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.parametrize(
+    ("rewards", "reason"),
+    [
+        ([[1.0, 1.0], [1.0, 0.0]], "all_right"),
+        ([[0.0, 0.3], [0.0, 0.3]], "all_wrong"),
+        ([[0.5, 1.0], [0.5, 1.0]], "all_equal"),
+        ([[0.0, 1.0], [1.0, 1.0]], "signal"),
+    ],
+)
+def test_functions_of_weight_0_are_only_logged(rewards, reason, by_function):
+    weights = torch.tensor([2.0, 0.0])
+    assert named(reward_reasons(torch.tensor(rewards), weights, [False] * 2, 2, by_function)) == [reason] * 2
+
+
+def test_a_completion_that_only_a_function_of_weight_0_scored_has_a_reward_of_0():
+    """In TRL its sum counts, if the sums are normalized. If each function is, the completion is left out."""
+    rewards, weights = torch.tensor([[NAN, 1.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0])
+    assert named(reward_reasons(rewards, weights, [False] * 2, 2, by_function=False)) == ["signal"] * 2
+    assert named(reward_reasons(rewards, weights, [False] * 2, 2, by_function=True)) == ["all_right"] * 2
+
+
 def test_functions_that_are_normalised_one_by_one_give_a_signal_each():
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert named(reward_reasons(rewards, torch.ones(2), [False] * 2, 2, by_function=True)) == ["signal"] * 2

@@ -33,6 +33,15 @@ def make_parser() -> TrlParser:
 
 
 def main(line: Sequence[str] | None = None) -> int:
+    """
+    Evaluates a model, or each checkpoint of a run.
+
+    Args:
+        line (`list[str]`, *optional*): The words of the line, by default those of the program.
+
+    Returns:
+        `int`: the exit status: 0, 2 if the options or their files are wrong, or that of a checkpoint that failed.
+    """
     line = list(sys.argv[1:] if line is None else line)
     parser = make_parser()
     try:

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
 
     Returns:
-        `int`: the exit status: 0, 2 if the line or its input is wrong, or 130 if it was interrupted.
+        `int`: the exit status: that of the command, or 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po",

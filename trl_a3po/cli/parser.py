@@ -109,8 +109,8 @@ class Parser(TrlParser):
 
     def _check_types(self, path: Path, config: dict[str, Any]) -> None:
         """
-        Of our own options all; of TRL's the numbers, the mappings, and those in `TEXTS` and `LISTS`. It declares other
-        options as texts or lists that also take `false` or one text.
+        Checks all of our own options. Of TRL's, it checks the numbers, the mappings, and those in `TEXTS` and `LISTS`:
+        the others are declared as texts or lists, but also take `false` or one text.
         """
         for kind in self.dataclass_types:
             for name, hint in get_type_hints(kind).items():

@@ -36,7 +36,7 @@ from trl.scripts import grpo
 
 from ..a3po_config import A3POConfig
 from ..a3po_trainer import A3POTrainer
-from ..evaluation.problems import Message, check_parseable, rows, to_prompt_and_solution, unreadable
+from ..evaluation.problems import Message, check_parseable, listed_rows, to_prompt_and_solution, unreadable
 from ..evaluation.runs import refuse_empty, rows_in_both
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
 from ..training.checkpoint_files import check_writable
@@ -324,7 +324,7 @@ def _prepared(
             "%d of %d problems for training are worked examples too, whose solutions their prompts contain: %s.",
             len(found),
             len(dataset),
-            rows([row for row, _, _ in found]),
+            listed_rows([row for row, _, _ in found]),
         )
     if checks_answers:
         check_parseable(dataset, use)

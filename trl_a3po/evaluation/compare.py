@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import hash_of_file, read_object, records_of
+from .files import RESULTS_FILE, SAMPLES_FILE, hash_of_file, read_object, records_of
 from .metrics import ROUNDING, Estimate, Solved, check_math_verify, estimate, per_problem, share_above_zero
-from .runs import distinct_problems, estimates
+from .runs import differing, distinct_problems, estimates
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_result(directory: Path, name: str) -> Result:
     """
     if not directory.is_dir():
         raise ValueError(f"There is no directory '{directory}'. Pass the `output_dir` of `trl-a3po eval`.")
-    samples, results_file = directory / "samples.jsonl", directory / "results.json"
+    samples, results_file = directory / SAMPLES_FILE, directory / RESULTS_FILE
     fix = "Delete it and run `trl-a3po eval` again."
     try:
         results = read_object(results_file, "metrics", "settings", "versions", fix=fix)
@@ -185,16 +185,16 @@ def _notes(first: Result, second: Result, common: int, shared: int, numbers: lis
     notes = []
     for result in (first, second):
         if others := len(result.problems) - common:
-            notes.append(f"{others} problems are only in {result.name}. They are not compared.")
+            notes.append(f"Only in {result.name}, and not compared: {others} of its problems.")
     if common > shared:
-        notes.append(f"{common - shared} problems have different solutions in the evaluations. They are not compared.")
+        notes.append(f"With different solutions in both, and not compared: {common - shared} of the problems.")
     if numbers[0] != numbers[1]:
         notes.append(
             f"{first.name} has {numbers[0]} samples of each problem, {second.name} has {numbers[1]}. k is at most "
             f"{min(numbers)}; avg@k is the mean over all samples."
         )
     before, after = first.results["settings"], second.results["settings"]
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    changed = differing(before, after)
     notes += [f"{name} differs: {before.get(name)!r} and {after.get(name)!r}." for name in changed]
     before, after = first.results["versions"], second.results["versions"]
     # The version of an engine that only one evaluation used is not news: the engines are among the settings.

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
+RUN_FILE = "run.json"
+SAMPLES_FILE = "samples.jsonl"
+RESULTS_FILE = "results.json"
 # What each line of `samples.jsonl` has: of the problem, and of each sample with its type.
 OF_PROBLEM = {"problem", "prompt", "solution"}
 OF_SAMPLES = {"completions": str, "tokens": int, "ended": bool, "correct": float | int | None}
@@ -117,6 +120,10 @@ def read_object(path: Path, *parts: str, fix: str) -> dict[str, Any]:
 def hash_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of_value(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, value: dict[str, Any]) -> None:

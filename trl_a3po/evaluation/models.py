@@ -140,6 +140,8 @@ def find_model(name: str) -> ModelFiles:
     revision = None if Path(base_name).is_dir() else adapter.get("revision") or _trained_revision(directory)
     try:
         base = _directory(base_name, revision)
+        if base.samefile(directory):
+            raise ValueError("it is the directory of the adapter. Save the adapter in a directory of its own.")
         if not (base / "config.json").exists():
             raise ValueError(f"'{base_name}' contains no `config.json`.")
         _require_weights(base_name, base)

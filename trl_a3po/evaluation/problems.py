@@ -239,8 +239,8 @@ def to_prompt_and_solution(
     A `solution` is a string, in a form that math-verify reads. If some problem has several accepted answers, the
     `solution` of every problem is a list of strings: [`trl_a3po.rewards.accuracy_reward`] takes both. Problems without
     a text or without an answer are skipped, and a warning says how many and which. Beside `question` and `problem`, a
-    `solution` of sentences is an answer only if it marks one. `row` is the number of each row
-    before others were skipped; streams have no such column.
+    `solution` of sentences is an answer only if it marks one. The column `row` has the number that each row had before
+    others were skipped. Streams have no such column.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -255,9 +255,9 @@ def to_prompt_and_solution(
             What messages call its rows, by default their positions.
 
     Raises:
-        `ValueError`: the dataset has other columns, a problem or an answer has an unknown shape, a problem has
-        pictures, or lacks the choices of which its answer is the letter, or does not end with the user's message while
-        there is something to add, or no problem is left. The message names the row.
+        `ValueError`: the dataset has other columns, or no problem is left. Or a row is wrong, and the message names
+        it: its problem or answer has an unknown shape; it has pictures; its answer is a letter, and its text lacks the
+        choices; there is something to add, and it does not end with the user's message.
     """
     columns = dataset.column_names or list(next(iter(dataset), ()))  # a stream may not know them
     if _reader(columns) is None:
@@ -292,7 +292,7 @@ def to_prompt_and_solution(
             "Skipped %d of %d problems: %s without a text or a final answer.",
             len(skipped),
             len(dataset),
-            rows(skipped),
+            listed_rows(skipped),
         )
     if pc.max(pc.list_value_length(mapped.data.column("solution"))).as_py() > 1:
         return mapped
@@ -372,7 +372,7 @@ def _convert_stream(batch: dict[str, list], indices: Sequence[int], convert: Cal
     return {**converted, "solution": solutions}
 
 
-def rows(indices: Sequence[int]) -> str:
+def listed_rows(indices: Sequence[int]) -> str:
     """The numbers of some rows, at most ten of them."""
     named = ", ".join(str(index) for index in indices[:10])
     more = f" and {len(indices) - 10} more" if len(indices) > 10 else ""
@@ -424,7 +424,7 @@ def check_parseable(dataset: Dataset, use: str, consequence: str = "get no rewar
             len(dataset),
             use,
             consequence,
-            rows(unparseable),
+            listed_rows(unparseable),
         )
 
 

@@ -1,6 +1,5 @@
 """Samples and scores one evaluation of one model in a directory, resumes it, and never mixes it with another."""
 
-import hashlib
 import json
 import platform
 import re
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -18,7 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from .. import __version__
 from ..rewards import accuracy_reward
-from .files import hash_of_file, only_writer, read_object, read_samples, write_whole
+from .files import (
+    RESULTS_FILE,
+    RUN_FILE,
+    SAMPLES_FILE,
+    hash_of_file,
+    hash_of_value,
+    only_writer,
+    read_object,
+    read_samples,
+    write_whole,
+)
 from .metrics import Estimate, Solved, check_math_verify, metrics
 from .models import (
     DTYPES,
@@ -41,7 +50,7 @@ from .samplers import Engine, Request, Sampling, seed_of, transformers_engine, v
 from .worked_examples import recorded
 
 
-RUN_FILE = "run.json"
+ROWS_AT_ONCE = 32
 
 
 @dataclass
@@ -98,7 +107,8 @@ class EvaluateArguments:
     max_completion_length: int = field(default=4096, metadata={"help": "Maximum tokens per completion."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
     batch_size: int = field(
-        default=32, metadata={"help": "Problems sampled at once. Completions do not depend on it, except by rounding."}
+        default=ROWS_AT_ONCE,
+        metadata={"help": "Problems sampled at once. Completions do not depend on it, except by rounding."},
     )
     use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM instead of transformers."})
     dtype: str = field(
@@ -222,7 +232,7 @@ class Completion:
 
 def problem_fingerprint(prompt: Prompt) -> str:
     """Identifies a problem by its prompt, including the instruction: two rows with equal prompts are one problem."""
-    return _hash(prompt)
+    return hash_of_value(prompt)
 
 
 def first_problems(problems: Dataset, count: int) -> Dataset:
@@ -236,10 +246,6 @@ def rows_in_both(problems: Dataset, others: Dataset) -> list[int]:
     """The rows of `problems`, counted from 0, whose problem `others` has too."""
     known = {problem_fingerprint(prompt) for prompt in others["prompt"]}
     return [row for row, prompt in enumerate(problems["prompt"]) if problem_fingerprint(prompt) in known]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def tasks_of(prompts: Sequence[Prompt], chat: Chat, max_completion_length: int, context: int | None) -> list[Task]:
@@ -426,22 +432,9 @@ def _evaluate(
     open_engine: OpenEngine,
     worked_examples: Sequence[Message],
 ) -> dict[str, Any]:
-    samples, results_file = directory / "samples.jsonl", directory / "results.json"
-    # First, because what stands here may be files of something else.
-    found = [each for each in (samples, results_file, directory / RUN_FILE) if each.exists()]
-    before = _read_run(directory, found) if found else None
-    if samples.exists() and results_file.exists():
-        expected = read_object(results_file, fix="Delete it to resume the evaluation.").get("samples_sha256")
-        if expected not in (None, hash_of_file(samples)):
-            raise ValueError(
-                f"'{samples}' is not the file that '{results_file}' was computed from. Delete both, or choose "
-                "another `output_dir`."
-            )
-    done = read_samples(samples)
-    if not done and not results_file.exists():
-        before = None  # nothing was sampled, so the settings are still free
-    started = before["settings"].get("date") if before is not None else None
-    shown_date = show_date(subject.chat, started or today())
+    run, done = _what_is_there(directory)
+    began = None if run is None else run["settings"].get("date")
+    shown_date = fixed_date(subject.chat, began or today())
     tasks = tasks_of([row["prompt"] for row in rows], subject.chat, arguments.max_completion_length, subject.context)
     sampled = [task for task in tasks if task.not_sampled is None]
     if not sampled:
@@ -449,29 +442,29 @@ def _evaluate(
             f"No problem can be sampled. The first: {tasks[0].not_sampled if tasks else 'there is none'}."
         )
     identity = {
-        "model": {**fingerprint(subject.files), "tokens of the problems": _hash([task.prompt_ids for task in tasks])},
-        "dataset": _hash([[row["prompt"], row["solution"]] for row in rows]),
+        "model": {
+            **fingerprint(subject.files),
+            "tokens of the problems": hash_of_value([each.prompt_ids for each in tasks]),
+        },
+        "dataset": hash_of_value([[row["prompt"], row["solution"]] for row in rows]),
         "settings": {
             **_settings(arguments, subject),
             "worked_examples": recorded(worked_examples),
             "date": shown_date,
         },
     }
-    if before is not None:
-        _check_identity(directory, identity, before, done, tasks)
+    if run is not None:
+        _check_identity(directory, identity, run, done, tasks)
     if len(done) < len(rows):
         longest = max(len(task.prompt_ids) + task.max_tokens for task in sampled) if subject.context else None
         with open_engine(arguments, subject, longest) as engine:
             # Old results must not stand beside an evaluation that is not complete.
-            results_file.unlink(missing_ok=True)
+            (directory / RESULTS_FILE).unlink(missing_ok=True)
             if not done:
-                write_whole(directory / RUN_FILE, {**identity, "versions": versions(arguments.use_vllm)})
-            with samples.open("a" if done else "w", encoding="utf-8") as file:
-                for start in range(len(done), len(rows), arguments.batch_size):
-                    stop = min(start + arguments.batch_size, len(rows))
-                    batch = tasks[start:stop]
-                    drawn = sample(engine, subject.chat, batch, arguments.num_samples, arguments.seed)
-                    new = [_record(*each) for each in zip(rows[start:stop], drawn, batch, strict=True)]
+                run = {**identity, "versions": versions(arguments.use_vllm)}
+                write_whole(directory / RUN_FILE, run)
+            with (directory / SAMPLES_FILE).open("a" if done else "w", encoding="utf-8") as file:
+                for new in _batches(arguments, subject.chat, engine, rows, tasks, len(done)):
                     file.writelines(json.dumps(each) + "\n" for each in new)
                     file.flush()
                     done += new
@@ -482,17 +475,55 @@ def _evaluate(
         "chat_template_kwargs_from": subject.template_kwargs_from,
         "base_revision": subject.files.base_revision,
         "arguments": asdict(arguments),
-        "versions": _read_run(directory, [samples])["versions"],
-        "samples_sha256": hash_of_file(samples),
+        "versions": cast(dict[str, Any], run)["versions"],
+        "samples_sha256": hash_of_file(directory / SAMPLES_FILE),
     }
-    write_whole(results_file, results)
+    write_whole(directory / RESULTS_FILE, results)
     return results
+
+
+def _what_is_there(directory: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """
+    The `run.json` of an evaluation that began in this directory, and its samples. None, if nothing was sampled: the
+    settings are then still free.
+
+    Raises:
+        `ValueError`: there are files of something else, or a damaged one.
+    """
+    samples, results_file = directory / SAMPLES_FILE, directory / RESULTS_FILE
+    # First, because what stands here may be files of something else.
+    found = [each for each in (samples, results_file, directory / RUN_FILE) if each.exists()]
+    run = _read_run(directory, found) if found else None
+    if samples.exists() and results_file.exists():
+        expected = read_object(results_file, fix="Delete it to resume the evaluation.").get("samples_sha256")
+        if expected not in (None, hash_of_file(samples)):
+            raise ValueError(
+                f"'{samples}' is not the file that '{results_file}' was computed from. Delete both, or choose "
+                "another `output_dir`."
+            )
+    done = read_samples(samples)
+    return run if done or results_file.exists() else None, done
+
+
+def _batches(
+    arguments: EvaluateArguments,
+    chat: Chat,
+    engine: Engine,
+    rows: Sequence[dict[str, Any]],
+    tasks: Sequence[Task],
+    start: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """Samples and scores the rows from `start` on, in batches."""
+    for first in range(start, len(rows), arguments.batch_size):
+        batch = tasks[first : first + arguments.batch_size]
+        drawn = sample(engine, chat, batch, arguments.num_samples, arguments.seed)
+        yield [_record(*each) for each in zip(rows[first : first + len(batch)], drawn, batch, strict=True)]
 
 
 _STRFTIME_NOW = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
-def show_date(chat: Chat, day: str) -> str | None:
+def fixed_date(chat: Chat, day: str) -> str | None:
     """
     Replaces today's date in the chat template by a fixed one, so that an evaluation that is resumed on another day has
     the same prompts. The time of day is 00:00.
@@ -549,12 +580,12 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
 
 
-def _record(row: dict[str, Any], completions: list[Completion], task: Task | None = None) -> dict[str, Any]:
+def _record(row: dict[str, Any], completions: list[Completion], task: Task) -> dict[str, Any]:
     """A line of `samples.jsonl`."""
     texts, answers = [each.text for each in completions], [each.answer for each in completions]
     record = {
         **({"row": row["row"]} if "row" in row else {}),
-        "problem": problem_fingerprint(row["prompt"]),
+        "problem": task.problem,
         "prompt": row["prompt"],
         "solution": row["solution"],
         "completions": texts,
@@ -563,7 +594,7 @@ def _record(row: dict[str, Any], completions: list[Completion], task: Task | Non
         "ended": [completion.ended for completion in completions],
         "correct": score(answers, row["solution"]),
     }
-    return record if task is None or task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
+    return record if task.not_sampled is None else {**record, "not_sampled": task.not_sampled}
 
 
 def _read_run(directory: Path, found: Sequence[Path]) -> dict[str, Any]:
@@ -585,15 +616,15 @@ def _check_identity(
     done: list[dict[str, Any]],
     tasks: Sequence[Task],
 ) -> None:
-    changed = [f"different {part} of the model" for part in _differing(before["model"], identity["model"])]
+    changed = [f"different {part} of the model" for part in differing(before["model"], identity["model"])]
     if before.get("dataset") != identity["dataset"]:
         changed.append("different problems")
     changed += [
-        f"{name}={before['settings'].get(name)!r}" for name in _differing(before["settings"], identity["settings"])
+        f"{name}={before['settings'].get(name)!r}" for name in differing(before["settings"], identity["settings"])
     ]
     now = versions(identity["settings"]["engine"] == "vllm")
     if len(done) < len(tasks) and not changed:
-        changed += [f"{name} {before['versions'].get(name)}" for name in _differing(before["versions"], now)]
+        changed += [f"{name} {before['versions'].get(name)}" for name in differing(before["versions"], now)]
     if changed:
         raise ValueError(
             f"'{directory}' contains another evaluation. It was started with {', '.join(changed)}. Pass the same to "
@@ -606,7 +637,8 @@ def _check_identity(
         )
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names whose values differ."""
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
@@ -617,23 +649,25 @@ def sample_model(
     *,
     num_samples: int,
     max_completion_length: int,
-    temperature: float = 1.0,
-    batch_size: int = 32,
+    batch_size: int = ROWS_AT_ONCE,
     seed: int = 0,
-) -> list[list[Completion]]:
+) -> tuple[list[Task], list[list[Completion]]]:
     """
-    Samples completions of each prompt with transformers from a model in memory, such as that of a trainer, without
-    truncating its distribution.
+    Samples completions of each prompt with transformers from a model in memory, such as that of a trainer, at
+    temperature 1.
 
     The model and the global random state do not change. The same seed draws the same random numbers for every model.
     Prompts that do not fit into the model's context get empty completions.
+
+    Returns:
+        The prompts as tasks, and the completions of each.
     """
     chat = Chat.of(processor, model.config, model.generation_config)
     tasks = tasks_of(prompts, chat, max_completion_length, chat.context)
-    sampling = Sampling(temperature, top_p=1.0, top_k=0, end_ids=chat.end_ids, suppressed_ids=chat.suppressed_ids)
+    sampling = Sampling(1.0, top_p=1.0, top_k=0, end_ids=chat.end_ids, suppressed_ids=chat.suppressed_ids)
     engine = transformers_engine(model, sampling)
     batches = (tasks[start : start + batch_size] for start in range(0, len(tasks), batch_size))
-    return [each for batch in batches for each in sample(engine, chat, batch, num_samples, seed)]
+    return tasks, [each for batch in batches for each in sample(engine, chat, batch, num_samples, seed)]
 
 
 def evaluate_model(
@@ -652,7 +686,7 @@ def evaluate_model(
         `ValueError`: math-verify can parse none of the solutions, or is not installed.
     """
     check_math_verify()
-    drawn = sample_model(
+    tasks, drawn = sample_model(
         model,
         processor,
         list(problems["prompt"]),
@@ -660,8 +694,6 @@ def evaluate_model(
         max_completion_length=max_completion_length,
         seed=seed,
     )
-    chat = Chat.of(processor, model.config, model.generation_config)
-    tasks = tasks_of(list(problems["prompt"]), chat, max_completion_length, chat.context)
     return summary([_record(*each) for each in zip(problems, drawn, tasks, strict=True)])
 
 

@@ -4,13 +4,12 @@ Worked examples: problems with their solutions, as user and assistant turns befo
 Base models, and small ones, need a few to write their answer where the reward looks for it.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from .files import hash_of_value
 from .problems import READ_ERRORS, Message, file_source, problem_and_answers, unreadable, with_instruction
 
 
@@ -114,15 +113,11 @@ def check_no_overlap(problems: Dataset, examples: Sequence[Message], use: str) -
 
 
 def _words(message: Message) -> str:
-    content = message["content"]
-    if not isinstance(content, str):  # in parts, some of which are images
-        content = " ".join(part.get("text") or "" for part in content or ())
-    return " ".join(content.split())
+    return " ".join(message["content"].split())
 
 
 def recorded(examples: Sequence[Message]) -> dict[str, Any] | None:
     """What tells worked examples from others: how many there are, and a hash of their turns. None without any."""
     if not examples:
         return None
-    digest = hashlib.sha256(json.dumps(list(examples), sort_keys=True).encode()).hexdigest()
-    return {"count": len(examples) // 2, "sha256": digest}
+    return {"count": len(examples) // 2, "sha256": hash_of_value(list(examples))}

@@ -109,17 +109,19 @@ def _warm_up(log: Log, bound: float) -> Seen | None:
 
 
 def _unscored(log: Log, bound: float) -> Seen | None:
-    share = log.end("signal/completions/unscored")
-    if share >= bound:
-        name = "signal/completions/unscored"
+    name = "signal/completions/unscored"
+    if name in log:
+        share = log.end(name)
+        if not share >= bound:
+            return None
         return Seen(name, _since_above(log, name, bound), f"no reward function scored {_p(share)} of the completions")
     # Older releases of TRL log a reward of 0, and only the means of the functions are missing.
     names = [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
     scored = {step for name in names for step, _ in log.known(name)}
     points = [(step, value if step in scored else math.nan) for step, value in log.all("reward")]
-    last = last_quarter(points)
-    if "signal/completions/unscored" in log or not is_enough(points):
+    if not is_enough(points):
         return None
+    last = last_quarter(points)
     missing = sum(math.isnan(value) for _, value in last) / len(last)
     if missing < bound:
         return None
@@ -153,10 +155,10 @@ def _no_signal(*reasons: str) -> Callable[[Log, float], Seen | None]:
             since, at_start = _since_above(log, metric, bound), log.start(metric)
         if reasons == ("all_right",) and at_start < bound / 2:
             return None  # it was solved, within so few logs that the rise may be chance
-        rewards = f"; the mean reward is {_n(log.end('reward'))}" if log.known("reward") else ""
+        details = f"; the mean reward is {_n(log.end('reward'))}" if log.known("reward") else ""
         cut = log.end("completions/clipped_ratio")
-        rewards += f"; {_p(cut)} are cut at the length limit" if cut >= 0.1 else ""
-        return Seen(metric, since, f"{_p(without)} of the completions have no learning signal{rewards}")
+        details += f"; {_p(cut)} are cut at the length limit" if cut >= 0.1 else ""
+        return Seen(metric, since, f"{_p(without)} of the completions have no learning signal{details}")
 
     return check
 
@@ -207,7 +209,7 @@ def _lengths_to_nothing(log: Log, bound: float) -> Seen | None:
 
 
 def _constant_reward(log: Log, bound: float) -> Seen | None:
-    functions = [name[: -len("/mean")] for name in log if re.fullmatch(r"rewards/.+/mean", name)]
+    functions = [name.removesuffix("/mean") for name in log if re.fullmatch(r"rewards/.+/mean", name)]
     if len(functions) < 2 or log.has_learned():
         return None
     for function in functions:

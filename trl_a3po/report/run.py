@@ -69,15 +69,15 @@ def read_run(directory: Path, steps: Sequence[int] | None = None) -> Run:
     if not directory.is_dir():
         raise ReportError(f"There is no directory '{directory}'. Pass the `output_dir` of a run.")
     (state, torn), tokens = _newest_state(directory), directory / TOKENS_FILE
-    if torn and state is None and not tokens.is_file():
-        raise ReportError(f"'{torn[0]}' is incomplete, or not the state of a trainer.")
-    for path in torn:
-        logger.warning("warning: skipping '%s', which is incomplete.", path)
     if state is None and not tokens.is_file():
         raise ReportError(
-            f"'{directory}' contains no log of a run (looked for {STATE_FILE}, checkpoint-N/{STATE_FILE} and "
+            f"'{torn[0]}' is incomplete, or not the state of a trainer."
+            if torn
+            else f"'{directory}' contains no log of a run (looked for {STATE_FILE}, checkpoint-N/{STATE_FILE} and "
             f"{TOKENS_FILE}). Call `trainer.save_state()` when training is done, or save checkpoints."
         )
+    for path in torn:
+        logger.warning("warning: skipping '%s', which is incomplete.", path)
     tokens_of_step: Counter[int] = Counter()
     unreadable = 0
     for completion in _read_completions(tokens):

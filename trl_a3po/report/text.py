@@ -38,4 +38,4 @@ def names_of(directories: Sequence[Path]) -> list[str]:
         raise ValueError("The same directory was given twice. Pass different directories.")
     ends = [[each[-length:] for length in range(1, len(each) + 1)] for each in parts]
     count = Counter(end for all_ends in ends for end in all_ends)
-    return ["/".join(next(end for end in all_ends if count[end] == 1)) for all_ends in ends]
+    return [Path(*next(end for end in all_ends if count[end] == 1)).as_posix() for all_ends in ends]

@@ -54,7 +54,7 @@ class Log:
             # More training may follow, and so may an evaluation.
             self.has_ended &= any(str(name).startswith("eval_") for name in entry)
             for name, value in entry.items():
-                if value is None or _is_number(value):
+                if value is None or isinstance(value, float) or is_number(value):
                     by_name.setdefault(name, {})[int(entry["step"])] = math.nan if value is None else float(value)
         self._by_name: dict[str, Points] = {name: sorted(values.items()) for name, values in by_name.items()}
 
@@ -138,12 +138,6 @@ class Log:
         """The standard deviation of rewards at the start, the scale on which a change of the reward is large."""
         spread = self.start("reward_std")
         return 0.0 if math.isnan(spread) else spread
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, float) or abs(value) < 2**53
 
 
 def is_enough(points: Sequence[tuple[int, float]]) -> bool:

@@ -102,9 +102,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._hidden_limit = self.args.save_total_limit
         # With a limit, transformers would delete older checkpoints while this one may not be on the disk.
         marked = marked_incomplete(checkpoint, self.accelerator, marks=self.args.should_save)
-        with marked, _save_total_limit(self.args, None):
-            super()._save_checkpoint(model, trial)
-        self._hidden_limit = None
+        try:
+            with marked, _save_total_limit(self.args, None):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._hidden_limit = None
         if self.args.should_save:
             delete_outdated(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -281,16 +283,19 @@ def checkpoint_to_resume_from(
             )
         check_has_optimizer(Path(last))
         return last
-    if resume_from_checkpoint and not Path(resume_from_checkpoint).exists():
-        resume_from_checkpoint = str(resume_from_checkpoint).removesuffix(PREVIOUS)  # it was put back
-    if resume_from_checkpoint and is_marked(Path(resume_from_checkpoint)):
+    if not resume_from_checkpoint:
+        return None
+    checkpoint = Path(resume_from_checkpoint)
+    if not checkpoint.exists():
+        checkpoint = Path(str(checkpoint).removesuffix(PREVIOUS))  # it was put back
+    if is_marked(checkpoint):
         raise ValueError(
-            f"'{resume_from_checkpoint}' is incomplete. Pass `resume_from_checkpoint=True` to resume from the last "
-            "complete checkpoint."
+            f"'{checkpoint}' is incomplete. Pass `resume_from_checkpoint=True` to resume from the last complete "
+            "checkpoint."
         )
-    if resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():  # else transformers says what is missing
-        check_has_optimizer(Path(resume_from_checkpoint))
-    return resume_from_checkpoint or None
+    if checkpoint.is_dir():  # else transformers says what is missing
+        check_has_optimizer(checkpoint)
+    return str(checkpoint)
 
 
 def check_has_optimizer(checkpoint: Path) -> None:

@@ -1,8 +1,7 @@
 """Calls a `shape_advantages` that is not A3PO's, and checks what it does."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..peers import HOOK_ARGUMENTS
 from ..update.micro_batches import take_rows
+from ..update.model_traits import same_random_numbers
 
 
 def fields_named_by(hook: Callable[..., Any]) -> dict[str, bool]:
@@ -55,14 +55,6 @@ def call_hook(hook: Callable[..., Tensor], advantages: Tensor, *, mask: Tensor, 
     # TRL multiplies by the mask, and 0 times NaN is NaN.
     is_counted = mask.bool() if shaped.dim() == 2 else mask.any(1)
     return shaped.where(is_counted, 0.0)
-
-
-@contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Restores torch's random generators at the end: what comes next draws the same numbers."""
-    devices = [] if device.type in ("cpu", "mps") else [device]
-    with torch.random.fork_rng(devices, device_type=device.type):
-        yield
 
 
 def check_completionwise(hook: Callable[..., Tensor], advantages: Tensor, *, mask: Tensor, **batch: Any) -> bool:

@@ -20,7 +20,7 @@ from trl import GRPOTrainer
 
 
 # The newest releases with which all tests pass. Errors tell users to install them.
-TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0", "torch": "2.13.0"}
+TESTED = {"trl": "1.16.0", "transformers": "5.24.0", "accelerate": "1.15.0", "torch": "2.13.0"}
 
 
 @dataclass(frozen=True)

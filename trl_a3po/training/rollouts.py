@@ -32,7 +32,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     Raises:
         `ValueError`: with `dynamic_sampling`, a dataset that cannot be indexed, images, or a model whose
             output depends on padding or on the other rows of a batch; in training, a reward that is infinite, a
-            completion without tokens, or a prompt that leaves no room for a completion.
+            completion without tokens, a prompt with a token that the model does not have, or a prompt that leaves no
+            room for a completion.
     """
 
     processing_class: Any
@@ -99,6 +100,12 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         finally:
             self._skips_next_pass = skips
 
+    def _forget_rollouts(self) -> None:
+        """Forgets what the rollouts of a run that was interrupted have left."""
+        self._fresh_prompts = RolloutGRPOTrainer._fresh_prompts
+        self._signal_budget.pop_counts()
+        self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)
+
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -134,8 +141,9 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     def _rollout_is_ours(self) -> bool:
         """Whether no subclass, and no method assigned on the instance, replaces the method that makes a rollout."""
-        name = "_generate_and_score_completions"
-        return getattr(type(self), name) is getattr(RolloutGRPOTrainer, name) and name not in vars(self)
+        of_class = type(self)._generate_and_score_completions
+        is_assigned = "_generate_and_score_completions" in vars(self)
+        return of_class is RolloutGRPOTrainer._generate_and_score_completions and not is_assigned
 
     def _generate_and_score_completions(self, inputs):
         rollout = self._sample_round(inputs)

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 from ..a3po_config import A3POConfig
 from ..update.micro_batches import loss_mask
 from ..update.sampler_correction import largest_of, sampler_ratio
+from .input_checks import total_rewards
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def reward_reasons(
     The reasons that the rewards give. Completions of groups with different rewards count as having a signal.
 
     A group is all right if every reward function that scored a completion gave 1, and all wrong if it gave 0 or -1.
+    Functions of weight 0 do not count: they are only logged.
 
     Args:
         rewards_per_func (`torch.Tensor` of shape `(B, F)`): NaN where a function did not score a completion.
@@ -90,24 +92,22 @@ def reward_reasons(
     """
     missing = rewards_per_func.isnan()
     unscored = missing.all(1)
-    weights = reward_weights.to(rewards_per_func.device)
-    columns = rewards_per_func if by_function else (rewards_per_func * weights).nansum(1, keepdim=True)
-    ignored = (missing if by_function else unscored[:, None]).view(
-        len(columns) // num_generations, num_generations, -1
-    )
-    groups = columns.view(ignored.shape)
-    highest = groups.masked_fill(ignored, -math.inf).amax(1)
-    lowest = groups.masked_fill(ignored, math.inf).amin(1)
+    weighted = rewards_per_func.masked_fill(reward_weights.to(rewards_per_func.device) == 0, math.nan)
+    columns = weighted if by_function else total_rewards(rewards_per_func, reward_weights)[:, None]
+    groups = columns.view(-1, num_generations, columns.shape[1])
+    highest = groups.nan_to_num(nan=-math.inf).amax(1)
+    lowest = groups.nan_to_num(nan=math.inf).amin(1)
     differ = (highest > lowest).any(1)
 
-    def whole_group(holds: Tensor) -> Tensor:
-        return (holds | unscored).view(-1, num_generations).all(1)
+    def whole_group(*values: float) -> Tensor:
+        holds = weighted.isnan()
+        for value in values:
+            holds = holds | (weighted == value)
+        return holds.all(1).view(-1, num_generations).all(1)
 
     reasons = torch.full_like(differ, _NUMBER["all_equal"], dtype=torch.long)
-    reasons.masked_fill_(
-        whole_group((missing | (rewards_per_func == 0) | (rewards_per_func == -1)).all(1)), _NUMBER["all_wrong"]
-    )
-    reasons.masked_fill_(whole_group((missing | (rewards_per_func == 1)).all(1)), _NUMBER["all_right"])
+    reasons.masked_fill_(whole_group(0, -1), _NUMBER["all_wrong"])
+    reasons.masked_fill_(whole_group(1), _NUMBER["all_right"])
     reasons.masked_fill_(differ, _NUMBER["signal"])
     reasons = reasons.repeat_interleave(num_generations)
     parsing = torch.tensor(list(parses), device=reasons.device)

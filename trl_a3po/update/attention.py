@@ -133,6 +133,10 @@ def _attend_packed(
 
     Returns:
         The output of shape (1, N, H, E), and no attention weights.
+
+    Raises:
+        `ValueError`: the model makes its own attention mask, does not attend causally, or runs another pass than the
+        packed one.
     """
     name: Any = getattr(getattr(module, "config", None), "_attn_implementation", None)
     layout = getattr(name, "layout", None)
@@ -155,11 +159,28 @@ def _attend_packed(
     if kwargs.get("is_causal") is False and layout.positions > 1:
         raise ValueError(f"{type(module).__name__} does not attend causally.")
     layout.windows.add(sliding_window)
-    plain = softcap is not None or s_aux is not None
-    layout.needs_scores |= plain
-    if not plain and dropout == 0 and _varlen_takes(query, value):
-        return _attend_varlen(query, key, value, layout, scaling, sliding_window), None
-    attend = functools.partial(_attend_plainly, softcap=softcap, sinks=s_aux) if plain else _attend_fused
+    if softcap is None and s_aux is None:
+        if dropout == 0 and _varlen_takes(query, value):
+            return _attend_varlen(query, key, value, layout, scaling, sliding_window), None
+        attend = functools.partial(_attend_fused, scaling=scaling, dropout=dropout)
+    else:
+        layout.needs_scores = True
+        attend = functools.partial(_attend_plainly, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
+    return _attend_in_blocks(query, key, value, layout, sliding_window, attend), None
+
+
+AttentionInterface.register(_NAME, _attend_packed)
+
+
+def _attend_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    window: int | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """(1, N, H, E) outputs, of one call of `attend` for each block, with queries, keys, values and a mask."""
     blocks = layout.blocks
     # One split: the gradient of each separate slice would be as large as the whole row.
     queries, keys, values = (
@@ -176,15 +197,12 @@ def _attend_packed(
 
     outputs = []
     for number, block in enumerate(blocks):
-        mask = _mask(layout, block, sliding_window)
+        mask = _mask(layout, block, window)
         asking = with_keys_before(queries, number) if mask is None else queries[number]
         seen = with_keys_before(keys, number), with_keys_before(values, number)
-        attended = attend(asking, *seen, mask, scaling, dropout)
+        attended = attend(asking, *seen, mask)
         outputs.append(attended[:, :, block.start - block.end :].transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
-
-
-AttentionInterface.register(_NAME, _attend_packed)
+    return torch.cat(outputs, dim=1)
 
 
 def _function_of(module: torch.nn.Module, name: str | None) -> Callable[..., tuple[Tensor, Any]]:

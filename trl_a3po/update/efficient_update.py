@@ -245,11 +245,11 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             group = self.num_generations
             shared = [in_fewest(shapes[part], live[part], size * width, group, least, window) for part in parts]
         found = self._largest([number for each in shared for number in (len(each), max(map(len, each)))])
+        empty = {key: take_rows(value, []) for key, value in rollout.items()}
         planned = []
         for part, of_step, count, most in zip(parts, shared, found[::2], found[1::2], strict=True):
             of_step = [[]] * (count - len(of_step)) + of_step  # other processes need more
             # Micro-batches without rows come first: the last pass of a step synchronises the processes.
-            empty = {key: take_rows(value, []) for key, value in rollout.items()}
             planned += [{**empty, PLAN: NOTHING} for _ in range(window - count)]
             most = max(most, math.ceil(rows_of_step / count))  # `fill_up` adds rows up to the average
             # The loss is divided by the number of micro-batches, and some losses by the number of their rows.
@@ -388,7 +388,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 "`skip_old_logps=False`."
             )
 
-    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size=None, live=None):
+    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size, live):
         """Computes all rows, or the live ones, in as many passes as TRL. No pass has more positions than TRL's."""
         prompt_width, rows = input_ids.shape[1] - logits_to_keep, len(input_ids)
         prompt_mask, completion_mask = attention_mask[:, :prompt_width], attention_mask[:, prompt_width:]
@@ -447,12 +447,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         # Not completions of a polarity of weight 0: they may have a gradient before the rollout is used up.
         skipped = self._skippable_signs() & {0}
         sampler = self._sampler
-        is_due = sampler is not None or not trains_aligned
-        is_wanted = not (result_is_final and self._loss_is_trls()) or (
-            sampler is not None and sampler.is_trls is False
-        )
+        runs_in_trl = sampler is not None or not trains_aligned
         can_run_later = bool(skipped) and not self._may_have_images  # it would run without the images
-        if is_wanted or not (self._may_skip_old_logps and is_due and (is_aligned or can_run_later)):
+        if not (runs_in_trl and self._may_replace_old_pass(result_is_final) and (is_aligned or can_run_later)):
             return generate(inputs)
         is_known = sampler is None or bool(sampler.is_trls)
         metrics = self._metrics[self._mode]
@@ -472,6 +469,11 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         del rollout["old_per_token_logps"]
         rollout.pop("importance_sampling_ratio", None)
         return rollout if is_aligned else self._with_old_logps(rollout, skipped)
+
+    def _may_replace_old_pass(self, result_is_final: bool) -> bool:
+        """Whether nobody needs all that TRL's pass computes, and the loss computes vLLM's ratio as TRL does."""
+        differs = self._sampler is not None and self._sampler.is_trls is False
+        return self._may_skip_old_logps and result_is_final and self._loss_is_trls() and not differs
 
     def _with_old_logps(self, rollout: dict[str, Any], skipped: frozenset[int]) -> dict[str, Any]:
         """A rollout with the old log-probabilities, and vLLM's ratio, of the rows that the loss computes."""

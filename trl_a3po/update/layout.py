@@ -25,8 +25,8 @@ class RowShape(NamedTuple):
     """
     Numbers of tokens of a row, and the number of its prompt, which rows with the same prompt share.
 
-    `common` is the same for all rows: all prompts begin with the same tokens, and so many of them are shared. The last
-    token of a prompt never is.
+    `common` is how many first tokens all prompts have in common; it is the same for all rows. These tokens are shared.
+    The last token of a prompt never is.
     """
 
     prompt: int

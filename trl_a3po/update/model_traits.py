@@ -11,9 +11,10 @@ the configuration decides.
 
 import contextlib
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import torch
@@ -67,12 +68,7 @@ class PaddingTraits:
     company: bool = False
 
     def __or__(self, other: "PaddingTraits") -> "PaddingTraits":
-        return PaddingTraits(
-            self.left_padding or other.left_padding,
-            self.right_padding or other.right_padding,
-            self.alone or other.alone,
-            self.company or other.company,
-        )
+        return PaddingTraits(*map(operator.or_, astuple(self), astuple(other)))
 
 
 def padding_traits(model: torch.nn.Module) -> PaddingTraits:
@@ -281,6 +277,14 @@ def _rounding(logits: Tensor) -> float:
 
 
 @contextlib.contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Restores torch's random generators at the end: what comes next draws the same numbers."""
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        yield
+
+
+@contextlib.contextmanager
 def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
     """Puts a model in a mode, without dropout and gradients. Restores the mode of each module and random numbers."""
     modes = [(module, module.training) for module in model.modules()]
@@ -292,7 +296,7 @@ def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
     try:
         with (
             torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            same_random_numbers(device),
             warnings.catch_warnings(),
         ):
             # Checkpointing warns that there are no gradients.

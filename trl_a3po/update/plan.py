@@ -107,8 +107,9 @@ def by_prompt(
         live (sequence of `bool`): Whether a row has to be computed.
         batches (`int`): Number of micro-batches.
         budget (`int`): Maximum positions of a micro-batch.
-        group_size (`int`): Completions of each prompt. There is always room for the rows of two groups. Further rows
-            have room while all have at most twice as many tokens as the budget, and are at most twice the average.
+        group_size (`int`): Completions of each prompt. The number of rows never keeps two groups apart. Further rows
+            have room while a micro-batch has at most twice the average number of rows, and its rows, if each had its
+            own prompt, have at most twice as many tokens as the budget.
 
     Returns:
         `list[list[int]]`, *optional*: The live rows of each micro-batch, the emptiest micro-batches first. `None` if
@@ -144,10 +145,13 @@ def by_prompt(
         used[batch] += size
         tokens[batch] += tokens_of(rows)
 
+    def emptiest(size: int, rows: Sequence[int]) -> int | None:
+        """The micro-batch with the fewest positions of those with room."""
+        return min((each for each in range(batches) if has_room(each, size, rows)), key=used.__getitem__, default=None)
+
     for group in sorted(groups.values(), key=positions, reverse=True):
         size = positions(group)
-        roomy = (each for each in range(batches) if has_room(each, size, group))
-        batch = min(roomy, key=used.__getitem__, default=None)
+        batch = emptiest(size, group)
         if batch is not None:
             add(batch, size, group)
             continue
@@ -157,8 +161,7 @@ def by_prompt(
             batch = next((each for each in parts if has_room(each, size, [row])), None)
             if batch is None:
                 size += prefix(group)
-                roomy = (each for each in range(batches) if has_room(each, size, [row]))
-                batch = min(roomy, key=used.__getitem__, default=None)
+                batch = emptiest(size, [row])
                 if batch is None:
                     return None
                 parts.append(batch)
