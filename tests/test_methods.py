@@ -221,15 +221,6 @@ def test_gradients_with_settings(tmp_path):
     assert_gradients_follow(trainer, reference)
 
 
-def test_the_gate_of_stare_follows_the_log(tmp_path):
-    trainer = make(tmp_path, shaping="stare", shaping_args={"positive_weight": 2.0, "top_ratio": 0.5})
-    given = batch()
-    plain = torch.where(given["mask"] == 1, given["advantages"][:, None], 0.0)
-    for entropy, is_open in ((math.nan, True), (0.1, True), (0.5, False)):
-        trainer.state.log_history = [] if math.isnan(entropy) else [{"entropy": 9.0}, {"entropy": entropy}]
-        assert torch.equal(trainer.shape_advantages(**given), plain) != is_open
-
-
 class Doubled(A3POTrainer):
     def shape_advantages(self, advantages, **batch):
         return 2 * super().shape_advantages(advantages, **batch)

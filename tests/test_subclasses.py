@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import reference, tiny
-from support.training import assert_same_update, make, moved, train, update_difference
+from support.training import SGD, assert_same_update, make, moved, train, update_difference
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -23,7 +23,7 @@ from trl_a3po.testing import assert_gradients_follow
 
 GUIDE = Path(__file__).parents[1] / "docs" / "shaping.md"
 # An update that is proportional to the gradient.
-SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0}
+DESCENT = {**SGD, "max_grad_norm": 0.0, "learning_rate": 1.0}
 
 
 def logs(trainer):
@@ -193,13 +193,13 @@ def test_methods_of_trl(mixin, tmp_path):
     """
     You may override `_compute_loss`, `_calculate_rewards` and `_generate_and_score_completions` as on `GRPOTrainer`.
     """
-    theirs = train(tmp_path, type("Theirs", (mixin, GRPOTrainer), {}), **SGD)
-    plain = train(tmp_path, type("Plain", (mixin, A3POTrainer), {}), **SGD, **tiny.NEUTRAL)
+    theirs = train(tmp_path, type("Theirs", (mixin, GRPOTrainer), {}), **DESCENT)
+    plain = train(tmp_path, type("Plain", (mixin, A3POTrainer), {}), **DESCENT, **tiny.NEUTRAL)
     assert_same_update(plain, theirs)
     neutral = {name: value for name, value in tiny.NEUTRAL.items() if name.endswith("_scale")}
-    efficient = train(tmp_path, type("Efficient", (mixin, A3POTrainer), {}), **SGD, **neutral)
+    efficient = train(tmp_path, type("Efficient", (mixin, A3POTrainer), {}), **DESCENT, **neutral)
     assert update_difference(efficient, theirs) < 1e-4
-    without = train(tmp_path, A3POTrainer, **SGD, **tiny.NEUTRAL)
+    without = train(tmp_path, A3POTrainer, **DESCENT, **tiny.NEUTRAL)
     assert any(not value.equal(tiny.parameters(without)[name]) for name, value in tiny.parameters(plain).items())
 
 
@@ -306,7 +306,7 @@ OF_TWO_STEPS = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gr
 )
 def test_settings_of_ones_own_and_skipping(trainer_class, fields, tmp_path):
     """The rows that are skipped follow it too."""
-    fields = {**SGD, **fields, "max_steps": 4, "reward_funcs": sometimes_equal_reward}
+    fields = {**DESCENT, **fields, "max_steps": 4, "reward_funcs": sometimes_equal_reward}
     whole = train(tmp_path, trainer_class, skip_zero_advantage=False, **fields)
     assert update_difference(train(tmp_path, trainer_class, **fields), whole) < 1e-4
     configured = train(tmp_path, A3POTrainer, skip_zero_advantage=False, **fields)
@@ -365,11 +365,11 @@ def test_assigned_on_an_instance(reward, tmp_path):
         rows.extend(mask.any(1).tolist())
         return advantages + 1.0
 
-    trainer = make(tmp_path, A3POTrainer, reward_funcs=reward, **SGD)
+    trainer = make(tmp_path, A3POTrainer, reward_funcs=reward, **DESCENT)
     trainer.shape_advantages, trainer.start = function, tiny.parameters(trainer)
     trainer.train()
     assert rows == [True] * 3 * 8
-    assert_same_update(trainer, train(tmp_path, RaisesEverything, reward_funcs=reward, **SGD))
+    assert_same_update(trainer, train(tmp_path, RaisesEverything, reward_funcs=reward, **DESCENT))
 
 
 TENSORS = ["advantages", "per_token_logps", "old_per_token_logps", "entropies", "mask", "rewards"]

@@ -10,8 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
-from kill_worker import digests, in_child, name
+from kill_worker import in_child, name
 from support import tiny
+from support.checkpoints import digests
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training.checkpoints import last_complete_checkpoint

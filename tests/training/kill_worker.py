@@ -4,7 +4,6 @@ Makes one run without interruption, and one that is killed and resumed again and
 Run by test_kill.py: `python kill_worker.py MODEL OUTPUT KILLS`, with a list of `Kill`s in JSON.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support import tiny
+from support.checkpoints import digests
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,7 +25,6 @@ from trl_a3po.training.checkpoints import last_complete_checkpoint
 
 
 POINTS = ("rollout", "backward", "optimizer step", "checkpoint", "push")
-STATE_FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @dataclass
@@ -176,12 +175,6 @@ def train_until_killed(model, output_dir, kill, calls):
 
 def name(path):
     return path and Path(path).name
-
-
-def digests(checkpoint):
-    return checkpoint and {
-        file: hashlib.sha256(Path(checkpoint, file).read_bytes()).hexdigest() for file in STATE_FILES
-    }
 
 
 def main(model, output, kills):

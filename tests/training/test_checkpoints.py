@@ -15,11 +15,13 @@ import pytest
 import torch
 import trl
 from datasets import IterableDataset
-from kill_worker import digests
 from packaging.version import Version
 from support import tiny
-from support.training import SGD, StopAfter, assert_same_update, is_time, make
-from transformers import TrainerCallback
+from support.checkpoints import digests
+from support.training import SGD, StopAfter, assert_same_update, is_time, make, train
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
@@ -601,3 +603,82 @@ def test_torch_names_no_full_disk_and_the_error_does(model_dir, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(OSError, match=r"There is no complete one yet\. Free some space"):
         trainer.train()
+
+
+# Two checkpoints
+
+
+def every_other_step(model_dir, output_dir, **fields):
+    """A trainer that saves two checkpoints and keeps both."""
+    return saving_trainer(
+        model_dir, output_dir, **{"max_steps": 4, "save_steps": 2, "save_total_limit": None, **fields}
+    )
+
+
+@pytest.fixture
+def half_overwritten(model_dir, tmp_path, monkeypatch):
+    """A directory with two checkpoints, the second of which holds files of two runs: the disk was full."""
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    every_other_step(model_dir, tmp_path).train()
+    trainer = every_other_step(model_dir, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerState, "save_to_json", fail)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    return tmp_path
+
+
+def test_a_checkpoint_that_is_not_complete_is_passed_over(half_overwritten, model_dir, caplog):
+    assert get_last_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
+    assert last_complete_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-2")
+    trainer = every_other_step(model_dir, half_overwritten)
+    trainer.train(resume_from_checkpoint=True)
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "trl_a3po.training.checkpoints")
+    assert warning == (
+        f"Resuming from '{half_overwritten / 'checkpoint-2'}'. Skipped checkpoints that are incomplete "
+        "or of an earlier run: checkpoint-4."
+    )
+    assert trainer.state.global_step == 4
+    assert last_complete_checkpoint(half_overwritten) == str(half_overwritten / "checkpoint-4")
+
+
+def test_a_checkpoint_that_is_not_complete_is_refused(half_overwritten, model_dir):
+    with pytest.raises(ValueError, match=r"checkpoint-4' is incomplete.*`resume_from_checkpoint=True`"):
+        every_other_step(model_dir, half_overwritten).train(str(half_overwritten / "checkpoint-4"))
+
+
+def test_no_complete_checkpoint_is_an_error(model_dir, tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    assert last_complete_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match=r"no complete checkpoint .*Incomplete ones: checkpoint-2\."):
+        every_other_step(model_dir, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_of_grpo_are_resumed_from(model_dir, tmp_path):
+    train(tmp_path, GRPOTrainer, model=model_dir, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = every_other_step(model_dir, tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_run_that_is_resumed_in_its_second_epoch_ends_as_an_uninterrupted_one(model_dir, tmp_path):
+    """Every epoch has an order of its own."""
+    whole, resumed = (every_other_step(model_dir, tmp_path, max_steps=12, save_steps=10) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert resumed.state.epoch == 1.5
+    torch.testing.assert_close(tiny.parameters(resumed), tiny.parameters(whole), rtol=0, atol=0)
+
+
+def test_a_run_that_is_resumed_after_its_last_step_stays_as_it_is(model_dir, tmp_path):
+    whole, again = every_other_step(model_dir, tmp_path), every_other_step(model_dir, tmp_path)
+    whole.train()
+    before = digests(tmp_path / "checkpoint-4")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert digests(tmp_path / "checkpoint-4") == before
+    torch.testing.assert_close(tiny.parameters(again), tiny.parameters(whole), rtol=0, atol=0)

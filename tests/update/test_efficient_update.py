@@ -115,7 +115,7 @@ def test_a_recorder_changes_nothing(model_dir, tmp_path):
     assert 3 <= len(recorded.batches) <= 3 * 4
 
 
-@pytest.mark.skipif(not trl_has_fused_head(), reason="this TRL has no fused head")
+@needs_fused_head
 def test_few_passes_take_the_place_of_many(model_dir, tmp_path):
     plain = train_rollout(model_dir, tmp_path, **tiny.PLAIN)
     saved = train_rollout(model_dir, tmp_path)
@@ -151,7 +151,7 @@ def with_common_start(prompts, trainer):
     return {**made, "prompt_ids": [[*range(10, 26), *ids] for ids in made["prompt_ids"]]}
 
 
-@pytest.mark.skipif(not trl_has_fused_head(), reason="this TRL has no fused head")
+@needs_fused_head
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_a_common_start_of_all_prompts_is_computed_once_in_a_pass(model, model_dir, tmp_path):
     """But by GPT-2, whose positions are those of columns, once for each prompt."""
@@ -209,7 +209,7 @@ class OldPasses(Recorder):
             self.old_passes = [*getattr(self, "old_passes", []), tuple(kwargs["input_ids"].shape)]
 
 
-@pytest.mark.skipif(not trl_has_fused_head(), reason="this TRL has no fused head")
+@needs_fused_head
 @pytest.mark.parametrize("padding", [{}, {"trim_padding": False}], ids=["packed", "plain"])
 def test_old_log_probabilities_of_rows_without_an_advantage_are_not_computed(padding, model_dir, tmp_path):
     fields = {"num_iterations": 2, "max_steps": 4, **padding}
