@@ -98,7 +98,7 @@ format: $(VENV)/ready  ## fix lint and formatting
 
 $(VENV)/ready: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev,deepspeed]" trackio
+	$(VENV)/bin/python $(INSTALL) -c requirements/constraints.txt -e ".[dev,deepspeed,quantization]" trackio
 	touch $@
 
 $(VENV_LOWEST)/ready: pyproject.toml requirements/constraints-lowest.txt

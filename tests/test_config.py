@@ -128,7 +128,7 @@ REFUSED = [
     ({"top_k": -3}, "`top_k` must be a number of tokens, got -3. Pass 0 to sample from all tokens."),
     (
         {"scale_rewards": "foo"},
-        "`scale_rewards` must be one of 'group' (or True), 'batch', 'none' (or False), got 'foo'.",
+        "`scale_rewards` must be 'group', 'batch' or 'none' (in Python also True for 'group', False for 'none'), got",
     ),
     ({"delta": 0.9}, "`delta` must be 1 or more, or None, got 0.9. Ratios start at 1, so below it the tokens of"),
     ({"delta": math.nan}, "`delta` must be 1 or more, or None, got nan."),

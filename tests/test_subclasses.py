@@ -44,7 +44,7 @@ def test_every_sentence_of_the_guide_has_a_test():
     }
     tests = [value for name, value in vars(sys.modules[__name__]).items() if name.startswith("test_")]
     quoted = {" ".join(inspect.getdoc(test).split()) for test in tests if inspect.getdoc(test)}
-    assert len(sentences) == 15
+    assert len(sentences) == 17
     assert sentences == quoted
 
 
@@ -201,6 +201,58 @@ def test_methods_of_trl(mixin, tmp_path):
     assert update_difference(efficient, theirs) < 1e-4
     without = train(tmp_path, A3POTrainer, **DESCENT, **tiny.NEUTRAL)
     assert any(not value.equal(tiny.parameters(without)[name]) for name, value in tiny.parameters(plain).items())
+
+
+class PlainLoss(A3POTrainer):
+    def _compute_loss(self, model, inputs):
+        logits = model(inputs["completion_ids"], attention_mask=inputs["completion_mask"]).logits
+        return logits.logsumexp(-1).mean()
+
+
+class ShapedLoss(PlainLoss):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return A3POTrainer._compute_loss(self, model, inputs)
+
+
+@pytest.mark.parametrize("trainer_class", [PlainLoss, ShapedLoss, A3POTrainer])
+def test_a_loss_without_super(trainer_class, tmp_path, caplog):
+    """If your loss does not call `super()`, nothing is shaped, and a warning says so."""
+    # Even if no completion has a gradient, the loss runs.
+    trainer = train(tmp_path, trainer_class, reward_funcs=tiny.equal_reward, max_steps=2)
+    said = [each.getMessage() for each in caplog.records if "no advantage was shaped" in each.getMessage()]
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text("utf-8")
+    if trainer_class is PlainLoss:
+        (message,) = said
+        assert message.startswith("The loss of PlainLoss does not call `super()`")
+    else:
+        assert not said
+    assert ("None: the loss of `PlainLoss` does not call that of TRL." in card) == bool(said)
+
+
+class MeanOfMicroBatch(GRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        lengths = inputs["completion_mask"].sum(1).float()
+        return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] * lengths / lengths.mean()})
+
+
+class RenamesRewards(GRPOTrainer):
+    def _calculate_rewards(self, *args):
+        return super()._calculate_rewards(*args)
+
+
+def test_bases(tmp_path):
+    """
+    Among the bases, your classes come first: one behind `A3POTrainer` that changes the loss or the rollout is refused.
+    """
+    behind = type("Behind", (A3POTrainer, MeanOfMicroBatch), {})
+    with pytest.raises(TypeError, match=r"Put it first: `class Behind\(MeanOfMicroBatch, A3POTrainer\)`"):
+        make(tmp_path, behind)
+    fields = {**DESCENT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    neutral = {name: value for name, value in tiny.NEUTRAL.items() if name.endswith("_scale")}
+    first = train(tmp_path, type("First", (MeanOfMicroBatch, A3POTrainer), {}), **fields, **neutral)
+    assert update_difference(first, train(tmp_path, MeanOfMicroBatch, **fields)) < 1e-4
+    assert moved(train(tmp_path, type("Allowed", (A3POTrainer, RenamesRewards), {})))
 
 
 class LogsEveryStep(TrainerCallback):

@@ -329,8 +329,8 @@ class A3POConfig(GRPOConfig):
             )
         if self.scale_rewards not in ("group", "batch", "none"):
             raise ValueError(
-                "`scale_rewards` must be one of 'group' (or True), 'batch', 'none' (or False), got "
-                f"{self.scale_rewards!r}."
+                "`scale_rewards` must be 'group', 'batch' or 'none' (in Python also True for 'group', False for "
+                f"'none'), got {self.scale_rewards!r}."
             )
         for name, least, why in (
             ("delta", 1, "Ratios start at 1, so below it the tokens of positive completions have no gradient"),

@@ -43,6 +43,16 @@ from .update.micro_batches import first_rows, loss_mask
 
 logger = logging.getLogger(__name__)
 
+_PACKAGE = f"{__name__.partition('.')[0]}."
+# What computes the update, or a rollout for it.
+_SEES_THE_UPDATE = {
+    "_generate_and_score_completions",
+    "_prepare_inputs",
+    "compute_loss",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+}
+
 
 class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOTrainer, GRPOTrainer):
     """
@@ -86,8 +96,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     ```
 
     Raises:
-        `TypeError`: `args` is not an [`A3POConfig`], or a subclass's `shape_advantages` cannot take the arguments of
-            the hook.
+        `TypeError`: `args` is not an [`A3POConfig`], a subclass's `shape_advantages` cannot take the arguments of the
+            hook, or a base that changes the update comes after `A3POTrainer`.
         `ValueError`: an option of TRL does not work with advantages of single tokens; before the first step, a dataset
             is smaller than a batch, the model's `generation_config` cannot be saved, or the run cannot resume from the
             given checkpoint; in training, a reward is infinite, a completion has no tokens, or a hook breaks its
@@ -101,6 +111,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     _hook_was_called: bool = False
     _settings_were_used: bool = False
     _warned_of_settings: bool = False
+    _warned_of_loss: bool = False
     # Whether the promise of `completionwise` was checked.
     _promise_was_checked: bool = False
 
@@ -159,6 +170,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         return is_completionwise(self.shape_advantages if self._overrides_shaping else peer(self.args.shaping))
 
     def _check_compatible(self, args: A3POConfig) -> None:
+        self._check_bases()
         if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
             raise ValueError(
                 f"`use_liger_kernel=True` is not supported with TRL {trl.__version__}, whose fused loss takes one "
@@ -166,6 +178,18 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             )
         if self._overrides_shaping or args.shaping != A3PO or selects_tokens(args.shaping_settings):
             _check_gspo_token(args)
+
+    def _check_bases(self) -> None:
+        """A class between this one and GRPOTrainer would get advantages and rows that are not those of GRPO."""
+        bases = type(self).__mro__
+        for each in bases[bases.index(A3POTrainer) : bases.index(GRPOTrainer)]:
+            changed = [] if each.__module__.startswith(_PACKAGE) else sorted(_SEES_THE_UPDATE & vars(each).keys())
+            if changed:
+                raise TypeError(
+                    f"`{each.__name__}` comes after `A3POTrainer` in the bases of `{type(self).__name__}`, and "
+                    f"overrides `{changed[0]}`: it would get an update that is already planned and shaped. Put it "
+                    f"first: `class {type(self).__name__}({each.__name__}, A3POTrainer)`."
+                )
 
     def _check_arguments_of_hook(self) -> None:
         # A rollout that is TRL's has no field that the hook could name.
@@ -326,6 +350,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         skips = bool(self._skippable_signs())
         logps = torch.where(entropies.isnan(), torch.nan, old_per_token_logps) if skips else old_per_token_logps
         sampled = inputs.get("sampling_per_token_logps")
+        if sampled is not None and sampled.shape != logps.shape:
+            sampled = None  # of a `rollout_func`: without vLLM, TRL does not read them, and they may be placeholders
         rows = slice(scope.present)
         sums = polarity_sums(
             advantages[rows],
@@ -391,6 +417,18 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
                 ", ".join(changed),
             )
 
+    def _warn_of_a_loss_of_its_own(self) -> None:
+        """After the first step: a loss that does not call `super()` shapes nothing."""
+        if self._loss_ran or self._warned_of_loss:
+            return
+        self._warned_of_loss = True
+        if self.is_world_process_zero():
+            logger.warning(
+                "The loss of %s does not call `super()`, so no advantage was shaped: this is not A3PO. Call "
+                "`super()._compute_loss(model, inputs)`, or use a `loss_type` of TRL.",
+                type(self).__name__,
+            )
+
     def _forget_last_run(self):
         super()._forget_last_run()
         self._forget_rollouts()
@@ -424,6 +462,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         # All processes come here at the end of each step, after all callbacks. They do not all come to `log`: users
         # call that on one process only, where a collective operation would hang.
         self._warn_of_settings_without_effect()
+        self._warn_of_a_loss_of_its_own()
         if self.control.should_log or self.control.should_training_stop:
             self._reduce_polarity_sums("train")
             if self._token_log is not None:
@@ -458,7 +497,9 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             settings |= self.args.peer_settings
         hook = f"`{type(self).__name__}.shape_advantages`"
         text = f"```json\n{json.dumps(settings, indent=2)}\n```"
-        if self._overrides_shaping and self._hook_was_called and not self._settings_were_used:
+        if self._warned_of_loss:
+            text = f"None: the loss of `{type(self).__name__}` does not call that of TRL."
+        elif self._overrides_shaping and self._hook_was_called and not self._settings_were_used:
             text = f"{hook}, in place of the method of the package."
         elif self._overrides_shaping:
             text += f"\n\nThey apply where {hook} calls `super()`."

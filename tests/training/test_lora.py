@@ -10,11 +10,14 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from support import tiny
-from support.training import Recorder, assert_same_update, different, make, moved, train
+from support.training import SGD, Recorder, assert_same_update, different, make, moved, train, update_difference
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl import GRPOTrainer
+
+from trl_a3po import A3POTrainer
+from trl_a3po.update.packed_forward import trl_has_fused_head
 
 
 def load(directory):
@@ -136,6 +139,28 @@ def test_an_adapter_trains_on_a_quantised_model(as_argument, model_dir, tmp_path
     theirs = train(tmp_path, GRPOTrainer, arguments={**fresh_adapter(model_dir), **arguments}, **fields)
     neutral = train(tmp_path, arguments={**fresh_adapter(model_dir), **arguments}, **tiny.NEUTRAL, **fields)
     assert_same_update(neutral, theirs)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_the_update_of_a_model_of_few_bits_is_that_of_grpo(bits, tmp_path):
+    """With real kernels. TRL keeps the adapter of such a model in half precision."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny.save(tmp_path / "model", **sizes)
+    config = BitsAndBytesConfig(**{bits: True})
+    if bits == "load_in_4bit":
+        config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype = "nf4", torch.float32
+    fields = {**SGD, "learning_rate": 1.0, "model_init_kwargs": {"quantization_config": config}}
+    ours, theirs = (
+        train(tmp_path, trainer_class, model=model, arguments=tiny.lora(), **fields, **settings)
+        for trainer_class, settings in (
+            (A3POTrainer, {"positive_low_scale": 1.0, "negative_high_scale": 1.0}),
+            (GRPOTrainer, {}),
+        )
+    )
+    assert ours._packing.reason is None or not trl_has_fused_head()
+    assert moved(ours) == moved(theirs) == {name for name in ours.start if "lora_" in name}
+    assert update_difference(ours, theirs) < 0.02
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

@@ -1,8 +1,11 @@
 """Subclasses that work on GRPOTrainer work here. See tests/test_subclasses.py for what the guide promises."""
 
+import functools
+
+import pytest
 import torch
 from support import tiny
-from support.training import SGD, largest_difference, make, train
+from support.training import SGD, largest_difference, make, moved, train
 from trl import GRPOTrainer
 
 from trl_a3po import A3POTrainer
@@ -82,3 +85,60 @@ def test_a_loss_of_the_subclass_is_its_own_affair(tmp_path):
     end = tiny.parameters(train_by_descent(tmp_path, OwnLoss, max_steps=1))
     assert all(torch.isfinite(value).all() for value in end.values())
     assert largest_difference(end, tiny.model().state_dict()) > 1e-3
+
+
+def patched(method):
+    """A method of GRPOTrainer that somebody has wrapped, and that has kept its name."""
+
+    @functools.wraps(method)
+    def patch(self, *args, **kwargs):
+        return method(self, *args, **kwargs)
+
+    return patch
+
+
+@pytest.mark.parametrize("name", ["_prepare_inputs", "compute_loss", "_compute_loss"])
+def test_a_patch_of_trls_loss_is_seen(name, tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    assert trainer._loss_is_trls()
+    monkeypatch.setattr(GRPOTrainer, name, patched(getattr(GRPOTrainer, name)))
+    assert not trainer._loss_is_trls()
+    assert trainer._rollout_is_ours()
+
+
+def test_a_patch_of_trls_rollout_is_seen(tmp_path, monkeypatch):
+    trainer, name = make(tmp_path), "_generate_and_score_completions"
+    monkeypatch.setattr(GRPOTrainer, name, patched(getattr(GRPOTrainer, name)))
+    assert trainer._loss_is_trls()
+    assert not trainer._rollout_is_ours()
+
+
+class TokenAdvantages:
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {**output, "advantages": output["advantages"][:, None].expand(output["completion_mask"].shape)}
+
+
+@pytest.mark.parametrize("fields", [{}, tiny.PLAIN, tiny.NEUTRAL], ids=str)
+def test_token_advantages_of_a_rollout_are_refused(fields, tmp_path):
+    with pytest.raises(ValueError, match=r"`advantages` of shape \(8, 8\). It must have one per completion"):
+        train(tmp_path, type("Trainer", (TokenAdvantages, A3POTrainer), {}), **fields)
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
+@pytest.mark.parametrize("logprobs", [lambda ids: [], lambda ids: [0.0] * (len(ids) + 1)], ids=["none", "too many"])
+def test_placeholders_of_a_rollout_function(logprobs, tmp_path):
+    """TRL reads them only with vLLM."""
+
+    def rollout(prompts, trainer):
+        prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        completion_ids = [[3 + i % 5, 4, 1] for i in range(len(prompts))]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "logprobs": [*map(logprobs, completion_ids)],
+        }
+
+    trainer = train(tmp_path, arguments={"rollout_func": rollout})
+    assert moved(trainer)
+    assert not [name for log in trainer.state.log_history for name in log if "mismatch" in name]

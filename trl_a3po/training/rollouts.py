@@ -140,10 +140,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return rollout
 
     def _rollout_is_ours(self) -> bool:
-        """Whether no subclass, and no method assigned on the instance, replaces the method that makes a rollout."""
-        of_class = type(self)._generate_and_score_completions
-        is_assigned = "_generate_and_score_completions" in vars(self)
-        return of_class is RolloutGRPOTrainer._generate_and_score_completions and not is_assigned
+        """Whether nobody changes the method that makes a rollout."""
+        return not self._is_changed("_generate_and_score_completions")
 
     def _generate_and_score_completions(self, inputs):
         rollout = self._sample_round(inputs)

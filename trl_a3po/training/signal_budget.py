@@ -374,19 +374,18 @@ class SignalBudget:
         return metrics
 
     def warn_once(self, metrics: dict[str, float], step: int) -> None:
-        """Warns of the first log without any learning signal, with the main reason."""
+        """Warns of the first log without any learning signal, with the reasons."""
         if self._has_warned or metrics.get("signal/completions/signal") != 0:
             return
         self._has_warned = True
         shares = {reason: metrics.get(f"signal/completions/{reason}", 0.0) for reason in REASONS}
-        reason = max(shares, key=shares.__getitem__)
+        reasons = sorted((each for each in shares if shares[each] >= 0.05), key=shares.__getitem__, reverse=True)
         if self._trainer.accelerator.is_main_process:
             logger.warning(
-                "No completion had a learning signal since the last log, at step %d: %.0f %% %s. If this continues, "
-                "the model does not learn. `trl-a3po report %s` says what to change.",
+                "No completion had a learning signal since the last log, at step %d: %s. If this continues, the model "
+                "does not learn. `trl-a3po report %s` says what to change.",
                 step,
-                100 * shares[reason],
-                REASONS[reason],
+                ", ".join(f"{shares[each]:.0%} {REASONS[each]}" for each in reasons),
                 self._args.output_dir,
             )
 

@@ -49,7 +49,8 @@ def check_contract(trainer: GRPOTrainer) -> None:
                 raise ValueError(
                     f"`{option}={value!r}` is not known to the loss of {base_description(trainer)} ({error}). The "
                     "documentation of `GRPOConfig` lists the values. The default is "
-                    f"{GRPOConfig.__dataclass_fields__[option].default!r}."
+                    f"{GRPOConfig.__dataclass_fields__[option].default!r}. If your class computes a loss of its own, "
+                    f"set `self.{option}` after `super().__init__()`."
                 ) from error
         raise RuntimeError(_message(trainer, f"its loss raises {type(error).__name__}: {error}")) from error
     if not torch.equal(plain != 0, weights != 0):

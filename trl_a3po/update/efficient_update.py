@@ -18,7 +18,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..a3po_config import A3POConfig
 from .attention import restore_attention
 from .layout import PackedLayout, RowShape, row_shapes
-from .loss_scope import PLAN, LossScope
+from .loss_scope import PLAN, LossScope, check_advantages
 from .micro_batches import (
     Extent,
     Forward,
@@ -48,6 +48,8 @@ _MEANS_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")
 _SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
 _IMAGE_COLUMNS = {"image", "images"}  # of datasets, as TRL reads them
+# The modules whose methods the trainer is made of. Not `trl.experimental`: its trainers change the loss.
+_OURS = ("trl_a3po.", "trl.trainer.", "trl.extras.", "transformers.")
 
 
 class EfficientUpdateGRPOTrainer(GRPOTrainer):
@@ -69,6 +71,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     model: torch.nn.Module
     num_generations: int
 
+    # Whether training has run TRL's loss: a loss of a subclass may not call it.
+    _loss_ran: bool = False
     # The scope of the running call of TRL's loss.
     _loss_scope: LossScope | None = None
     # For the pass for `old_per_token_logps`: whether it comes next and is skipped; which rows it computes (None: all).
@@ -185,14 +189,15 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         )
 
     def _loss_is_trls(self) -> bool:
-        """Whether no subclass changes the loss, or what it reads."""
-        own = type(self)
-        return (
-            own._prepare_inputs is EfficientUpdateGRPOTrainer._prepare_inputs
-            and own._compute_loss is EfficientUpdateGRPOTrainer._compute_loss
-            and own.compute_loss is GRPOTrainer.compute_loss
-            and not {"_prepare_inputs", "_compute_loss", "compute_loss"} & vars(self).keys()
-        )
+        """Whether nobody changes the loss, or what it reads."""
+        return not self._is_changed("_prepare_inputs", "_compute_loss", "compute_loss")
+
+    def _is_changed(self, *methods: str) -> bool:
+        """Whether anything else than this package and TRL's trainers defines one of these methods of the trainer."""
+        places = [vars(each) for each in (self, *type(self).__mro__)]
+        found = (place[method] for place in places for method in methods if method in place)
+        # By the module in which the code stands: GRPOTrainer itself may be patched.
+        return not all(getattr(each, "__globals__", {}).get("__name__", "").startswith(_OURS) for each in found)
 
     def _prepare_inputs(self, generation_batch):
         if self._checks_model:
@@ -221,6 +226,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             raise
 
     def _plan_update(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        check_advantages(micro_batches[0]["advantages"])
         regroups, skipped = self._regroups(), self._skippable_signs()
         # The largest number of micro-batches that never span two optimizer steps, whichever period is longer.
         window = math.gcd(len(micro_batches), self.args.gradient_accumulation_steps) if regroups else 1
@@ -293,6 +299,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
 
     def _compute_loss(self, model, inputs):
+        self._loss_ran |= self.is_in_train
         if (plan := inputs.get(PLAN)) is not None and not plan.rows:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         self._loss_scope = scope = LossScope(self, inputs)

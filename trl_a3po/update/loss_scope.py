@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import Tensor
 from trl import GRPOTrainer
 
 from .micro_batches import add_rows
@@ -10,6 +11,18 @@ from .plan import Plan
 
 # The key under which a micro-batch carries its [`Plan`].
 PLAN = "a3po_plan"
+
+
+def check_advantages(advantages: Tensor) -> None:
+    """
+    Raises:
+        `ValueError`: the rollout has not one advantage per completion.
+    """
+    if advantages.dim() != 1:
+        raise ValueError(
+            f"The rollout has `advantages` of shape {tuple(advantages.shape)}. It must have one per completion, of "
+            "shape (B,). Override `shape_advantages` to give each token its own."
+        )
 
 
 class LossScope:
@@ -30,6 +43,7 @@ class LossScope:
     """
 
     def __init__(self, trainer: GRPOTrainer, inputs: dict[str, Any]):
+        check_advantages(inputs["advantages"])
         self.inputs = dict(inputs)
         self.plan: Plan | None = self.inputs.pop(PLAN, None)
         self.present = len(inputs["completion_ids"])

@@ -12,6 +12,7 @@ the configuration decides.
 import contextlib
 import logging
 import operator
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -100,7 +101,7 @@ def padding_traits(model: torch.nn.Module) -> PaddingTraits:
             "(%s: %s). Prompts keep their padding and no rows are skipped: the update is exact but costs more.",
             type(model).__name__,
             type(error).__name__,
-            error,
+            textwrap.shorten(str(error), 300, placeholder=" ..."),
         )
         return traits | PaddingTraits(left_padding=True, alone=True, company=True)
 
@@ -293,6 +294,8 @@ def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
     for module, _ in modes:
         if "Dropout" in type(module).__name__:
             module.training = False
+        if type(module).__name__ == "Linear4bit":
+            module.training = True  # on a CPU, bitsandbytes repacks the weights in evaluation, and cannot train them
     try:
         with (
             torch.no_grad(),
