@@ -16,10 +16,11 @@ import torch
 import trl
 from datasets import IterableDataset
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from support import tiny
 from support.checkpoints import digests
-from support.training import SGD, StopAfter, assert_same_update, is_time, make, train
-from transformers import TrainerCallback, TrainerState
+from support.training import SGD, StopAfter, assert_same_update, different, is_time, make, moved, train
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
@@ -603,6 +604,56 @@ def test_torch_names_no_full_disk_and_the_error_does(model_dir, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(OSError, match=r"There is no complete one yet\. Free some space"):
         trainer.train()
+
+
+# Weights under other names
+
+
+def mixture():
+    """transformers 5 saves its experts under other names than the model has."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 16}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0, "initializer_range": 0.3}
+    tokens = {"vocab_size": len(tiny.tokenizer()), "eos_token_id": 1, "pad_token_id": 0}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **layers, **experts, **tokens))
+
+
+def test_a_mixture_of_experts_is_resumed_as_it_was(tmp_path, caplog):
+    fields = {**SGD, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path / "whole", model=mixture, **fields)
+    resumed = make(tmp_path / "whole", model=mixture, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same_update(resumed, whole)
+    assert any("experts" in name for name in moved(whole))
+
+
+def test_the_best_mixture_of_experts_is_loaded_whole(tmp_path):
+    class Evaluates(A3POTrainer):
+        def evaluate(self, *args, **kwargs):
+            logged = {"eval_reward": 1.0 / self.state.global_step}
+            self.log(logged)
+            return logged
+
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": True}
+    arguments = {"eval_dataset": tiny.prompts(8)}
+    fields = {**SGD, "max_steps": 2, **every_step, **best}
+    trainer = train(tmp_path, Evaluates, model=mixture, arguments=arguments, **fields)
+    saved = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "checkpoint-1", dtype=torch.float32)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert not different(tiny.parameters(trainer), dict(saved.named_parameters()))
+    assert moved(trainer)
+
+
+def test_weights_of_another_model_are_refused(tmp_path, model_dir):
+    saving_trainer(model_dir, tmp_path, max_steps=1).train()
+    path = tmp_path / "checkpoint-1" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.strange.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"has not the weights of the model: model\.norm\.weight, model\.strange"):
+        saving_trainer(model_dir, tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 
 # Two checkpoints

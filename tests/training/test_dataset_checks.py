@@ -1,8 +1,11 @@
 """Datasets of which TRL makes no batch are refused, with the sizes."""
 
 import pytest
+import trl
 from datasets import IterableDataset
+from packaging.version import Version
 from support import tiny
+from support.training import make
 from trl import GRPOTrainer
 
 from trl_a3po import A3POConfig
@@ -51,6 +54,16 @@ def test_all_processes_count(tmp_path, monkeypatch):
 def test_streams_are_not_checked(tmp_path):
     stream = IterableDataset.from_generator(lambda: iter([{"prompt": "1+1="}]))
     check_dataset_sizes(config(tmp_path, dataloader_drop_last=True), stream, stream)
+
+
+@pytest.mark.skipif(Version(trl.__version__) < Version("1.9"), reason="this TRL refuses streams")
+def test_a_stream_shorter_than_a_step_does_not_run_for_ever(tmp_path):
+    """Two prompts are two of the four micro-batches of a step."""
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "1+1="}, {"prompt": "1+2="}]))
+    fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    trainer = make(tmp_path, arguments={"train_dataset": stream}, max_steps=2, **fields)
+    with pytest.raises(ValueError, match="ended before an optimizer step was complete, and again after it began anew"):
+        trainer.train()
 
 
 def test_evaluation(tmp_path):

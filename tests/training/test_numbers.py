@@ -451,3 +451,12 @@ def test_sums_are_those_of_the_definition(batch):
     metrics = polarity_metrics(sums)
     assert not any(np.isnan(value) for value in metrics.values())
     assert sum(metrics[f"{polarity}/fraction"] for polarity in ("positive", "negative", "zero")) == pytest.approx(1)
+
+
+def test_rounding_selects_no_token():
+    advantages = torch.tensor([1.0, -2.0])
+    factors = torch.tensor([[1.0 + 2e-7, 1.0, 1.01], [1.0 - 2e-7, 0.5, 1.0]])
+    ones = torch.ones_like(factors)
+    sums = polarity_sums(advantages, advantages, advantages[:, None] * factors, -ones, ones, ones)
+    metrics = polarity_metrics(sums)
+    assert metrics["positive/selected_fraction"] == metrics["negative/selected_fraction"] == pytest.approx(1 / 3)

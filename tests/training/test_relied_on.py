@@ -212,7 +212,9 @@ def test_trl_and_transformers_call_every_method_that_is_overridden(tmp_path):
     Watched = type("Watched", (A3POTrainer,), {name: watched(name) for name in names})  # noqa: N806
     fields = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
     fields |= {"dynamic_sampling": 1, "top_entropy_quantile": 0.5}
-    train(tmp_path, Watched, arguments={"eval_dataset": tiny.prompts(4)}, **fields)
+    fields |= {"load_best_model_at_end": True, "arguments": {"eval_dataset": tiny.prompts(4)}}
+    train(tmp_path, Watched, **fields)
+    make(tmp_path, Watched, **{**fields, "max_steps": 2}).train(resume_from_checkpoint=True)
     assert names - {name for name, by in callers.items() if by - {"trl_a3po"}} == set(), "called by nobody else"
     assert len(names) > 8
 

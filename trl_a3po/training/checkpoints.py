@@ -23,7 +23,7 @@ from typing import Any, cast
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -62,6 +62,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
     _resumed_from: str | None = None
     # The `save_total_limit` of the run, while the one in `args` is hidden from transformers.
     _hidden_limit: int | None = None
+    # The checkpoint whose weights are being loaded.
+    _loaded_from: str | None = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         output_dir = Path(self.args.output_dir)  # type: ignore[arg-type]  # never None once constructed
@@ -121,6 +123,34 @@ class ResumableGRPOTrainer(GRPOTrainer):
     def _push_from_checkpoint(self, *args, **kwargs):
         with _save_total_limit(self.args, self.args.save_total_limit or self._hidden_limit):
             super()._push_from_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self):
+        self._loaded_from = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result):
+        """
+        Called when the weights of a checkpoint have been loaded by their names.
+
+        transformers saves the experts of a mixture under the names that they have on the Hub, and here it does not
+        look for these: the experts would be those of the base model. `from_pretrained` does.
+        """
+        model = cast(PreTrainedModel, self.model)
+        if not load_result.unexpected_keys or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._issue_warnings_after_load(load_result)
+            return
+        loaded: Any = type(model).from_pretrained(self._loaded_from, dtype="auto", output_loading_info=True)
+        saved, info = loaded
+        if missing := [*info["missing_keys"], *info["unexpected_keys"]]:
+            raise ValueError(
+                f"'{self._loaded_from}' has not the weights of the model: {', '.join(sorted(missing)[:3])}. Pass "
+                "another checkpoint, or load it as the model and start a new run."
+            )
+        model.load_state_dict(saved.state_dict())
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)

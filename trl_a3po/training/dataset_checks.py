@@ -1,9 +1,10 @@
-"""Checks that datasets are large enough for TRL's batches."""
+"""Checks that datasets are large enough for TRL's batches, and streams for a step."""
 
 from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from ..a3po_config import A3POConfig
 
@@ -53,6 +54,29 @@ def check_dataset_sizes(args: A3POConfig, train_dataset: Any, eval_dataset: Any 
                 f"The {label} has {_rows(rows)}, which give {completions} completions, fewer than an evaluation batch "
                 f"of {batch}. `dataloader_drop_last=True` drops them all. Set it to `False`, or lower "
                 "`per_device_eval_batch_size`."
+            )
+
+
+class ChecksProgress(TrainerCallback):
+    """
+    Ends a training whose stream is shorter than an optimizer step: transformers would begin it again and again.
+
+    Raises:
+        `ValueError`: two epochs without a step. The first after resuming may have none, because it skips prompts.
+    """
+
+    _step, _empty_epochs = -1, 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._step = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._empty_epochs = self._empty_epochs + 1 if state.global_step == self._step else 0
+        if self._empty_epochs > 1 and not control.should_training_stop:
+            raise ValueError(
+                "The training data ended before an optimizer step was complete, and again after it began anew. Use "
+                "more rows, or lower `gradient_accumulation_steps`, `steps_per_generation` or "
+                "`per_device_train_batch_size`."
             )
 
 

@@ -352,6 +352,15 @@ RELIED_ON = (
         ("training.checkpoints",),
         "the user's `save_total_limit` in the arguments that are pushed to the Hub",
     ),
+    *(
+        ReliedOn(
+            "transformers.Trainer",
+            name,
+            ("training.checkpoints",),
+            "weights that a checkpoint has under other names than the model: the experts of a mixture",
+        )
+        for name in ("_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load")
+    ),
     ReliedOn("transformers.Trainer", "_get_output_dir", ("training.checkpoints",), "where checkpoints are written"),
     ReliedOn(
         "trl.GRPOTrainer",

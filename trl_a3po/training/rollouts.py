@@ -13,7 +13,7 @@ from torch import Tensor
 from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
 from ..update.model_traits import learned_positions
-from .dataset_checks import check_dataset_sizes
+from .dataset_checks import ChecksProgress, check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .input_checks import check_prompts_fit, check_rewards, check_tokens, refuse_empty_completions, total_rewards
 from .signal_budget import SIGNAL, SignalBudget, parses_solutions, reward_reasons, rollout_reasons
@@ -46,6 +46,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._signal_budget = SignalBudget(self)
+        self.add_callback(ChecksProgress())
         # Since the last log, by the clock of the host.
         self._step_seconds = {"generation": 0.0, "rewards": 0.0}
         if self.rollout_func is not None:
