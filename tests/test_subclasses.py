@@ -253,6 +253,13 @@ def test_bases(tmp_path):
     first = train(tmp_path, type("First", (MeanOfMicroBatch, A3POTrainer), {}), **fields, **neutral)
     assert update_difference(first, train(tmp_path, MeanOfMicroBatch, **fields)) < 1e-4
     assert moved(train(tmp_path, type("Allowed", (A3POTrainer, RenamesRewards), {})))
+    for name in (
+        *("_generate_and_score_completions", "_prepare_inputs", "compute_loss", "_compute_loss"),
+        "_get_per_token_logps_and_entropies",
+    ):
+        changing = type("Changing", (GRPOTrainer,), {name: lambda self, *args, **kwargs: None})
+        with pytest.raises(TypeError, match=f"`Changing` comes after `A3POTrainer` .* and overrides `{name}`"):
+            make(tmp_path, type("Behind", (A3POTrainer, changing), {}))
 
 
 class LogsEveryStep(TrainerCallback):
@@ -463,8 +470,7 @@ class OtherLogps(A3POTrainer):
 
 def test_other_log_probabilities(tmp_path):
     """
-    The hook runs inside `_get_per_token_logps_and_entropies`. If you change log-probabilities there after `super()`,
-    the hook does not see the change.
+    The hook runs inside `_get_per_token_logps_and_entropies`, and does not see what you change there after `super()`.
     """
     trainer = train(tmp_path, OtherLogps, max_steps=1)
     assert torch.equal(trainer.seen, trainer.before)
@@ -477,7 +483,7 @@ class RanksTheOtherWay(A3POTrainer):
 
 
 def test_other_arguments(tmp_path):
-    """Change them in your `shape_advantages` instead, and pass them to `super().shape_advantages`."""
+    """You may change log-probabilities in your `shape_advantages`, and pass them to `super().shape_advantages`."""
     trainer = make(tmp_path, RanksTheOtherWay, scale_decay="constant", positive_low_ratio=0.4)
 
     def slow(advantages, *, old_per_token_logps, mask, **batch):

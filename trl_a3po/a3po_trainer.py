@@ -419,7 +419,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
 
     def _warn_of_a_loss_of_its_own(self) -> None:
         """After the first step: a loss that does not call `super()` shapes nothing."""
-        if self._loss_ran or self._warned_of_loss:
+        if self._loss_ran or self._warned_of_loss or not self._has_trained:
             return
         self._warned_of_loss = True
         if self.is_world_process_zero():
@@ -497,7 +497,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             settings |= self.args.peer_settings
         hook = f"`{type(self).__name__}.shape_advantages`"
         text = f"```json\n{json.dumps(settings, indent=2)}\n```"
-        if self._warned_of_loss:
+        if self._has_trained and not self._loss_ran:
             text = f"None: the loss of `{type(self).__name__}` does not call that of TRL."
         elif self._overrides_shaping and self._hook_was_called and not self._settings_were_used:
             text = f"{hook}, in place of the method of the package."

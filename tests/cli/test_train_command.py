@@ -80,7 +80,7 @@ def test_problems_in_a_file(rows, file, tmp_path):
         (None, "The tokenizer of the model has no chat template, .* Save one as `chat_template.jinja`"),
         (
             "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}",
-            r"refuses a conversation of system, user: TemplateError: no system\. The first ends with '5\+1='\.",
+            r"refuses a conversation of system, user: TemplateError: no system\. The first is \[.*'5\+1='",
         ),
     ],
 )

@@ -163,7 +163,7 @@ def test_an_adapter_in_the_directory_of_its_base_is_refused(tmp_path):
     base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
     for path in adapter.glob("adapter_*"):
         shutil.copy(path, base)
-    with pytest.raises(ValueError, match="not found: it is the directory of the adapter"):
+    with pytest.raises(ValueError, match="has an adapter and its base model in one directory"):
         find_model(str(base))
 
 

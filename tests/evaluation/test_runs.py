@@ -25,6 +25,7 @@ from transformers.utils import chat_template_utils
 
 import trl_a3po.demo
 from trl_a3po.cli import main as cli
+from trl_a3po.cli.eval import make_parser
 from trl_a3po.demo import arithmetic
 from trl_a3po.evaluation import files, runs
 from trl_a3po.evaluation.models import Chat
@@ -128,6 +129,13 @@ def test_only_what_follows_the_reasoning_is_scored(problems, arguments, tmp_path
     assert record["completions"] == samples(tmp_path / "whole")[0]["completions"]
     with pytest.raises(ValueError, match=r"started with reasoning_delimiters=\['</think>', '</thought>'\]\. Pass"):
         evaluate(arguments("after"), problems, no_engine)
+
+
+def test_a_delimiter_of_a_file_is_one(tmp_path):
+    (tmp_path / "config.yaml").write_text('reasoning_delimiters: "</think>"\n')
+    line = ["--config", str(tmp_path / "config.yaml"), "--model_name_or_path", "m", "--dataset_name", "d"]
+    (parsed,) = make_parser().parse_args_and_config([*line, "--output_dir", "o"])
+    assert parsed.reasoning_delimiters == ["</think>"]
 
 
 @pytest.mark.parametrize("left", ["in the batch", "in a line", "nothing"])

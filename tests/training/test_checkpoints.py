@@ -1,6 +1,7 @@
 """Checkpoints: at every moment there is a whole one, whatever is deleted, overwritten, read-only, linked or full."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from support.checkpoints import digests
 from support.training import SGD, StopAfter, assert_same_update, different, is_time, make, moved, train
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from trl_a3po import A3POTrainer
 from trl_a3po.training import checkpoint_files, checkpoints
@@ -383,6 +384,7 @@ def test_a_stream_that_began_again_is_said(prompts, steps, warns, model_dir, tmp
     run(StopAfter(steps)).train()
     run().train(True)
     assert ("The stream of the training data had ended and begun again" in caplog.text) is warns
+    assert "no advantage was shaped" not in caplog.text
 
 
 def test_times_that_a_copy_has_mixed_up_do_not_matter(tmp_path):
@@ -619,11 +621,28 @@ def mixture():
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **layers, **experts, **tokens))
 
 
-def test_a_mixture_of_experts_is_resumed_as_it_was(tmp_path, caplog):
+def in_shards():
+    model = mixture()
+    model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
+    return model
+
+
+def in_half_precision():
+    return mixture().bfloat16()
+
+
+@pytest.mark.parametrize("model", [mixture, in_shards, in_half_precision])
+def test_a_mixture_of_experts_is_resumed_as_it_was(model, tmp_path):
     fields = {**SGD, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = train(tmp_path / "whole", model=mixture, **fields)
-    resumed = make(tmp_path / "whole", model=mixture, **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    if model is in_half_precision:
+        if not hasattr(GRPOConfig, "cast_lm_head_to_fp32"):
+            pytest.skip("this TRL has no weights of two precisions")
+        fields |= {"cast_lm_head_to_fp32": True, "learning_rate": 1.0}
+    whole = train(tmp_path, model=model, **fields)
+    if model is in_shards:
+        assert len([*tmp_path.glob("checkpoint-2/model-*.safetensors")]) > 1
+    resumed = make(tmp_path, model=model, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_same_update(resumed, whole)
     assert any("experts" in name for name in moved(whole))
 
@@ -644,6 +663,19 @@ def test_the_best_mixture_of_experts_is_loaded_whole(tmp_path):
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     assert not different(tiny.parameters(trainer), dict(saved.named_parameters()))
     assert moved(trainer)
+
+
+def test_a_module_that_was_added_is_resumed(tmp_path):
+    def extended():
+        model = mixture()
+        model.added = torch.nn.Linear(2, 2)
+        return model
+
+    fields = {**SGD, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = train(tmp_path, model=extended, **fields)
+    resumed = make(tmp_path, model=extended, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same_update(resumed, whole)
 
 
 def test_weights_of_another_model_are_refused(tmp_path, model_dir):
@@ -724,12 +756,13 @@ def test_a_run_that_is_resumed_in_its_second_epoch_ends_as_an_uninterrupted_one(
     torch.testing.assert_close(tiny.parameters(resumed), tiny.parameters(whole), rtol=0, atol=0)
 
 
-def test_a_run_that_is_resumed_after_its_last_step_stays_as_it_is(model_dir, tmp_path):
+def test_a_run_that_is_resumed_after_its_last_step_stays_as_it_is(model_dir, tmp_path, caplog):
     whole, again = every_other_step(model_dir, tmp_path), every_other_step(model_dir, tmp_path)
     whole.train()
     before = digests(tmp_path / "checkpoint-4")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+    assert not [record for record in caplog.records if "no advantage was shaped" in record.getMessage()]
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert digests(tmp_path / "checkpoint-4") == before
     torch.testing.assert_close(tiny.parameters(again), tiny.parameters(whole), rtol=0, atol=0)

@@ -66,6 +66,13 @@ def test_functions_of_weight_0_are_only_logged(rewards, reason, by_function):
     assert named(reward_reasons(torch.tensor(rewards), weights, [False] * 2, 2, by_function)) == [reason] * 2
 
 
+@pytest.mark.parametrize("by_function", [False, True])
+def test_groups_that_only_functions_of_weight_0_scored_are_unscored(by_function):
+    rewards, weights = torch.tensor([[NAN, 0.3], [NAN, 0.3]]), torch.tensor([2.0, 0.0])
+    for parses, reason in (([True, False], "unparsable"), ([False, False], "unscored")):
+        assert named(reward_reasons(rewards, weights, parses, 2, by_function)) == [reason] * 2
+
+
 def test_a_completion_that_only_a_function_of_weight_0_scored_has_a_reward_of_0():
     """In TRL its sum counts, if the sums are normalized. If each function is, the completion is left out."""
     rewards, weights = torch.tensor([[NAN, 1.0], [1.0, 1.0]]), torch.tensor([2.0, 0.0])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from support import tiny
 from support.training import SGD, largest_difference, make, moved, train
+from transformers import Trainer
 from trl import GRPOTrainer
+from trl.extras.profiling import profiling_decorator
 
 from trl_a3po import A3POTrainer
 
@@ -97,20 +99,37 @@ def patched(method):
     return patch
 
 
+def decorated(method):
+    """As TRL decorates its own."""
+    return profiling_decorator(patched(method))
+
+
+@pytest.mark.parametrize("change", [patched, decorated])
 @pytest.mark.parametrize("name", ["_prepare_inputs", "compute_loss", "_compute_loss"])
-def test_a_patch_of_trls_loss_is_seen(name, tmp_path, monkeypatch):
+def test_a_change_of_trls_loss_is_seen(name, change, tmp_path, monkeypatch):
     trainer = make(tmp_path)
     assert trainer._loss_is_trls()
-    monkeypatch.setattr(GRPOTrainer, name, patched(getattr(GRPOTrainer, name)))
+    changed = change(getattr(GRPOTrainer, name))
+    assert not make(tmp_path, type("Subclass", (A3POTrainer,), {name: changed}))._loss_is_trls()
+    monkeypatch.setattr(GRPOTrainer, name, changed)
     assert not trainer._loss_is_trls()
     assert trainer._rollout_is_ours()
 
 
-def test_a_patch_of_trls_rollout_is_seen(tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [patched, decorated])
+def test_a_change_of_trls_rollout_is_seen(change, tmp_path, monkeypatch):
     trainer, name = make(tmp_path), "_generate_and_score_completions"
-    monkeypatch.setattr(GRPOTrainer, name, patched(getattr(GRPOTrainer, name)))
+    changed = change(getattr(GRPOTrainer, name))
+    assert not make(tmp_path, type("Subclass", (A3POTrainer,), {name: changed}))._rollout_is_ours()
+    monkeypatch.setattr(GRPOTrainer, name, changed)
     assert trainer._loss_is_trls()
     assert not trainer._rollout_is_ours()
+
+
+def test_a_patch_of_what_grpo_trainer_replaces_is_none(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    monkeypatch.setattr(Trainer, "compute_loss", patched(Trainer.compute_loss))
+    assert trainer._loss_is_trls()
 
 
 class TokenAdvantages:

@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 from trl_a3po import A3POTrainer
 from trl_a3po.update.model_traits import (
     PaddingTraits,
+    as_is,
     configured_traits,
     has_rotary_positions,
     learned_positions,
@@ -433,3 +434,12 @@ def test_the_noise_of_neftune_has_the_scale_of_the_padded_width(tmp_path):
 def test_no_token_that_a_configuration_names_is_ordinary():
     config = transformers.Qwen2Config(vocab_size=8, bos_token_id=1, eos_token_id=[2, 3], pad_token_id=None)
     assert ordinary_tokens(config).tolist() == [0, 4, 5, 6, 7]
+
+
+def test_weights_of_4_bits_stay_in_training():
+    """bitsandbytes repacks them in evaluation, so that they cannot be trained."""
+    kind = type("Linear4bit", (torch.nn.Linear,), {})
+    model = torch.nn.Sequential(kind(2, 2), torch.nn.Linear(2, 2)).eval()
+    with as_is(model, training=False):
+        assert [module.training for module in model] == [True, False]
+    assert not any(module.training for module in model.modules())

@@ -51,7 +51,10 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 # The files of a model in a repository on the Hub, and of its training.
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "training_args.bin"]
-_PARSES_RESPONSES = Version(trl.__version__) >= Version("1.8.0")
+# The attributes of a tokenizer by which TRL parses completions.
+_PARSES_BY = ["response_schema"] if Version(transformers.__version__) >= Version("5.0.0") else []
+if Version(trl.__version__) >= Version("1.8.0"):
+    _PARSES_BY.append("response_template")
 # The file in a temporary directory that holds its name. Only directories with it are ever deleted.
 TEMPORARY = "temporary"
 # Relative to the largest logit. Rounding in single precision is about 1e-7. Every wrong merge that we tried is above.
@@ -137,11 +140,13 @@ def find_model(name: str) -> ModelFiles:
             f"'{name}' is an adapter, but `base_model_name_or_path` in its `adapter_config.json` is {base_name!r}. "
             "Set it to the directory or Hub name of its base model."
         )
+    if Path(base_name).is_dir() and directory.samefile(base_name):
+        raise ValueError(
+            f"'{name}' has an adapter and its base model in one directory. Save the adapter in a directory of its own."
+        )
     revision = None if Path(base_name).is_dir() else adapter.get("revision") or _trained_revision(directory)
     try:
         base = _directory(base_name, revision)
-        if base.samefile(directory):
-            raise ValueError("it is the directory of the adapter. Save the adapter in a directory of its own.")
         if not (base / "config.json").exists():
             raise ValueError(f"'{base_name}' contains no `config.json`.")
         _require_weights(base_name, base)
@@ -371,7 +376,7 @@ class Chat:
             except Exception as error:  # a template may raise anything
                 raise ValueError(
                     f"The chat template of the model refuses a conversation of {roles}: {_in_one_line(error)}. The "
-                    f"first ends with {prompt[-1]['content']!r:.100}."
+                    f"first is {prompt!r:.200}."
                 ) from error
 
     def decode(self, ids: list[int]) -> str:
@@ -381,13 +386,14 @@ class Chat:
         """
         The part of a completion that the reward of the training reads.
 
-        A response template of the tokenizer takes the reasoning out, as in TRL since 1.8. `reasoning_delimiters` do so
+        A response template of the tokenizer takes the reasoning out, as in TRL. `reasoning_delimiters` do so
         as in [`~trl.rewards.reasoning_accuracy_reward`]: the first that the text has counts, and a text that has none
         has no answer.
         """
         tokenizer = _tokenizer_of(self.processor)
-        if _PARSES_RESPONSES and getattr(tokenizer, "response_template", None) is not None:
-            text = parse_response(tokenizer, ids, prefix=prompt_ids)["content"]
+        if any(getattr(tokenizer, name, None) is not None for name in _PARSES_BY):
+            context: dict[str, Any] = {"prefix": prompt_ids} if "response_template" in _PARSES_BY else {}
+            text = parse_response(tokenizer, ids, **context)["content"]
         else:
             text = self.decode(ids)
         if not self.reasoning_delimiters:

@@ -156,6 +156,8 @@ class EvaluateArguments:
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"`dtype` must be one of auto, {', '.join(DTYPES)}, got '{self.dtype}'.")
         _template_kwargs(self.chat_template_kwargs)
+        if isinstance(self.reasoning_delimiters, str):  # of a file of YAML
+            self.reasoning_delimiters = [self.reasoning_delimiters]
         if self.reasoning_delimiters is not None and not all(self.reasoning_delimiters or [""]):
             raise ValueError(
                 f"`reasoning_delimiters` must be texts that are not empty, got {self.reasoning_delimiters}. Omit it "

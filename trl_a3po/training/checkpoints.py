@@ -143,14 +143,17 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if not load_result.unexpected_keys or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._issue_warnings_after_load(load_result)
             return
-        loaded: Any = type(model).from_pretrained(self._loaded_from, dtype="auto", output_loading_info=True)
-        saved, info = loaded
-        if missing := [*info["missing_keys"], *info["unexpected_keys"]]:
+        # In the widest of its data types, because a checkpoint may have several.
+        dtype = max((each.dtype for each in model.parameters()), key=lambda dtype: dtype.itemsize)
+        loaded: Any = type(model).from_pretrained(self._loaded_from, dtype=dtype, output_loading_info=True)
+        saved, info = loaded[0].state_dict(), loaded[1]
+        missing = [*info["missing_keys"], *(each for each in load_result.missing_keys if each not in saved)]
+        if wrong := {*missing, *(each for each in info["unexpected_keys"] if each not in model.state_dict())}:
             raise ValueError(
-                f"'{self._loaded_from}' has not the weights of the model: {', '.join(sorted(missing)[:3])}. Pass "
+                f"'{self._loaded_from}' has not the weights of the model: {', '.join(sorted(wrong)[:3])}. Pass "
                 "another checkpoint, or load it as the model and start a new run."
             )
-        model.load_state_dict(saved.state_dict())
+        model.load_state_dict({name: saved[name] for name in load_result.missing_keys}, strict=False)
 
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)

@@ -67,6 +67,9 @@ class ChecksProgress(TrainerCallback):
 
     _step, _empty_epochs = -1, 0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._empty_epochs = 0
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._step = state.global_step
 

@@ -28,7 +28,7 @@ def polarity_sums(
     Sums over one batch, by polarity.
 
     A token counts as selected if its shaped advantage differs from that of the unselected tokens of its completion, by
-    more than rounding.
+    more than rounding in float32.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping. Their sign is the polarity.
@@ -47,7 +47,7 @@ def polarity_sums(
     if shaped.dim() == 1:
         shaped = shaped[:, None].expand(mask.shape)
     probs = logps.float().exp()
-    # Rounding selects nothing: where nothing is clipped, the ratio of two passes over the same model is not quite 1.
+    # Rounding in float32 selects nothing: the ratio of two passes over the same model is not quite 1.
     selected = ((shaped - unselected[:, None]).abs() > 1e-5 * unselected[:, None].abs()) & mask
     if sampling_logps is None:
         mismatch = probs.new_full((), torch.nan)

@@ -93,6 +93,8 @@ def reward_reasons(
     missing = rewards_per_func.isnan()
     unscored = missing.all(1)
     weighted = rewards_per_func.masked_fill(reward_weights.to(rewards_per_func.device) == 0, math.nan)
+    unweighted = weighted.isnan().all(1).view(-1, num_generations).all(1)  # groups that only weights of 0 have scored
+    unscored = unscored | unweighted.repeat_interleave(num_generations)
     columns = weighted if by_function else total_rewards(rewards_per_func, reward_weights)[:, None]
     groups = columns.view(-1, num_generations, columns.shape[1])
     highest = groups.nan_to_num(nan=-math.inf).amax(1)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any, cast
 
@@ -71,7 +71,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     model: torch.nn.Module
     num_generations: int
 
-    # Whether training has run TRL's loss: a loss of a subclass may not call it.
+    # Whether a step was trained, and with TRL's loss: that of a subclass may not call it.
+    _has_trained: bool = False
     _loss_ran: bool = False
     # The scope of the running call of TRL's loss.
     _loss_scope: LossScope | None = None
@@ -194,10 +195,14 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     def _is_changed(self, *methods: str) -> bool:
         """Whether anything else than this package and TRL's trainers defines one of these methods of the trainer."""
-        places = [vars(each) for each in (self, *type(self).__mro__)]
-        found = (place[method] for place in places for method in methods if method in place)
-        # By the module in which the code stands: GRPOTrainer itself may be patched.
-        return not all(getattr(each, "__globals__", {}).get("__name__", "").startswith(_OURS) for each in found)
+        bases = type(self).__mro__
+        places = [vars(each) for each in (self, *bases[: bases.index(GRPOTrainer) + 1])]
+        found = [place[method] for place in places for method in methods if method in place]
+        # By the modules in which the code stands, also below decorators: GRPOTrainer itself may be patched.
+        modules = [
+            getattr(each, "__globals__", {}).get("__name__", "") for method in found for each in _layers(method)
+        ]
+        return not all(module.startswith(_OURS) for module in modules)
 
     def _prepare_inputs(self, generation_batch):
         if self._checks_model:
@@ -219,6 +224,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return self._largest([int("num_images" in micro_batches[0])]) == [1]
 
     def training_step(self, *args, **kwargs):
+        self._has_trained = True
         try:
             return super().training_step(*args, **kwargs)
         except BaseException:
@@ -299,7 +305,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
 
     def _compute_loss(self, model, inputs):
-        self._loss_ran |= self.is_in_train
+        self._loss_ran |= self.is_in_train and self.model.training
         if (plan := inputs.get(PLAN)) is not None and not plan.rows:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         self._loss_scope = scope = LossScope(self, inputs)
@@ -519,3 +525,14 @@ def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:
     for sign in signs:
         has_sign |= advantages.sign() == sign
     return loss_mask(inputs).any(1) & ~has_sign
+
+
+def _module_of(function: Any) -> str:
+    return getattr(function, "__globals__", {}).get("__name__", "")
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """A function, and those that decorators hide below it."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
