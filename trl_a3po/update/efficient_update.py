@@ -199,10 +199,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         places = [vars(each) for each in (self, *bases[: bases.index(GRPOTrainer) + 1])]
         found = [place[method] for place in places for method in methods if method in place]
         # By the modules in which the code stands, also below decorators: GRPOTrainer itself may be patched.
-        modules = [
-            getattr(each, "__globals__", {}).get("__name__", "") for method in found for each in _layers(method)
-        ]
-        return not all(module.startswith(_OURS) for module in modules)
+        return not all(_module_of(layer).startswith(_OURS) for method in found for layer in _layers(method))
 
     def _prepare_inputs(self, generation_batch):
         if self._checks_model:
@@ -528,6 +525,7 @@ def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:
 
 
 def _module_of(function: Any) -> str:
+    """The module in which the code of a function stands, whatever name a decorator has given it."""
     return getattr(function, "__globals__", {}).get("__name__", "")
 
 
