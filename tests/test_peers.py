@@ -291,6 +291,8 @@ def test_the_entropy_of_one_token_is_no_deviation():
     assert peers.aepo(torch.ones(1), entropies=3 * one, mask=one).item() == 1.0
     equal = torch.ones(2, 3)
     assert torch.equal(peers.aepo(torch.ones(2), entropies=equal, mask=equal), equal)
+    rounded = equal + 1e-6 * torch.arange(6).view(2, 3)
+    assert peers.aepo(torch.ones(2), entropies=rounded, mask=equal) == pytest.approx(equal, abs=1e-5)
 
 
 def test_tokens_without_entropy_stay_as_they_are_in_gtpo():

@@ -503,7 +503,8 @@ def aepo(advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 
     `compute_policy_loss_entropy_balanced_clipping` in AEPO/verl_aepo_entropy/verl/trainer/ppo/core_algos.py, read: the
     formula, α = 0.2, and a deviation of 0 that becomes 1. The available snapshots of the authors' own repository are
     older than AEPO. The copy computes the entropy only if `entropy_coeff` is not 0; otherwise it silently skips the
-    method.
+    method. Our choice: a deviation below 1e-5 nats becomes 1, too, because it is rounding (one-token completions of one
+    prompt have equal entropies).
 
     Args:
         alpha (`float`, *optional*, defaults to `0.2`): α, not negative. 0 changes nothing.
@@ -513,7 +514,7 @@ def aepo(advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 
     advantages, mask, entropies = _unmasked(advantages, mask, entropies)
     deviation = torch.where(mask, entropies - _mean(entropies, mask), 0.0)
     std = (deviation.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()
-    return advantages * (1 + alpha * deviation / torch.where(std == 0, 1.0, std))
+    return advantages * (1 + alpha * deviation / torch.where(std < 1e-5, 1.0, std))
 
 
 def stare(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -169,7 +170,16 @@ def test_an_adapter_in_the_directory_of_its_base_is_refused(tmp_path):
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match=r"contains no model: neither .* Pass `--checkpoints`"):
+    with pytest.raises(ValueError, match=r"contains no model: neither .*`\. Pass `--checkpoints`"):
+        find_model(str(tmp_path))
+
+
+def test_a_directory_with_named_adapters_is_refused_with_their_paths(tmp_path):
+    for path in ("second", "first", "checkpoint-3"):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "adapter_config.json").write_text("{}")
+    message = f"Pass one of them: '{tmp_path}/first', '{tmp_path}/second'. Pass `--checkpoints`"
+    with pytest.raises(ValueError, match=re.escape(message)):
         find_model(str(tmp_path))
 
 

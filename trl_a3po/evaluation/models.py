@@ -122,9 +122,14 @@ def find_model(name: str) -> ModelFiles:
     path = directory / "adapter_config.json"
     if not path.exists():
         if not (directory / "config.json").exists():
+            checkpoints = list(directory.glob("checkpoint-*"))
+            # PEFT saves an adapter that is not called "default" in a directory of its name.
+            adapters = [each.parent for each in directory.glob("*/adapter_config.json")]
+            named = ", ".join(f"'{each}'" for each in sorted(set(adapters) - set(checkpoints)))
             raise ValueError(
                 f"'{name}' contains no model: neither `config.json` nor `adapter_config.json`."
-                + (" Pass `--checkpoints` for its checkpoints." if list(directory.glob("checkpoint-*")) else "")
+                + (f" It contains adapters. Pass one of them: {named}." if named else "")
+                + (" Pass `--checkpoints` for its checkpoints." if checkpoints else "")
             )
         _require_weights(name, directory)
         return ModelFiles(name, directory, directory)
