@@ -503,8 +503,8 @@ def aepo(advantages: Tensor, *, entropies: Tensor, mask: Tensor, alpha: float = 
     `compute_policy_loss_entropy_balanced_clipping` in AEPO/verl_aepo_entropy/verl/trainer/ppo/core_algos.py, read: the
     formula, α = 0.2, and a deviation of 0 that becomes 1. The available snapshots of the authors' own repository are
     older than AEPO. The copy computes the entropy only if `entropy_coeff` is not 0; otherwise it silently skips the
-    method. Our choice: a deviation below 1e-5 nats becomes 1, too, because it is rounding (one-token completions of one
-    prompt have equal entropies).
+    method. Our choice: a deviation below 1e-5 nats becomes 1, too. It is rounding: one-token completions of one prompt
+    have equal entropies.
 
     Args:
         alpha (`float`, *optional*, defaults to `0.2`): α, not negative. 0 changes nothing.
