@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 import transformers
 from packaging.version import Version
-from support import processes, tiny
+from support import adapters, processes, tiny
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from trl_a3po import A3POTrainer
@@ -80,7 +80,9 @@ def mixture_of_experts():
     )
 
 
-def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, experts=False, **fields):
+def train(
+    model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False, experts=False, trained_head=False, **fields
+):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         rollouts.pair_groups = pair_groups_as_two_processes
@@ -111,11 +113,13 @@ def train(model, output, name, *, rows=ROWS, micro_batches=2, equal_groups=False
         eval_dataset=tiny.prompts(8),
         processing_class=tiny.tokenizer(),
         rollout_func=rollout,
+        peft_config=adapters.lora(modules_to_save=["lm_head"]) if trained_head else None,
     )
     assert trainer.accelerator.num_processes == world_size
     assert not (experts_are_modules and (trainer._trims or trainer._may_skip))
     passes = []
-    trainer.model.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    decoder = trainer.model.get_base_model() if trained_head else trainer.model
+    decoder.model.layers[0].register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         trainer.train()
     trainer.save_model(Path(output, name))

@@ -326,6 +326,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._skips_next_pass:
             self._skips_next_pass = False
             return input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32), None, None
+        self._gather_trained_head(model)
         compute = functools.partial(super()._get_per_token_logps_and_entropies, **kwargs)
         if not any(self._config_of(model) is config for config in self._checked_configs):
             return compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
@@ -346,6 +347,18 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             scope.inputs["importance_sampling_ratio"] = ratio
         self._before_loss_reads(scope, per_token_logps=output[0], entropies=output[1])
         return output
+
+    def _gather_trained_head(self, model: Any) -> None:
+        """
+        Puts together the weight of a trained `lm_head` that FSDP2 shards by itself, as it does for PEFT's
+        `modules_to_save`.
+
+        TRL reads the weight without running the module. Of a weight that is still sharded, as it is after the first
+        backward pass of a step, each process would keep its own gradient instead of the mean over processes.
+        """
+        head = self.accelerator.unwrap_model(model).get_output_embeddings() if self.is_fsdp_enabled else None
+        if isinstance(head, FSDPModule) and torch.is_grad_enabled() and head.weight.requires_grad:
+            head.unshard()
 
     def _run_planned(self, compute, model, input_ids, attention_mask, logits_to_keep, scope: LossScope):
         """Computes the planned rows. The results have the shape of all rows of the loss."""
