@@ -28,7 +28,13 @@ from .shaping import (
     weight_polarities,
 )
 from .training.checkpoint_files import check_writable
-from .training.checkpoints import ChecksGenerationConfig, ChecksLength, KeepsTheBest, ResumableGRPOTrainer
+from .training.checkpoints import (
+    ChecksAdapter,
+    ChecksGenerationConfig,
+    ChecksLength,
+    KeepsTheBest,
+    ResumableGRPOTrainer,
+)
 from .training.finite import NaNGradients
 from .training.hook import call_hook, check_completionwise, fields_named_by
 from .training.hub_warnings import WarnOfFailedPushes
@@ -141,6 +147,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         self.add_callback(ChecksLength(self))
         self.add_callback(NaNGradients(self.accelerator))
         self.add_callback(ChecksGenerationConfig())
+        self.add_callback(ChecksAdapter())
         self.add_callback(KeepsTheBest())
         self._token_log: TokenLog | None = None
         if args.log_tokens and self.is_world_process_zero():
@@ -432,8 +439,10 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     def _forget_last_run(self):
         super()._forget_last_run()
         self._forget_rollouts()
-        self._metrics["train"].clear()
-        self._polarity_sums.pop("train", None)
+        for metrics in self._metrics.values():  # an evaluation may have been interrupted, too
+            metrics.clear()
+        self._polarity_sums.clear()
+        self._entropy_window_stats = None  # of `use_adaptive_entropy`, since TRL 1.8
 
     # What it logs
 

@@ -1,5 +1,6 @@
 """Checkpoints: at every moment there is a whole one, whatever is deleted, overwritten, read-only, linked or full."""
 
+import copy
 import errno
 import functools
 import json
@@ -17,6 +18,7 @@ import torch
 import trl
 from datasets import IterableDataset
 from packaging.version import Version
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import tiny
 from support.checkpoints import digests
@@ -319,6 +321,98 @@ def test_a_run_started_anew_resumes_from_its_own_checkpoint(model_dir, tmp_path,
         trainer.train(str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("logs", [{"logging_steps": 10}, {"logging_strategy": "no"}])
+def test_a_run_started_anew_resumes_from_its_own_checkpoint_before_its_first_log(logs, model_dir, tmp_path):
+    options = {"save_total_limit": None, "save_steps": 2, **logs}
+    saving_trainer(model_dir, tmp_path, max_steps=6, **options).train()
+    # Resumed from a lower checkpoint, and started anew.
+    saving_trainer(model_dir, tmp_path, max_steps=4, **options).train(str(tmp_path / "checkpoint-2"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    saving_trainer(model_dir, tmp_path, max_steps=2, **options).train()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    saving_trainer(model_dir, tmp_path, max_steps=4, **options).train(True)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    runs = [checkpoint_files.runs_of(tmp_path / f"checkpoint-{step}") for step in (2, 4, 6)]
+    assert [len(each) for each in runs] == [1, 2, 1]
+    assert runs[1][0] == runs[0][0] != runs[2][0]
+
+
+@pytest.mark.parametrize("damage", [None, "", "{}", "[1"])
+def test_runs_that_cannot_be_read_are_not_known(damage, tmp_path):
+    if damage is not None:
+        (tmp_path / "runs.json").write_text(damage)
+    assert checkpoint_files.runs_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_the_checkpoint_with_a_damaged_file_is_named(file, model_dir, tmp_path):
+    saving_trainer(model_dir, tmp_path, max_steps=1).train()
+    (tmp_path / "checkpoint-1" / file).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"Cannot load the checkpoint '.*checkpoint-1': .*pass another checkpoint"):
+        saving_trainer(model_dir, tmp_path, max_steps=2).train(True)
+
+
+def test_random_numbers_that_start_anew_are_said(model_dir, tmp_path, caplog):
+    saving_trainer(model_dir, tmp_path, max_steps=1).train()
+    (tmp_path / "checkpoint-1" / "rng_state.pth").unlink()
+    saving_trainer(model_dir, tmp_path, max_steps=2).train(True)
+    assert "has no states of the random number generators for 1 processes" in caplog.text
+
+
+@pytest.mark.parametrize(("save_strategy", "warns"), [("steps", True), ("epoch", False)])
+def test_an_evaluation_that_a_checkpoint_came_before_is_said(save_strategy, warns, model_dir, tmp_path, caplog):
+    fields = {"save_strategy": save_strategy, "eval_strategy": "epoch", "save_steps": 4, "max_steps": 5}
+    fields |= {"save_total_limit": None, "per_device_train_batch_size": 16}  # 4 steps an epoch
+    saving_trainer(model_dir, tmp_path, **fields).train()
+    saving_trainer(model_dir, tmp_path, **fields).train(str(tmp_path / "checkpoint-4"))
+    assert ("The evaluation at the end of epoch 1 would have come after this checkpoint" in caplog.text) is warns
+
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "resumed", "message"),
+    [
+        (LORA, None, "is a checkpoint of an adapter, and the run trains a whole model"),
+        (None, LORA, "is a checkpoint of a whole model, and the run trains an adapter"),
+        (LORA, {**LORA, "target_modules": ["q_proj", "k_proj"]}, r"`target_modules=\['k_proj', 'q_proj'\]`"),
+        (LORA, {**LORA, "lora_alpha": 32}, "with `lora_alpha=8`, and that of the run has `lora_alpha=32`"),
+        (LORA, {**LORA, "target_modules": ["v_proj", "q_proj"]}, None),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(trained, resumed, message, tmp_path):
+    def run(adapter, steps):
+        arguments = {"peft_config": adapter and LoraConfig(**adapter)}
+        return make(tmp_path, arguments=arguments, max_steps=steps, save_strategy="steps", save_steps=1)
+
+    run(trained, 1).train()
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        run(resumed, 2).train(True)
+
+
+@pytest.mark.parametrize(
+    ("config", "unfrozen", "lost"),
+    [
+        (LoraConfig(**LORA), "norm", "base_model.model.model.layers.0.input_layernorm.weight"),
+        (LoraConfig(**LORA, modules_to_save=["norm"]), None, None),
+        (LoraConfig(**LORA, bias="all"), None, None),
+        (
+            PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            None,
+            "prompt_encoder.default.mlp_head.0.weight",
+        ),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), None, None),
+    ],
+)
+def test_parameters_that_no_checkpoint_will_have_are_said(config, unfrozen, lost, caplog):
+    model = get_peft_model(tiny.model(), copy.deepcopy(config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or (unfrozen is not None and unfrozen in name))
+    checkpoints.ChecksAdapter().on_train_begin(None, SimpleNamespace(is_world_process_zero=True), None, model=model)
+    assert (f"that PEFT does not save with the adapter, such as {lost}." in caplog.text) is (lost is not None)
+
+
 def test_what_does_not_go_on_as_it_was_is_said(model_dir, tmp_path, caplog):
     options = {"logging_steps": 1, "beta": 0.1, "sync_ref_model": True}
     saving_trainer(model_dir, tmp_path, max_steps=2, **options).train()
@@ -370,6 +464,29 @@ def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(
         for each in (trainer, whole)
     )
     assert logs == expected
+
+
+class InterruptsEvaluation(InterruptsOnce):
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.on_substep_end(args, state, control)
+
+
+def test_an_evaluation_that_was_interrupted_does_not_count_in_the_next(model_dir, tmp_path):
+    fields = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    trainer = saving_trainer(model_dir, tmp_path / "interrupted", **fields)
+    trainer.add_callback(InterruptsEvaluation())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer._metrics["eval"]
+    assert "eval" in trainer._polarity_sums
+    trainer._entropy_window_stats = torch.ones(2)  # as an interrupted step leaves it with `use_adaptive_entropy`
+    trainer.train(True)
+    assert not trainer._metrics["eval"]
+    whole = saving_trainer(model_dir, tmp_path / "whole", **fields)
+    whole.train()
+    logs, expected = ([log for log in each.state.log_history if "eval_reward" in log] for each in (trainer, whole))
+    assert [log["eval_reward"] for log in logs] == [log["eval_reward"] for log in expected]
+    assert trainer._entropy_window_stats is None
 
 
 @pytest.mark.skipif(Version(trl.__version__) < Version("1.9"), reason="this TRL refuses streams")

@@ -23,6 +23,8 @@ from typing import Any
 
 
 STATE_FILE = "trainer_state.json"
+# The runs whose training a checkpoint has, the last one last. GRPOTrainer does not write it.
+RUNS_FILE = "runs.json"
 PREVIOUS = ".previous"
 _NAME = re.compile(r"checkpoint-[0-9]+(\.previous)?")
 
@@ -56,16 +58,29 @@ def is_of_later_run(checkpoint: Path, higher: Path) -> bool:
     """
     Whether a complete checkpoint is from a run that was started anew after another complete one of a higher step.
 
-    Then it was written later, and the log of the higher one does not continue its log. The times alone would be
-    wrong for copies of checkpoints. Without a state, as in a copy for inference, nothing says so.
+    Then it was written later, and the higher one does not continue its run: by the names of the runs, or by the logs
+    where these are not known. The times alone would be wrong for copies of checkpoints. Without a state, as in a copy
+    for inference, nothing says so.
     """
     state, of_higher = checkpoint / STATE_FILE, higher / STATE_FILE
     if not (state.exists() and of_higher.exists()):
         return False
     if _waits(checkpoint) or state.stat().st_mtime <= of_higher.stat().st_mtime:
         return False
+    runs, of_higher_runs = runs_of(checkpoint), runs_of(higher)
+    if runs and of_higher_runs:
+        return of_higher_runs[: len(runs)] != runs
     log, longer = ((read_state(path) or {}).get("log_history", []) for path in (state, of_higher))
     return not continues(longer, log)
+
+
+def runs_of(checkpoint: Path) -> list[str]:
+    """The runs whose training a checkpoint has: one, and one more for each resuming. Empty if they are not known."""
+    with suppress(OSError, ValueError):
+        runs = json.loads((checkpoint / RUNS_FILE).read_text(encoding="utf-8"))
+        if isinstance(runs, list):
+            return runs
+    return []
 
 
 def continues(log: Iterable[Any], earlier: Iterable[Any]) -> bool:

@@ -9,11 +9,13 @@ the new one is complete and on the disk.
 
 import copy
 import errno
+import json
 import logging
 import math
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from itertools import takewhile
@@ -30,6 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoint_files import (
     PREVIOUS,
+    RUNS_FILE,
     STATE_FILE,
     checkpoints_in,
     delete,
@@ -43,6 +46,7 @@ from .checkpoint_files import (
     previous_of,
     put_back,
     read_state,
+    runs_of,
 )
 from .finite import check_parameters
 
@@ -60,6 +64,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
     """
 
     _resumed_from: str | None = None
+    # The names of this run and of those that it continues.
+    _runs: tuple[str, ...] = ()
     # The `save_total_limit` of the run, while the one in `args` is hidden from transformers.
     _hidden_limit: int | None = None
     # The checkpoint whose weights are being loaded.
@@ -74,9 +80,13 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 put_back(directory)
             self.accelerator.wait_for_everyone()
         self._resumed_from = checkpoint_to_resume_from(resume_from_checkpoint, output_dir, self.accelerator)
+        if self._resumed_from and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            with _naming(self._resumed_from):
+                check_adapter(self.model, Path(self._resumed_from))
         check_not_beyond(self.args.max_steps, self._resumed_from)
         if self._resumed_from and self.accelerator.is_main_process:
             self._warn_of_what_differs(read_state(Path(self._resumed_from, STATE_FILE)) or {})
+        self._runs = (*(runs_of(Path(self._resumed_from)) if self._resumed_from else ()), uuid.uuid4().hex)
         self._forget_last_run()
         output = super().train(self._resumed_from, *args, **kwargs)
         self._check_parameters(f"Training ended after step {self.state.global_step}")
@@ -97,6 +107,23 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "The stream of the training data had ended and begun again before this checkpoint. The resumed run "
                 "starts at its beginning, so it repeats prompts."
             )
+        each_process = "" if self.accelerator.num_processes == 1 else f"_{self.accelerator.process_index}"
+        if not Path(cast(str, self._resumed_from), f"rng_state{each_process}.pth").exists():
+            logger.warning(
+                "'%s' has no states of the random number generators for %d processes. The resumed run samples other "
+                "completions than an uninterrupted one.",
+                self._resumed_from,
+                self.accelerator.num_processes,
+            )
+        evaluations = (entry for entry in state.get("log_history", []) if any(key[:5] == "eval_" for key in entry))
+        evaluated = {entry["step"] for entry in evaluations}
+        ends_epoch = float(state.get("epoch") or math.nan).is_integer()
+        if self.args.eval_strategy == "epoch" and ends_epoch and state["global_step"] not in evaluated:
+            logger.warning(
+                "The evaluation at the end of epoch %d would have come after this checkpoint. It does not run, and so "
+                "the next epoch has other random numbers. With `save_strategy='epoch'`, evaluations come first.",
+                state["epoch"],
+            )
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -107,6 +134,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         try:
             with marked, _save_total_limit(self.args, None):
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    (checkpoint / RUNS_FILE).write_text(json.dumps(self._runs), encoding="utf-8")
         finally:
             self._hidden_limit = None
         if self.args.should_save:
@@ -126,7 +155,16 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         self._loaded_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        with _naming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _naming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with _naming(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
         self._loaded_from = self.state.best_model_checkpoint
@@ -225,6 +263,34 @@ class ChecksGenerationConfig(TrainerCallback):
                 raise ValueError(found) from error
             if args.should_save:
                 logger.warning(found)
+
+
+class ChecksAdapter(TrainerCallback):
+    """
+    Warns before the first step of parameters that are trained beside an adapter, and that no checkpoint will have.
+
+    PEFT saves the adapter only. Of prompts that an encoder computes, it saves the prompts.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        config = next(iter(getattr(model, "peft_config", {}).values()), None)
+        if config is None or not state.is_world_process_zero:
+            return
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if config.is_prompt_learning:
+            lost = [name for name in trained if {"mlp_head", "lstm_head", "transform"} & set(name.split("."))]
+        else:
+            lost = [name for name in trained if not model.peft_config.keys() & set(name.split("."))]
+            if getattr(config, "bias", "none") != "none":
+                lost = [name for name in lost if not name.endswith(".bias")]
+        if lost:
+            logger.warning(
+                "%d parameters are trained that PEFT does not save with the adapter, such as %s. They are lost at the "
+                "end, and a resumed run begins with their first values. Use `modules_to_save` of the `peft_config`, "
+                "or do not train them.",
+                len(lost),
+                lost[0],
+            )
 
 
 class KeepsTheBest(TrainerCallback):
@@ -352,6 +418,48 @@ def check_has_optimizer(checkpoint: Path) -> None:
     )
 
 
+# The settings of an adapter that decide which weights it has, and what they do.
+_OF_ADAPTERS = ("peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora")
+
+
+def check_adapter(model: Any, checkpoint: Path) -> None:
+    """
+    Refuses a checkpoint of another adapter than that of the run, or of a whole model in place of an adapter.
+
+    transformers would leave weights as they are for which the checkpoint has none, or fail without a reason.
+
+    Raises:
+        `ValueError`: naming the checkpoint, the setting and both values.
+    """
+    if not checkpoint.is_dir():
+        return
+    name, config = next(iter(getattr(model, "peft_config", {}).items()), ("default", None))
+    # PEFT saves an adapter that is not called "default" in a directory of its name.
+    paths = (directory / "adapter_config.json" for directory in (checkpoint, checkpoint / name))
+    path = next((each for each in paths if each.exists()), None)
+    kinds = {True: "an adapter", False: "a whole model"}
+    if (config is None) != (path is None):
+        raise ValueError(
+            f"'{checkpoint}' is a checkpoint of {kinds[path is not None]}, and the run trains "
+            f"{kinds[config is not None]}. Pass another checkpoint, or change `peft_config` (`--use_peft`)."
+        )
+    if config is None or path is None:
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for setting in _OF_ADAPTERS:
+        values = [_comparable(each) for each in (saved.get(setting), getattr(config, setting, None))]
+        if setting in saved and values[0] != values[1]:
+            raise ValueError(
+                f"'{checkpoint}' has an adapter with `{setting}={values[0]}`, and that of the run has "
+                f"`{setting}={values[1]}`. Resume with the adapter that was trained, or start a new run."
+            )
+
+
+def _comparable(value: Any) -> Any:
+    """As JSON has it, and without the order of a set."""
+    return sorted(value) if isinstance(value, (list, set, tuple)) else getattr(value, "value", value)
+
+
 class BeyondTheEndError(ValueError):
     """A checkpoint is of a later step than the last one of the run."""
 
@@ -457,6 +565,20 @@ def _telling_of_a_full_disk(checkpoint: Path) -> Iterator[None]:
             f"No space left on device: the checkpoint '{checkpoint}' is incomplete. {to_resume} Free some space "
             "before you resume. `save_total_limit` keeps fewer checkpoints (one more during a save). "
             "`save_only_model` makes them smaller, but a run cannot resume from them.",
+        ) from error
+
+
+@contextmanager
+def _naming(checkpoint: str | None) -> Iterator[None]:
+    """Says which checkpoint cannot be loaded. Errors about damaged files do not name it."""
+    try:
+        yield
+    except Exception as error:
+        if checkpoint is None or str(checkpoint) in str(error):
+            raise
+        raise ValueError(
+            f"Cannot load the checkpoint '{checkpoint}': {type(error).__name__}: {error}. If a file is damaged, or "
+            "if it is of another model or optimizer, pass another checkpoint as `resume_from_checkpoint`."
         ) from error
 
 

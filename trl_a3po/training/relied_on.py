@@ -154,6 +154,13 @@ RELIED_ON = (
     ),
     ReliedOn(
         "trl.GRPOTrainer",
+        "_entropy_window_stats",
+        ("a3po_trainer",),
+        "training again after an interruption: the sums of `use_adaptive_entropy` in the running optimizer step",
+        since="1.8",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
         "aux_loss_enabled",
         ("update.efficient_update",),
         "which rows may be skipped and regrouped: none with a router loss",
@@ -360,6 +367,15 @@ RELIED_ON = (
             "weights that a checkpoint has under other names than the model: the experts of a mixture",
         )
         for name in ("_load_from_checkpoint", "_load_best_model", "_issue_warnings_after_load")
+    ),
+    *(
+        ReliedOn(
+            "transformers.Trainer",
+            name,
+            ("training.checkpoints",),
+            "the name of a checkpoint that cannot be loaded, in the error",
+        )
+        for name in ("_load_optimizer_and_scheduler", "_load_rng_state")
     ),
     ReliedOn("transformers.Trainer", "_get_output_dir", ("training.checkpoints",), "where checkpoints are written"),
     ReliedOn(

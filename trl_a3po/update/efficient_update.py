@@ -356,8 +356,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         TRL reads the weight without running the module. Of a weight that is still sharded, as it is after the first
         backward pass of a step, each process would keep its own gradient instead of the mean over processes.
         """
-        head = self.accelerator.unwrap_model(model).get_output_embeddings() if self.is_fsdp_enabled else None
-        if isinstance(head, FSDPModule) and torch.is_grad_enabled() and head.weight.requires_grad:
+        head: Any = self.accelerator.unwrap_model(model).get_output_embeddings() if self.is_fsdp_enabled else None
+        if isinstance(head, FSDPModule) and torch.is_grad_enabled() and cast(Any, head).weight.requires_grad:
             head.unshard()
 
     def _run_planned(self, compute, model, input_ids, attention_mask, logits_to_keep, scope: LossScope):
