@@ -388,6 +388,8 @@ def distance(name, tmp_path, one, other):
 @pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_update_is_that_of_grpo(name, tmp_path):
+    if name == "NemotronH" and Version("1.7") <= Version(trl.__version__) < Version("1.14"):
+        pytest.skip("GRPOTrainer asks for a router loss, which the model of transformers 5.24 does not return")
     difference = relative_difference(name, tmp_path)
     if difference >= 1e-5:
         # Some amplify rounding (Qwen3-Next, Jamba): GRPOTrainer itself then ends elsewhere if it pads more. How far
