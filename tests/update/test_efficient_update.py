@@ -269,16 +269,23 @@ def test_a_shaping_of_ones_own_sees_every_row_in_the_company_it_has_without_savi
     assert saved.cells < plain.cells
 
 
-def recurrent():
+def recurrent(layers=3):
     """A model whose recurrent layers take padding for tokens."""
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 2}
     special = {"eos_token_id": 1, "bos_token_id": 1, "pad_token_id": 0}
     return RecurrentGemmaForCausalLM(
         RecurrentGemmaConfig(
             vocab_size=len(tiny.tokenizer()), head_dim=16, lru_width=32, attention_window_size=64, **size, **special
         )
     )
+
+
+def recurrent_and_eager():
+    """There, the columns of padding also look at what is to their right, and a recurrent layer comes after that."""
+    model = recurrent(layers=4)
+    model.set_attn_implementation("eager")
+    return model
 
 
 VIRTUAL_TOKENS = {
@@ -301,6 +308,52 @@ def test_the_padding_of_the_prompt_stays_where_the_model_sees_it(case, model_dir
     assert update_difference(saved, plain) < 1e-4
     assert saved.cells < plain.cells
     assert saved._packing.reason is None or saved._traits.left_padding
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"), reason="it keeps its state from one pass to the next"
+)
+def test_completions_keep_their_padding_where_the_padding_of_the_prompt_sees_it(tmp_path):
+    plain, saved = (
+        train_rollout(recurrent_and_eager, tmp_path, learning_rate=0.3, **fields) for fields in (tiny.PLAIN, {})
+    )
+    assert moved(plain)
+    assert update_difference(saved, plain) < 1e-4
+    assert saved._traits.right_padding
+
+
+def dynamically_rotated():
+    model = tiny.model(max_position_embeddings=8)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    setattr(model.config, "rope_parameters" if hasattr(model.config, "rope_parameters") else "rope_scaling", rope)
+    return Qwen2ForCausalLM(model.config)
+
+
+def test_no_pass_is_shorter_for_a_model_that_remembers_the_longest(tmp_path):
+    plain, saved = (train_rollout(dynamically_rotated, tmp_path, max_steps=3, **fields) for fields in (tiny.PLAIN, {}))
+    assert moved(plain)
+    assert update_difference(saved, plain) < 1e-6
+    assert not saved._may_skip
+
+
+NARROW = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "saves"),
+    [
+        (NARROW, False),
+        ({**NARROW, "bf16": False}, True),
+        ({**NARROW, "gradient_accumulation_steps": 4}, True),  # no old log-probabilities
+        ({"epsilon": 0.2}, True),
+    ],
+)
+def test_rounding_in_half_precision_is_not_clipped(fields, saves, model_dir, tmp_path):
+    fields = {"bf16": True, "gradient_accumulation_steps": 1, "steps_per_generation": 4, "max_steps": 1, **fields}
+    trainer = train_rollout(model_dir, tmp_path, **fields)
+    assert (trainer._trims, trainer._may_skip) == (saves, saves)
+    if not saves:
+        assert trainer.state.log_history[0]["clip_ratio/region_mean"] == 0
 
 
 @pytest.mark.parametrize("own", [None, "this process finds a reason"])

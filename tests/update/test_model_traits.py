@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+import trl
 from packaging.version import Version
 from peft import PromptTuningConfig, get_peft_model
 from support import tiny
@@ -271,6 +272,7 @@ COLUMNS = PaddingTraits(left_padding=True)
         ({"attn_temperature_tuning": True}, COLUMNS),
         ({"log_scaling_n_floor": 128_000}, COLUMNS),
         ({"model_type": "hunyuan_v1_dense"}, COLUMNS),
+        ({"model_type": "dory"}, COLUMNS),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, LENGTH),
         ({"rope_scaling": {"rope_type": "longrope"}}, LENGTH),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, LENGTH),

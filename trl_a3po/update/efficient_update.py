@@ -33,7 +33,15 @@ from .micro_batches import (
     run_in_order,
     take_rows,
 )
-from .model_traits import PaddingTraits, configured_traits, has_experts_as_modules, never_alone, padding_traits
+from .model_traits import (
+    PaddingTraits,
+    configured_traits,
+    has_experts_as_modules,
+    never_alone,
+    padding_traits,
+    remembers_longest_row,
+    text_config,
+)
 from .packed_forward import PackedForward, trl_has_fused_head
 from .plan import NOTHING, Plan, in_fewest
 from .probe import Packing, check_packing
@@ -41,6 +49,9 @@ from .sampler_correction import SamplerCorrection
 
 
 logger = logging.getLogger(__name__)
+
+# An epsilon that rounding in half precision does not reach.
+_ROUNDED_RATIO = 0.1
 
 # Means over rows, and sums over tokens with one denominator for a whole optimizer step: the loss is the same for any
 # grouping of rows. The denominator of BNPO is the number of tokens in the micro-batch.
@@ -92,10 +103,13 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # If a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits for
             # them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
+            or self._clips_rounding()
         )
         # The scale of NEFTune's noise depends on the padded width.
         self._trims = self.args.trim_padding and suited and not self.args.neftune_noise_alpha
-        self._may_skip = self.args.skip_zero_advantage and suited
+        # A pass without rows is short.
+        remembers = remembers_longest_row(text_config(self.model))
+        self._may_skip = self.args.skip_zero_advantage and suited and not remembers
         self._may_skip_old_logps = self.args.skip_old_logps and suited and trl_has_fused_head()
         corrects = self.args.use_vllm and self.args.vllm_importance_sampling_correction
         self._sampler = SamplerCorrection(self) if corrects else None
@@ -107,6 +121,18 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self._checks_model = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if not self._checks_model:
             self._check_model()
+
+    def _clips_rounding(self) -> bool:
+        """
+        Whether the loss may clip tokens or completions because of rounding in half precision.
+
+        In GRPOTrainer, the pass for the old log-probabilities and that of the first loss have rows of one shape, so
+        the first importance ratios are exactly 1. In another layout they differ by up to about 1 %.
+        """
+        is_half = self.accelerator.mixed_precision != "no" or self.model.dtype in (torch.bfloat16, torch.float16)
+        every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
+        has_old_pass = self.args.gradient_accumulation_steps % every != 0
+        return is_half and has_old_pass and min(self.epsilon_low, self.epsilon_high) < _ROUNDED_RATIO
 
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off savings that are not exact. All processes must call it."""

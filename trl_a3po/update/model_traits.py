@@ -40,8 +40,9 @@ _KNOWN_LAYERS = {
     *("hybrid", "hybrid_sliding", "conv", "mamba", "moe"),
 }
 # HunYuan normalizes queries and keys after their rotation, so the gradient of these norms depends on the position even
-# where the output does not. Beam scales queries by a position that its configuration does not name.
-_BY_POSITION = ("hunyuan", "beam")
+# where the output does not. So do the scales of Dory's queries while they are equal. Beam scales queries by a position
+# that its configuration does not name.
+_BY_POSITION = ("hunyuan", "dory", "beam")
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,11 @@ def rotation_limit(config: PretrainedConfig) -> int | None:
     return min(limits) if limits else config.max_position_embeddings
 
 
+def remembers_longest_row(config: PretrainedConfig) -> bool:
+    """Whether a model keeps the rotation of its longest pass for later ones, until a short pass comes."""
+    return any(each.get("rope_type", each.get("type")) == "dynamic" for each in _rotations(config))
+
+
 def ordinary_tokens(config: PretrainedConfig) -> Tensor:
     """The first tokens of a vocabulary, without those that a configuration names: padding, ends, images."""
     special: set[Any] = set()
@@ -240,9 +246,11 @@ def _compare_runs(model: torch.nn.Module, rows: Tensor) -> PaddingTraits | None:
     if _distance(run(whole, torch.ones_like(whole)), plain) > limit:
         return None
     padded, with_one, with_two = (run(rows[chosen], masked[chosen]) for chosen in ([0], [0, 1], [0, 2, 1]))
+    # With eager attention, the columns of padding look at all columns, also at those to their right.
+    longer, shorter = padded[:-_PADDING], run(rows[:1, :-_PADDING], masked[:1, :-_PADDING])[_PADDING:]
     return PaddingTraits(
         left_padding=max(_distance(padded, plain), _distance(with_one, plain)) > limit,
-        right_padding=_distance(run(flipped, on_the_right), plain) > limit,
+        right_padding=max(_distance(run(flipped, on_the_right), plain), _distance(shorter, longer)) > limit,
         alone=_distance(padded, with_one) > limit,
         company=_distance(with_one, with_two) > limit,
     )
@@ -287,8 +295,16 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
-    """Puts a model in a mode, without dropout and gradients. Restores the mode of each module and random numbers."""
+    """
+    Puts a model in a mode, without dropout and gradients. Restores the mode of each module, random numbers, and the
+    rotation, which a dynamic one changes with the length of a pass.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    rotations = [
+        (module, {**vars(module)}, {**module._buffers})
+        for module in model.modules()
+        if hasattr(module, "max_seq_len_cached")
+    ]
     device = next(model.parameters()).device
     model.train(training)
     for module, _ in modes:
@@ -306,6 +322,9 @@ def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        for rotation, attributes, buffers in rotations:
+            vars(rotation).update(attributes)
+            rotation._buffers.update(buffers)
         for module, mode in modes:
             module.training = mode
 
