@@ -139,6 +139,22 @@ REFUSED = [
     ({"multi_objective_aggregation": "sum"}, "must be 'sum_then_normalize' or 'normalize_then_sum', got 'sum'."),
     ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a dictionary, got '[1]'. In a YAML file,"),
     ({"num_iterations": 0}, "`num_iterations` must be 1 or more, got 0. Pass 1 to use each rollout once."),
+    ({"epsilon": -1.0}, "`epsilon` must be 0 or more, got -1.0."),
+    ({"epsilon": math.nan}, "`epsilon` must be 0 or more, got nan."),
+    ({"epsilon_high": -0.2}, "`epsilon_high` must be 0 or more, got -0.2."),
+    ({"beta": -1.0}, "`beta` must be 0 or more, got -1.0."),
+    ({"top_p": 0.0}, "`top_p` must be above 0 and not above 1, got 0.0. Pass 1.0 to sample from all tokens."),
+    ({"top_p": 1.5}, "`top_p` must be above 0 and not above 1, got 1.5."),
+    ({"top_entropy_quantile": 2.0}, "`top_entropy_quantile` must be between 0 and 1, got 2.0. Pass 1.0 to train on"),
+    ({"reward_weights": [1.0, math.nan]}, "`reward_weights` must be finite numbers, got [1.0, nan]."),
+    ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be 1 or more, got 0."),
+    ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be 1 or more, got 0. Pass 1 to"),
+    ({"steps_per_generation": 0}, "`steps_per_generation` must be 1 or more, got 0. Pass 1 to"),
+    ({"max_completion_length": 0}, "`max_completion_length` must be 1 or more, got 0."),
+    *(
+        ({name: "{bad"}, f"`{name}` must be a dictionary in JSON, such as '{{\"name\": 1}}', got '{{bad': Expecting")
+        for name in ("chat_template_kwargs", "generation_kwargs", "lr_scheduler_kwargs")
+    ),
     # What contradicts itself.
     (
         {"positive_weight": 0, "negative_weight": 0},
@@ -221,6 +237,12 @@ def test_dynamic_sampling_needs_whole_groups_on_a_process(config, monkeypatch):
         {"repetition_penalty": None},
         {"temperature": math.inf},
         {"epsilon": math.inf},
+        {"epsilon": 0.0, "epsilon_high": 5.0, "beta": 0.5, "top_entropy_quantile": 0.0},
+        {"epsilon_high": None},
+        {"top_p": None},
+        {"reward_weights": [0.0, -1, 2.5]},
+        {"max_completion_length": None},
+        {"lr_scheduler_kwargs": '{"min_lr": 0.0}'},
         {"scale_rewards": True},
         {"scale_rewards": False},
         {"scale_rewards": "batch"},

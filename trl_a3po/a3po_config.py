@@ -1,6 +1,8 @@
 """The configuration of [`A3POTrainer`]: all fields of `trl.GRPOConfig`, those of the shaping, and their checks."""
 
 import inspect
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -283,6 +285,7 @@ class A3POConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        self._check_json()
         super().__post_init__()
         check_settings(**self.shaping_settings)
         if self.token_metric not in TOKEN_METRICS:
@@ -316,6 +319,18 @@ class A3POConfig(GRPOConfig):
         if self.max_steps > 0:
             self.check_decay_ends(self.max_steps)
 
+    def _check_json(self) -> None:
+        """Of texts that are dictionaries in JSON. `transformers` does not name the option."""
+        for name in {*self._VALID_DICT_FIELDS, "generation_kwargs", "chat_template_kwargs"}:
+            text = getattr(self, name)
+            if isinstance(text, str) and text.startswith("{"):
+                try:
+                    json.loads(text)
+                except ValueError as error:
+                    raise ValueError(
+                        f"`{name}` must be a dictionary in JSON, such as '{{\"name\": 1}}', got {text!r}: {error}."
+                    ) from error
+
     def _check_options_of_trl(self) -> None:
         """Values that TRL and the samplers refuse only in the first step, or with which nothing is trained."""
         if self.temperature is None or not self.temperature > 0:
@@ -339,8 +354,23 @@ class A3POConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"`{name}` must be {least} or more, or None, got {value!r}. {why}.")
+        for name in ("epsilon", "epsilon_high", "beta"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {value!r}.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"`min_p` must be between 0 and 1, or None, got {self.min_p!r}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"`top_p` must be above 0 and not above 1, got {self.top_p!r}. Pass 1.0 to sample from all tokens."
+            )
+        if not 0 <= self.top_entropy_quantile <= 1:
+            raise ValueError(
+                f"`top_entropy_quantile` must be between 0 and 1, got {self.top_entropy_quantile!r}. Pass 1.0 to "
+                "train on all tokens."
+            )
+        if self.reward_weights is not None and not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"`reward_weights` must be finite numbers, got {self.reward_weights!r}.")
         if self.repetition_penalty is None:
             if self.use_vllm:
                 raise ValueError("`repetition_penalty` must be a number with vLLM, got None. Pass 1.0 for none.")
@@ -358,10 +388,16 @@ class A3POConfig(GRPOConfig):
                 f"`chat_template_kwargs` must be a dictionary, got {self.chat_template_kwargs!r}. In a YAML file, it "
                 "is a mapping."
             )
-        if self.num_iterations < 1:
-            raise ValueError(
-                f"`num_iterations` must be 1 or more, got {self.num_iterations!r}. Pass 1 to use each rollout once."
-            )
+        for name, why in (
+            ("num_iterations", " Pass 1 to use each rollout once."),
+            ("per_device_train_batch_size", ""),
+            ("gradient_accumulation_steps", " Pass 1 to accumulate none."),
+            ("steps_per_generation", " Pass 1 to generate for each step, or leave it out."),
+            ("max_completion_length", ""),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value!r}.{why}")
 
     def _check_dynamic_sampling(self) -> None:
         rounds = self.dynamic_sampling

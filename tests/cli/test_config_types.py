@@ -116,6 +116,8 @@ def test_the_other_commands_too(file, capsys):
         ("datasets", {"path": "p.jsonl"}, "a list of mappings, each with a `path`"),
         ("save_total_limit", False, "a whole number or null"),
         ("lora_r", 8.5, "a whole number"),
+        ("max_grad_norm", None, "a number"),
+        ("lr_scheduler_type", None, "text in quotes"),
     ],
 )
 def test_numbers_of_trl_are_checked(option, value, words, file, refusal):
@@ -127,7 +129,6 @@ def test_what_trl_takes_is_accepted(file):
     options = {
         "learning_rate": "1e-6",  # what YAML reads as text
         "weight_decay": 0,
-        "max_grad_norm": None,
         "top_k": None,
         "save_total_limit": None,
         "max_completion_length": 16.0,
@@ -139,6 +140,24 @@ def test_what_trl_takes_is_accepted(file):
     _, config, *_ = train_command.make_parser().parse_args_and_config(["--config", file(output_dir="run", **options)])
     found = {name: getattr(config, name) for name in options}
     assert found == {**options, "learning_rate": 1e-6, "scale_rewards": "none"}
+
+
+def test_whole_numbers_with_a_point_are_whole_numbers(file):
+    options = {"max_steps": 2.0, "num_generations": 4.0, "seed": 1e1, "max_completion_length": 16.0}
+    line = ["--config", file(output_dir="run", use_cpu=True, bf16=False, lora_r=8.0, learning_rate=1.0, **options)]
+    _, config, model, *_ = train_command.make_parser().parse_args_and_config(line)
+    found = [*(getattr(config, name) for name in options), model.lora_r]
+    assert repr(found) == "[2, 4, 10, 16, 8]"
+    assert repr(config.learning_rate) == "1.0"
+
+
+@pytest.mark.parametrize("line", ["save_strategy: no", "eval_strategy: off", "logging_strategy: no"])
+def test_names_that_yaml_takes_for_false(line, tmp_path, refusal):
+    path = tmp_path / "config.yaml"
+    path.write_text(line)
+    name = line.partition(":")[0]
+    message = f"`{name}` must be text in quotes, got False. YAML reads `on`, `off`, `yes` and `no` as true or false.\n"
+    assert message in refusal("train", "--config", str(path))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,17 @@ def test_the_exit_status_is_that_of_the_processes(codes, status, message, capsys
     assert capsys.readouterr().err == message
 
 
+def test_a_report_is_written_though_nobody_reads_what_is_printed(tmp_path):
+    logged_runs.write_state(tmp_path / "run", [{"step": 1, "loss": 1}], 1)
+    read, written = os.pipe()
+    os.close(read)
+    line = [sys.executable, "-m", "trl_a3po.cli", "report", str(tmp_path / "run"), "--output"]
+    done = subprocess.run([*line, str(tmp_path / "page.html")], stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "page.html").exists()
+
+
 def test_an_interrupt_ends_in_one_line(capsys, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -268,6 +270,23 @@ def test_the_command_starts_processes_of_its_own(file, tmp_path):
         ("train {model} {data} --problems --report_to dvclive", "`report_to=.'dvclive'.` does not work: .*dvclive"),
         ("train {model} {data} --problems --report_to foo", "`report_to=.'foo'.` does not work: foo is not supported"),
         ("train {model} {data} --problems --learning_rate=-1", "`learning_rate=-1.0` with .* does not work: Invalid"),
+        *(
+            (
+                f"{command} --learning_rate nan",
+                "`learning_rate` must be a finite number, got nan. Pass for example 1e-6",
+            )
+            for command in ("train {model} {data} --problems", "demo {data} --eval_size 2")
+        ),
+        ("train {model} {data} --problems --accelerate_config {broken}", "file of `accelerate_config` is not YAML: "),
+        ("train {small} {data} --problems --model_name_or_path=", "`model_name_or_path` is empty. Give it a value"),
+        *(
+            (f"train {{small}} {{data}} --problems --model_name_or_path {path}", f"There is no directory '{path}' for")
+            for path in ("/no/where", "./nowhere", "no/where/at_all")
+        ),
+        (
+            "train {small} {data} --problems --model_name_or_path {adapter}",
+            r"`model_name_or_path='.*'` is an adapter, without its base model\. Merge it",
+        ),
         ("train {model} {data} --problems --optim lomo", "`optim='lomo'` does not work: .*lomo"),
         ("train {model} {data} --problems --output_dir=", "`output_dir` is empty"),
         ("train {model} {data} --problems --lr_scheduler_type cosine_with_min_lr", "One of min_lr or min_lr_rate"),
@@ -298,6 +317,9 @@ def test_bad_lines_are_refused_before_anything_starts(arguments, message, tmp_pa
     for name, text in texts.items():
         files[name.partition(".")[0]] = tmp_path / name
         (tmp_path / name).write_text(text)
+    files["adapter"] = tmp_path / "adapter"
+    files["adapter"].mkdir()
+    (files["adapter"] / "adapter_config.json").touch()
     small = f"--output_dir {tmp_path} --use_cpu --bf16 False"
     data = f"--dataset_name {write_rows(tmp_path / 'rows.jsonl', GSM8K)}"
     model = f"{small} --model_name_or_path nowhere"
@@ -411,7 +433,11 @@ def test_a_dataset_smaller_than_a_generation_batch(file, tmp_path):
     [
         ('{"question": 1\n', [], "Cannot read the dataset '.*problems.jsonl': .*JSON"),
         ('{"question": "1+1?", "answer": ""}\n', [], "None of the 1 problems has both a text and a final answer"),
-        ('{"question": "1+1?", "answer": "$no.$ $x$"}\n', ["--reward_funcs", "nowhere.reward"], "No module named"),
+        (
+            '{"question": "1+1?", "answer": "$no.$ $x$"}\n',
+            ["--reward_funcs", "nowhere.reward"],
+            "`reward_funcs` names 'nowhere.reward', but .*: No module named 'nowhere'",
+        ),
         ('{"text": "1+1?"}\n', [], r"has the columns \['text'\]"),
         (
             '{"question": ["1+1?"], "answer": "2"}\n',
@@ -433,6 +459,17 @@ def test_mistakes_that_are_found_while_loading(content, options, message, file, 
     with pytest.raises(train.UsageError, match=message) as error:
         train.train(["--config", file(), "--dataset_name", str(dataset), "--problems", *options])
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_model_is_named(model_dir, file, tmp_path):
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    (weights,) = model.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    line = ["--config", file(), "--dataset_name", write_rows(tmp_path / "problems.jsonl", GSM8K), "--problems"]
+    with pytest.raises(
+        train.UsageError, match=rf"Cannot load the model '{model}': a file of its weights is damaged: "
+    ):
+        train.train([*line, "--model_name_or_path", str(model)])
 
 
 @pytest.mark.parametrize("length", [["--max_steps", "1"], ["--max_steps", "-1", "--num_train_epochs", "0.1"]])
@@ -489,6 +526,30 @@ def test_a_mistake_ends_in_one_line_without_a_traceback(launcher, file, tmp_path
     assert "Traceback" not in result.stderr
     (message,) = re.findall("^trl-a3po train: error: (.*)$", result.stderr, re.MULTILINE)
     assert re.match("Cannot read the dataset .*problems.jsonl.*JSON", message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "kill", "status"),
+    [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.kill, 130), (signal.SIGINT, os.killpg, 130)],
+    ids=["terminate", "interrupt", "interrupt in a terminal"],
+)
+def test_a_signal_ends_all_processes(number, kill, status, processes, file, tmp_path):
+    options = {"max_steps": 1000000, "save_steps": 1, "save_total_limit": 1, "save_only_model": True}
+    config = file(accelerate_config="single_gpu" if processes == 1 else "fsdp2", **options)
+    command = [sys.executable, "-m", "trl_a3po.cli", "train", "--config", config, "--problems"]
+    command += ["--num_processes", str(processes), *(["--cpu"] if processes == 1 else [])]
+    command += ["--dataset_name", write_rows(tmp_path / "problems.jsonl", GSM8K * 2)]
+    with (tmp_path / "printed").open("w+") as printed:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=printed, start_new_session=True)
+        while not list(tmp_path.glob("output/checkpoint-*")):
+            assert process.poll() is None, (tmp_path / "printed").read_text()
+            time.sleep(0.1)
+        kill(process.pid, number)
+        process.communicate(timeout=60)  # until the last process has closed its end of the pipe
+    assert process.returncode == status
+    assert "Traceback" not in (tmp_path / "printed").read_text()
 
 
 @pytest.mark.parametrize(("code", "status", "message"), [(1, 1, ""), (2, 2, ""), (-9, 137, "SIGKILL.*memory")])

@@ -268,6 +268,17 @@ def test_where_the_page_goes_is_checked_before_the_work(output, write, tmp_path,
     assert cli.main(["compare", *directories, "--output", output]) == 2
 
 
+def test_a_page_is_written_though_nobody_reads_what_is_printed(write, tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    directories = [str(write(name, {"1?": [1.0]})) for name in ("c", "d")]
+    with pytest.raises(BrokenPipeError):  # see tests/cli/test_main.py
+        compare_command.main([*directories, "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").exists()
+
+
 def test_a_page_that_cannot_be_written_loses_no_comparison(write, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")

@@ -713,6 +713,12 @@ def test_a_dataset_is_checked_before_any_checkpoint_is_evaluated(tmp_path, capsy
     assert "The dataset has the columns ['text']" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("texts", [[3], [], [""], ["</think>", None]])
+def test_reasoning_delimiters_are_texts(texts, arguments):
+    with pytest.raises(ValueError, match="`reasoning_delimiters` must be texts that are not empty, got "):
+        arguments("scores", reasoning_delimiters=texts)
+
+
 @pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "output_dir", "dataset_split"])
 def test_empty_text_as_of_an_unset_variable_is_refused(name, arguments):
     fields = {"model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "scores", name: ""}
@@ -742,6 +748,10 @@ def test_empty_text_as_of_an_unset_variable_is_refused(name, arguments):
         ("{all} --dataset_name nowhere.jsonl", "nowhere.jsonl"),
         ("{all} --dataset_name texts.jsonl", "The dataset has the columns ['text']"),
         ("{all} --model_name_or_path nowhere/at/all", "nowhere/at/all"),
+        (
+            "{all} --output_dir texts.jsonl",
+            "Cannot write to `output_dir='texts.jsonl'` (File exists). Name a directory",
+        ),
     ],
 )
 def test_bad_lines_are_refused(options, message, tmp_path, capsys, monkeypatch):

@@ -198,6 +198,11 @@ def test_rewards_that_are_none_in_the_log_of_trl():
     assert names(logs) == ["completions that no reward function scores"]
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e308])
+def test_rewards_too_large_to_calculate_with_are_rewards(value):
+    assert names(history(**{"reward": value, "rewards/accuracy_reward/mean": value})) == []
+
+
 @pytest.mark.parametrize(
     "logs",
     [

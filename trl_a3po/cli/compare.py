@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("pass at least two directories")
     try:
         compare_directories(parsed.directories, parsed.output)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare_directories(directories: Sequence[Path], output: Path) -> None:
     """
-    Prints the comparison, and then writes the page, which may fail.
+    Writes the page, and prints the comparison, also if no page can be written.
 
     Raises:
         `OSError`, `ValueError`: there is nothing to compare, or no page can be written there.
@@ -53,5 +55,8 @@ def compare_directories(directories: Sequence[Path], output: Path) -> None:
     names = names_of(directories)
     results = [read_result(directory, name) for directory, name in zip(directories, names, strict=True)]
     pairs = [compare(results[0], other) for other in results[1:]]
-    print(f"\n{markdown(results, pairs)}")
-    print(f"\nwritten to {write_page(results, pairs, output)}")
+    try:
+        path = write_page(results, pairs, output)
+    finally:
+        print(f"\n{markdown(results, pairs)}")
+    print(f"\nwritten to {path}")

@@ -20,7 +20,7 @@ from ..evaluation.metrics import check_math_verify
 from ..evaluation.problems import check_parseable, load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_problems
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
-from ..training.checkpoint_files import PREVIOUS, checkpoints_in, is_marked, is_of_later_run
+from ..training.checkpoint_files import PREVIOUS, check_writable, checkpoints_in, is_marked, is_of_later_run
 from .compare import compare_directories
 from .main import exit_status, parser_of
 
@@ -56,10 +56,13 @@ def main(line: Sequence[str] | None = None) -> int:
         if arguments.max_problems is not None:
             problems = first_problems(problems, arguments.max_problems)
         check_no_overlap(problems, examples, "to evaluate on")
+        check_writable(Path(arguments.output_dir))
         if arguments.checkpoints:
             return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
         check_parseable(problems, "evaluation", "do not count")
         results = evaluate(arguments, problems, worked_examples=examples)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print("\n".join(lines_of(results)))

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments (`list[str]`, *optional*): The words of the line, by default those of the program.
 
     Returns:
-        `int`: the exit status: that of the command, or 130 if it was interrupted.
+        `int`: the exit status: that of the command, 130 if it was interrupted, or 141 if nobody reads its output.
     """
     parser = argparse.ArgumentParser(
         prog="trl-a3po",
@@ -75,7 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may have characters that the terminal has not
     try:
-        return importlib.import_module(f"trl_a3po.cli.{module}").main(arguments[1:])
+        status = importlib.import_module(f"trl_a3po.cli.{module}").main(arguments[1:])
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(f"\ntrl-a3po {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Sequence
+from enum import EnumMeta
 from inspect import get_annotations
 from pathlib import Path
 from types import NoneType, UnionType
@@ -109,17 +110,18 @@ class Parser(TrlParser):
 
     def _check_types(self, path: Path, config: dict[str, Any]) -> None:
         """
-        Checks all of our own options. Of TRL's, it checks the numbers, the mappings, and those in `TEXTS` and `LISTS`:
-        the others are declared as texts or lists, but also take `false` or one text.
+        Checks all of our own options. Of TRL's, it checks the numbers, the mappings, the names of an enumeration,
+        and those in `TEXTS` and `LISTS`: the others are declared as texts or lists, but also take `false` or one text.
         """
         for kind in self.dataclass_types:
             for name, hint in get_type_hints(kind).items():
                 allowed = _types(hint)
-                is_checked = _is_number(allowed) or dict in allowed or name in TEXTS or name in LISTS
+                enums = [each for each in allowed if isinstance(each, EnumMeta)]
+                is_checked = _is_number(allowed) or dict in allowed or enums or name in TEXTS or name in LISTS
                 if name not in config or not (_is_ours(kind, name) or is_checked):
                     continue
                 value = config[name]
-                words = " or ".join(WORDS.get(each, each.__name__) for each in allowed)
+                words = " or ".join(WORDS.get(each, each.__name__) for each in allowed if each not in enums)
                 # argparse converts text, as on the command line.
                 fits = type(value) in {*allowed, str} or (type(value) is int and float in allowed)
                 if name in LISTS:
@@ -129,7 +131,17 @@ class Parser(TrlParser):
                     # What TRL's trainer takes, whatever the declaration says.
                     fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())
                 if not fits:
-                    raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.")
+                    is_no = enums and type(value) is bool
+                    note = " YAML reads `on`, `off`, `yes` and `no` as true or false." if is_no else ""
+                    raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.{note}")
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        for kind in self.dataclass_types:
+            for name, hint in get_type_hints(kind).items():
+                allowed = _types(hint)
+                if type(config.get(name)) is float and int in allowed and float not in allowed:
+                    config[name] = int(config[name])  # such as 2.0; others were refused
+        return super().set_defaults_with_config(**config)
 
 
 class _RepeatedKeyError(ValueError):
@@ -182,7 +194,7 @@ LISTS: dict[str, tuple[set[type], str]] = {
 }
 
 # Options that are declared as numbers, for which null turns off what they control.
-MAY_BE_NULL = {"max_grad_norm", "repetition_penalty", "top_k", "top_p"}
+MAY_BE_NULL = {"repetition_penalty", "top_k", "top_p"}
 
 
 def _types(hint: Any) -> list[type]:

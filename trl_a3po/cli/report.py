@@ -42,11 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
                 _print_tokens(run_dir, parsed.step)
         else:
             runs = [read_run(run_dir) for run_dir in parsed.run_dirs]
-            # Before the page is written, which may fail.
-            for name, run in zip(names_of(parsed.run_dirs), runs, strict=True):
-                print(as_text(visible(name), run.findings))
-            path = write_page(runs, parsed.output or Path("report.html"))
+            names = names_of(parsed.run_dirs)
+            try:
+                path = write_page(runs, parsed.output or Path("report.html"))
+            finally:  # also if no page can be written
+                for name, run in zip(names, runs, strict=True):
+                    print(as_text(visible(name), run.findings))
             print(f"Report: {path}")
+    except BrokenPipeError:
+        raise
     except (ReportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

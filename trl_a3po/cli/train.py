@@ -20,15 +20,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import trl
+import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetGenerationError
+from safetensors import SafetensorError
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
@@ -136,14 +140,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown or [known.training_script])}")
         if model.model_name_or_path is None:
             parser.error("the following arguments are required: --model_name_or_path")
+        _check_model(model)
         check_schedule(config)
         check_libraries(config)
         _resolve(script, config, mixture)
         _worked_examples(script, config, mixture)
         resume_argument(config.resume_from_checkpoint)
         return _launch(launcher.parse_args([*for_launcher, *arguments]))
+    except yaml.YAMLError as error:  # of our own file, the parser says so
+        parser.error(f"The file of `accelerate_config` is not YAML: {_one_line(error)}")
     except (OSError, ValueError) as error:
         parser.error(_one_line(error))
+
+
+def _check_model(model: ModelConfig) -> None:
+    """What the libraries do not say, or only after the dataset is loaded. Other names may be of the Hub."""
+    refuse_empty(model, "model_name_or_path")
+    name = str(model.model_name_or_path)
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".") or name.count("/") > 1) and not path.is_dir():
+        raise UsageError(f"There is no directory '{name}' for `model_name_or_path`.")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise UsageError(
+            f"`model_name_or_path='{name}'` is an adapter, without its base model. Merge it into its base model, and "
+            "pass the directory of the merged model."
+        )
 
 
 def _resolve(script: A3POScriptArguments, config: A3POConfig, mixture: DatasetMixtureConfig):
@@ -185,14 +206,41 @@ def _launch(arguments: argparse.Namespace) -> int:
     # This logger reports the end of each process as one more error.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        launch_command(arguments)
+        with _signals_passed_on():
+            launch_command(arguments)
     except subprocess.CalledProcessError as error:
         return exit_status([error.returncode], "training")
     except ChildFailedError as error:
         return exit_status([failure.exitcode for failure in error.failures.values()], "training")
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except SignalException as error:  # several processes, which the launcher has ended
+        return exit_status([-error.sigval], "training")
     return 0
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """
+    In this context, a signal that ends this process ends its children instead, for which the launcher then waits. It
+    would leave a single process running. For several, it replaces these handlers by its own, which end them.
+    """
+
+    def pass_on(number: int, _: Any) -> None:
+        children = psutil.Process().children()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        if not children:
+            raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as in the background of a shell script
+            signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(arguments: Sequence[str] | None = None) -> None:
@@ -236,7 +284,14 @@ def train(arguments: Sequence[str] | None = None) -> None:
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
             shown = f", {len(examples) // 2} worked examples before each" if examples else ""
             print(f"{len(train_dataset)} problems to train on{held_out}{shown}", flush=True)
-        trainer = A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords)
+        try:
+            trainer = A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords)
+        except SafetensorError as error:
+            names = filter(None, [model.model_name_or_path, script.reward_model_name_or_path])
+            raise UsageError(
+                f"Cannot load the model {' or '.join(map(repr, names))}: a file of its weights is damaged: {error}. "
+                "Copy or download it again."
+            ) from error
         if script.problems:
             check_prompts(trainer, train_dataset, eval_dataset)
         # The script of TRL 1.0 does not pass the option on.
@@ -347,7 +402,13 @@ def _check_reward_names(names: Sequence[str]) -> None:
     if paths:
         sys.path.insert(0, os.getcwd())
     for module, _, function in paths:
-        if not hasattr(importlib.import_module(module), function):
+        try:
+            imported = importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(
+                f"`reward_funcs` names '{module}.{function}', but the module '{module}' cannot be imported: {error}."
+            ) from error
+        if not hasattr(imported, function):
             raise UsageError(f"`reward_funcs` names '{function}', but the module '{module}' has no such function.")
 
 
@@ -390,3 +451,6 @@ if __name__ == "__main__":
             time.sleep(30)  # the main process prints the same message, and the launcher then ends this one
         print(f"trl-a3po train: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal and the launcher both send it
+        sys.exit(128 + signal.SIGINT)

@@ -21,6 +21,10 @@ def check_schedule(config: A3POConfig) -> None:
         `ValueError`: the training has no steps, or the schedule cannot be made. The message names the options.
     """
     _check_length(config)
+    if not math.isfinite(config.learning_rate):
+        raise ValueError(
+            f"`learning_rate` must be a finite number, got {config.learning_rate}. Pass for example 1e-6."
+        )
     kind, settings = SchedulerType(config.lr_scheduler_type), cast(Any, config.lr_scheduler_kwargs)
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], config.learning_rate)

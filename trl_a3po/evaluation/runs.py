@@ -158,7 +158,8 @@ class EvaluateArguments:
         _template_kwargs(self.chat_template_kwargs)
         if isinstance(self.reasoning_delimiters, str):  # of a file of YAML
             self.reasoning_delimiters = [self.reasoning_delimiters]
-        if self.reasoning_delimiters is not None and not all(self.reasoning_delimiters or [""]):
+        texts = self.reasoning_delimiters
+        if texts is not None and not (texts and all(text and isinstance(text, str) for text in texts)):
             raise ValueError(
                 f"`reasoning_delimiters` must be texts that are not empty, got {self.reasoning_delimiters}. Omit it "
                 "to score the whole completion."

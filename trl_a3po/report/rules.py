@@ -117,7 +117,7 @@ def _unscored(log: Log, bound: float) -> Seen | None:
         return Seen(name, _since_above(log, name, bound), f"no reward function scored {_p(share)} of the completions")
     # Older releases of TRL log a reward of 0, and only the means of the functions are missing.
     names = [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] or ["reward"]
-    scored = {step for name in names for step, _ in log.known(name)}
+    scored = {step for name in names for step, value in log.all(name) if not math.isnan(value)}
     points = [(step, value if step in scored else math.nan) for step, value in log.all("reward")]
     if not is_enough(points):
         return None
