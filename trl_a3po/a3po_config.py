@@ -321,7 +321,7 @@ class A3POConfig(GRPOConfig):
 
     def _check_json(self) -> None:
         """Of texts that are dictionaries in JSON. `transformers` does not name the option."""
-        for name in {*self._VALID_DICT_FIELDS, "generation_kwargs", "chat_template_kwargs"}:
+        for name in [each.name for each in fields(self) if "dict" in str(each.type)]:
             text = getattr(self, name)
             if isinstance(text, str) and text.startswith("{"):
                 try:
