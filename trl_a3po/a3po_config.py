@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from trl import GRPOConfig
 
@@ -321,7 +321,8 @@ class A3POConfig(GRPOConfig):
 
     def _check_json(self) -> None:
         """Of texts that are dictionaries in JSON. `transformers` does not name the option."""
-        for name in [each.name for each in fields(self) if "dict" in str(each.type)]:
+        # The types of the fields themselves are changed by parsers of a command line.
+        for name in [name for name, hint in get_type_hints(type(self)).items() if "dict" in str(hint)]:
             text = getattr(self, name)
             if isinstance(text, str) and text.startswith("{"):
                 try:

@@ -132,7 +132,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         is_half = self.accelerator.mixed_precision != "no" or self.model.dtype in (torch.bfloat16, torch.float16)
         every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
         has_old_pass = self.args.gradient_accumulation_steps % every != 0
-        return is_half and has_old_pass and min(self.epsilon_low, self.epsilon_high) < _ROUNDED_RATIO
+        epsilons = [each for each in (self.args.epsilon, self.args.epsilon_high) if each is not None]
+        return is_half and has_old_pass and min(epsilons) < _ROUNDED_RATIO
 
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off savings that are not exact. All processes must call it."""

@@ -301,7 +301,7 @@ def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     rotations = [
-        (module, {**vars(module)}, {**module._buffers})
+        (module, {**vars(module)}, dict(module.named_buffers(recurse=False)))
         for module in model.modules()
         if hasattr(module, "max_seq_len_cached")
     ]
@@ -324,7 +324,8 @@ def as_is(model: torch.nn.Module, training: bool) -> Iterator[None]:
     finally:
         for rotation, attributes, buffers in rotations:
             vars(rotation).update(attributes)
-            rotation._buffers.update(buffers)
+            for name, buffer in buffers.items():
+                setattr(rotation, name, buffer)
         for module, mode in modes:
             module.training = mode
 
