@@ -1,5 +1,6 @@
 """`trl-a3po train`: from a line, or a file of YAML, to a trained model."""
 
+import functools
 import inspect
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -542,12 +544,23 @@ def test_a_signal_ends_all_processes(number, kill, status, processes, file, tmp_
     command += ["--num_processes", str(processes), *(["--cpu"] if processes == 1 else [])]
     command += ["--dataset_name", write_rows(tmp_path / "problems.jsonl", GSM8K * 2)]
     with (tmp_path / "printed").open("w+") as printed:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=printed, start_new_session=True)
-        while not list(tmp_path.glob("output/checkpoint-*")):
-            assert process.poll() is None, (tmp_path / "printed").read_text()
-            time.sleep(0.1)
-        kill(process.pid, number)
-        process.communicate(timeout=60)  # until the last process has closed its end of the pipe
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            start_new_session=True,
+            # Shells have what runs in the background ignore it, and these tests may.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            while not list(tmp_path.glob("output/checkpoint-*")):
+                assert process.poll() is None, (tmp_path / "printed").read_text()
+                time.sleep(0.1)
+            kill(process.pid, number)
+            process.communicate(timeout=60)  # until the last process has closed its end of the pipe
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == status
     assert "Traceback" not in (tmp_path / "printed").read_text()
 
