@@ -105,6 +105,7 @@ def train(
         **fields,
     )
     reward_func = reward_with_equal_groups if equal_groups else reward
+    torch.manual_seed(0)  # older releases of TRL draw the adapter's weights before they seed
     trainer = Trainer(
         mixture_of_experts() if experts else model,
         reward_func,
