@@ -147,6 +147,7 @@ REFUSED = [
     ({"top_p": 1.5}, "`top_p` must be above 0 and not above 1, got 1.5."),
     ({"top_entropy_quantile": 2.0}, "`top_entropy_quantile` must be between 0 and 1, got 2.0. Pass 1.0 to train on"),
     ({"reward_weights": [1.0, math.nan]}, "`reward_weights` must be finite numbers, got [1.0, nan]."),
+    ({"reward_weights": [math.inf]}, "`reward_weights` must be finite numbers, got [inf]."),
     ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be 1 or more, got 0."),
     ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be 1 or more, got 0. Pass 1 to"),
     ({"steps_per_generation": 0}, "`steps_per_generation` must be 1 or more, got 0. Pass 1 to"),

@@ -136,7 +136,7 @@ REFUSED = [
         {"shaping": "aepo", "shaping_args": "alpha=1"},
         "`shaping_args` must be a dictionary, .* got 'alpha=1'. Pass for",
     ),
-    ({"shaping": "aepo", "shaping_args": "{alpha: 1}"}, "`shaping_args` must be a dictionary.* got '{alpha: 1}'"),
+    ({"shaping": "aepo", "shaping_args": "{alpha: 1}"}, "`shaping_args` must be a dictionary, .* got '{alpha: 1}'"),
     ({"shaping": "aepo", "shaping_args": "[1]"}, "`shaping_args` must be a dictionary, .* got \\[1\\]"),
     ({"shaping": "aepo", "shaping_args": 0.2}, "`shaping_args` must be a dictionary, .* got 0.2"),
     # Settings of A3PO without effect.

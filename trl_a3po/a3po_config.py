@@ -320,9 +320,9 @@ class A3POConfig(GRPOConfig):
             self.check_decay_ends(self.max_steps)
 
     def _check_json(self) -> None:
-        """Of texts that are dictionaries in JSON. `transformers` does not name the option."""
+        """Of TRL's options that are dictionaries, as texts in JSON. `transformers` does not name the option."""
         # The types of the fields themselves are changed by parsers of a command line.
-        for name in [name for name, hint in get_type_hints(type(self)).items() if "dict" in str(hint)]:
+        for name in [name for name, hint in get_type_hints(GRPOConfig).items() if "dict" in str(hint)]:
             text = getattr(self, name)
             if isinstance(text, str) and text.startswith("{"):
                 try:
@@ -355,10 +355,19 @@ class A3POConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"`{name}` must be {least} or more, or None, got {value!r}. {why}.")
-        for name in ("epsilon", "epsilon_high", "beta"):
+        for name, least, why in (
+            ("epsilon", 0, ""),
+            ("epsilon_high", 0, ""),
+            ("beta", 0, ""),
+            ("num_iterations", 1, " Pass 1 to use each rollout once."),
+            ("per_device_train_batch_size", 1, ""),
+            ("gradient_accumulation_steps", 1, " Pass 1 to accumulate none."),
+            ("steps_per_generation", 1, " Pass 1 to generate for each step, or leave it out."),
+            ("max_completion_length", 1, ""),
+        ):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {value!r}.")
+            if value is not None and not value >= least:
+                raise ValueError(f"`{name}` must be {least} or more, got {value!r}.{why}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"`min_p` must be between 0 and 1, or None, got {self.min_p!r}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -389,16 +398,6 @@ class A3POConfig(GRPOConfig):
                 f"`chat_template_kwargs` must be a dictionary, got {self.chat_template_kwargs!r}. In a YAML file, it "
                 "is a mapping."
             )
-        for name, why in (
-            ("num_iterations", " Pass 1 to use each rollout once."),
-            ("per_device_train_batch_size", ""),
-            ("gradient_accumulation_steps", " Pass 1 to accumulate none."),
-            ("steps_per_generation", " Pass 1 to generate for each step, or leave it out."),
-            ("max_completion_length", ""),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be 1 or more, got {value!r}.{why}")
 
     def _check_dynamic_sampling(self) -> None:
         rounds = self.dynamic_sampling
@@ -416,6 +415,12 @@ class A3POConfig(GRPOConfig):
                 "set `dynamic_sampling=0`."
             )
 
+    @property
+    def trains_aligned(self) -> bool:
+        """Whether each rollout serves one optimizer step: the policy that is trained is the one that sampled it."""
+        generate_every = cast(int, self.steps_per_generation) * self.num_iterations
+        return self.gradient_accumulation_steps % generate_every == 0
+
     def _check_other_method(self) -> None:
         shaping = f"`shaping={self.shaping!r}`"
         for name, (value, default) in self.changed_settings.items():
@@ -423,8 +428,7 @@ class A3POConfig(GRPOConfig):
                 f"`{name}={value!r}` has no effect because {shaping} replaces A3PO. Leave `{name}` at its default "
                 f"of {default!r}, or set `shaping='a3po'`."
             )
-        generate_every = cast(int, self.steps_per_generation) * self.num_iterations
-        if self.shaping in ("aspo", "fipo") and self.gradient_accumulation_steps % generate_every == 0:
+        if self.shaping in ("aspo", "fipo") and self.trains_aligned:
             raise ValueError(
                 f"{shaping} has no effect because each rollout serves one optimizer step, so every importance "
                 f"ratio is 1. Set `num_iterations=2` or more, or `steps_per_generation` (here "

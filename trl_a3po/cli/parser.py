@@ -1,7 +1,7 @@
 """The parser for commands whose options are fields of dataclasses, and the files that `--config` finds."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import EnumMeta
 from inspect import get_annotations
 from pathlib import Path
@@ -97,10 +97,7 @@ class Parser(TrlParser):
             raise ValueError(f"'{path}' must contain options, one `name: value` per line.")
         for name in config:
             if not isinstance(name, str):
-                raise ValueError(
-                    f"'{path}': the name of an option must be text, got {name!r}. YAML reads `on`, `off`, `yes` and "
-                    "`no` as true or false."
-                )
+                raise ValueError(f"'{path}': the name of an option must be text, got {name!r}. {_READS_NO}")
         if of_line := config.keys() & {"config", "help"}:
             raise ValueError(f"'{path}' has `{min(of_line)}`, which is an option of the command line only.")
         unknown = config.keys() - {action.dest for action in self._actions} - {"env"}
@@ -113,35 +110,39 @@ class Parser(TrlParser):
         Checks all of our own options. Of TRL's, it checks the numbers, the mappings, the names of an enumeration,
         and those in `TEXTS` and `LISTS`: the others are declared as texts or lists, but also take `false` or one text.
         """
+        for kind, name, allowed in self._declared():
+            enums = [each for each in allowed if isinstance(each, EnumMeta)]
+            is_checked = _is_number(allowed) or dict in allowed or enums or name in TEXTS or name in LISTS
+            if name not in config or not (_is_ours(kind, name) or is_checked):
+                continue
+            value = config[name]
+            words = " or ".join(WORDS.get(each, each.__name__) for each in allowed if each not in enums)
+            # argparse converts text, as on the command line.
+            fits = type(value) in {*allowed, str} or (type(value) is int and float in allowed)
+            if name in LISTS:
+                items, words = LISTS[name]
+                fits = value is None or (type(value) is list and items.issuperset(map(type, value)))
+            elif not _is_ours(kind, name):
+                # What TRL's trainer takes, whatever the declaration says.
+                fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())
+            if not fits:
+                note = f" {_READS_NO}" if enums and type(value) is bool else ""
+                raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.{note}")
+
+    def _declared(self) -> Iterator[tuple[Any, str, list[type]]]:
+        """Each option, with its class and the types that it is declared with."""
         for kind in self.dataclass_types:
             for name, hint in get_type_hints(kind).items():
-                allowed = _types(hint)
-                enums = [each for each in allowed if isinstance(each, EnumMeta)]
-                is_checked = _is_number(allowed) or dict in allowed or enums or name in TEXTS or name in LISTS
-                if name not in config or not (_is_ours(kind, name) or is_checked):
-                    continue
-                value = config[name]
-                words = " or ".join(WORDS.get(each, each.__name__) for each in allowed if each not in enums)
-                # argparse converts text, as on the command line.
-                fits = type(value) in {*allowed, str} or (type(value) is int and float in allowed)
-                if name in LISTS:
-                    items, words = LISTS[name]
-                    fits = value is None or (type(value) is list and items.issuperset(map(type, value)))
-                elif not _is_ours(kind, name):
-                    # What TRL's trainer takes, whatever the declaration says.
-                    fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())
-                if not fits:
-                    is_no = enums and type(value) is bool
-                    note = " YAML reads `on`, `off`, `yes` and `no` as true or false." if is_no else ""
-                    raise ValueError(f"'{path}': `{name}` must be {words}, got {value!r}.{note}")
+                yield kind, name, _types(hint)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        for kind in self.dataclass_types:
-            for name, hint in get_type_hints(kind).items():
-                allowed = _types(hint)
-                if type(config.get(name)) is float and int in allowed and float not in allowed:
-                    config[name] = int(config[name])  # such as 2.0; others were refused
+        for _, name, allowed in self._declared():
+            if type(config.get(name)) is float and int in allowed and float not in allowed:
+                config[name] = int(config[name])  # such as 2.0; others were refused
         return super().set_defaults_with_config(**config)
+
+
+_READS_NO = "YAML reads `on`, `off`, `yes` and `no` as true or false."
 
 
 class _RepeatedKeyError(ValueError):

@@ -115,8 +115,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 self._resumed_from,
                 self.accelerator.num_processes,
             )
-        evaluations = (entry for entry in state.get("log_history", []) if any(key[:5] == "eval_" for key in entry))
-        evaluated = {entry["step"] for entry in evaluations}
+        log = state.get("log_history", [])
+        evaluated = {entry["step"] for entry in log if any(key.startswith("eval_") for key in entry)}
         ends_epoch = float(state.get("epoch") or math.nan).is_integer()
         if self.args.eval_strategy == "epoch" and ends_epoch and state["global_step"] not in evaluated:
             logger.warning(

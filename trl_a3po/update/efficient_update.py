@@ -130,10 +130,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         the first importance ratios are exactly 1. In another layout they differ by up to about 1 %.
         """
         is_half = self.accelerator.mixed_precision != "no" or self.model.dtype in (torch.bfloat16, torch.float16)
-        every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
-        has_old_pass = self.args.gradient_accumulation_steps % every != 0
         epsilons = [each for each in (self.args.epsilon, self.args.epsilon_high) if each is not None]
-        return is_half and has_old_pass and min(epsilons) < _ROUNDED_RATIO
+        return is_half and not self.args.trains_aligned and min(epsilons) < _ROUNDED_RATIO
 
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off savings that are not exact. All processes must call it."""
@@ -383,8 +381,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         TRL reads the weight without running the module. Of a weight that is still sharded, as it is after the first
         backward pass of a step, each process would keep its own gradient instead of the mean over processes.
         """
-        head: Any = self.accelerator.unwrap_model(model).get_output_embeddings() if self.is_fsdp_enabled else None
-        if isinstance(head, FSDPModule) and torch.is_grad_enabled() and cast(Any, head).weight.requires_grad:
+        if not (self.is_fsdp_enabled and torch.is_grad_enabled()):
+            return
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        if isinstance(head, FSDPModule) and cast(Any, head).weight.requires_grad:
             head.unshard()
 
     def _run_planned(self, compute, model, input_ids, attention_mask, logits_to_keep, scope: LossScope):
@@ -491,8 +491,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             result_is_final (`bool`): Whether no subclass reads the rollout, or changes its advantages, before the
                 update. If a subclass does, it gets everything that TRL computes.
         """
-        generate_every = cast(int, self.args.steps_per_generation) * self.args.num_iterations
-        trains_aligned = self.args.gradient_accumulation_steps % generate_every == 0
+        trains_aligned = self.args.trains_aligned
         is_aligned = trains_aligned or self._mode == "eval"
         # Not completions of a polarity of weight 0: they may have a gradient before the rollout is used up.
         skipped = self._skippable_signs() & {0}

@@ -199,17 +199,16 @@ def rotation_limit(config: PretrainedConfig) -> int | None:
     never does.
     """
     config = config.get_text_config()
-    rotations = _rotations(config)
-    if {each.get("rope_type", each.get("type")) for each in rotations}.isdisjoint({"dynamic", "longrope"}):
+    if _rotation_types(config).isdisjoint({"dynamic", "longrope"}):
         return None
-    named = [holder.get("original_max_position_embeddings") for holder in (*rotations, vars(config))]
+    named = [holder.get("original_max_position_embeddings") for holder in (*_rotations(config), vars(config))]
     limits = [limit for limit in named if limit]
     return min(limits) if limits else config.max_position_embeddings
 
 
 def remembers_longest_row(config: PretrainedConfig) -> bool:
     """Whether a model keeps the rotation of its longest pass for later ones, until a short pass comes."""
-    return any(each.get("rope_type", each.get("type")) == "dynamic" for each in _rotations(config))
+    return "dynamic" in _rotation_types(config)
 
 
 def ordinary_tokens(config: PretrainedConfig) -> Tensor:
@@ -348,3 +347,7 @@ def _rotations(config: PretrainedConfig) -> list[dict[str, Any]]:
     config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return [rope, *(value for value in rope.values() if isinstance(value, dict))]
+
+
+def _rotation_types(config: PretrainedConfig) -> set[str | None]:
+    return {each.get("rope_type", each.get("type")) for each in _rotations(config)}
