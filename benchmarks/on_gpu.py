@@ -23,6 +23,8 @@ import torch
 
 REPOSITORY = Path(__file__).parents[1]
 NOT_SLOW = ["-m", "not slow and not vllm and not real"]
+# With one process on the GPU
+SHARDED = ["tests/engines/test_distributed.py", "tests/engines/test_sharded.py", "-k", "sharded"]
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,21 @@ runpy.run_path("benchmarks/update_throughput.py", run_name="__main__")
 TINY = ["--device", "cpu", "--size", "tiny", "--repeats", "2", "--rows", "16", "--length", "8", "--longest", "16"]
 SMALL = [*TINY, "--prompt", "8", "--micro-batch", "8", "--vocabulary", "512"]
 GSM8K = ["--prompt", "110", "--length", "150", "--longest", "1024"]
-LONG = ["--prompt", "2000", "--length", "1500", "--longest", "6144", "--rows", "24"]
-OVERHEAD = ["benchmarks/step_overhead.py", "--device", "cuda", "--vocabulary", "151936", "--repeats", "5"]
+LONG = ["--prompt", "2000", "--length", "1500", "--longest", "8192", "--rows", "24"]
+OVERHEAD = ["benchmarks/step_overhead.py", "--device", "cuda", "--vocabulary", "151936", "--repeats", "12"]
 
 STEPS = [
     Step("tests_of_the_update", 150, pytest(*NOT_SLOW, "tests/update"), ["-k", "gpu"]),
     Step("update_1.5b", 90, update("--size", "1.5b", *GSM8K), SMALL),
     Step("update_1.5b_lora", 90, update("--size", "1.5b", "--lora", *GSM8K), SMALL),
     Step("update_1.5b_long", 120, update("--size", "1.5b", *LONG, "--micro-batch", "1", "--repeats", "2"), SMALL),
-    Step("update_7b_lora", 120, update("--size", "7b", "--lora", *GSM8K, "--rows", "32", "--micro-batch", "4"), SMALL),
+    Step("update_7b_lora", 120, update("--size", "7b", "--lora", *GSM8K), SMALL),
     Step("shaping", 60, ["benchmarks/shaping.py", "--device", "cuda"], ["--device", "cpu", "--repeats", "2"]),
     Step("step_overhead", 120, [*OVERHEAD, "--size", "1.5b", "--lora", *GSM8K, "--rows", "16"], SMALL),
     Step("update_1.5b_block_by_block", 90, update("--size", "1.5b", *GSM8K, program=("-c", BLOCK_BY_BLOCK)), SMALL),
     Step("update_1.5b_rows_of_one", 120, update("--size", "1.5b", *GSM8K, "--micro-batch", "1"), SMALL),
-    Step("tests_of_training", 300, pytest(*NOT_SLOW, "tests/test_loss.py", "tests/training"), ["--collect-only"]),
-    Step("tests_of_sharding", 240, ["-m", "pytest", "-q", "-rs", "-m", "slow", "tests/engines"], ["--collect-only"]),
+    Step("tests", 600, pytest(*NOT_SLOW), ["--collect-only"]),
+    Step("tests_of_sharding", 240, ["-m", "pytest", "-q", "-rs", "-m", "slow", *SHARDED], ["--collect-only"]),
 ]
 
 

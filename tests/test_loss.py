@@ -52,7 +52,9 @@ def batch(aligned, seed=0, tools=False, spread=0.4):
         inputs["tool_mask"] = torch.randint(0, 2, (6, 12), generator=generator)
     if not aligned:  # some ratios well beyond the clipping range
         inputs["old_per_token_logps"] = logps + spread * torch.randn(6, 12, generator=generator)
-    return inputs, logps, torch.rand(6, 12, generator=generator)
+    entropies = torch.rand(6, 12, generator=generator)
+    inputs = {name: value.to(tiny.DEVICE) for name, value in inputs.items()}
+    return inputs, logps.to(tiny.DEVICE), entropies.to(tiny.DEVICE)
 
 
 def gradient(trainer, inputs, logps, entropies, monkeypatch):
@@ -60,7 +62,7 @@ def gradient(trainer, inputs, logps, entropies, monkeypatch):
     leaf = logps.clone().requires_grad_()
 
     def given(self, *args, **kwargs):
-        values = (leaf, entropies, torch.zeros(()))
+        values = (leaf, entropies, leaf.new_zeros(()))
         return values if hasattr(self, "aux_loss_enabled") else values[:2]  # the third came with TRL 1.7
 
     with monkeypatch.context() as patch:
@@ -73,7 +75,7 @@ def expected_weights(inputs, metric, settings=ALL_ENDS):
     mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
     signs = inputs["advantages"].sign()
     rows = reference.shape_advantages(signs.tolist(), metric.tolist(), mask.tolist(), **settings)
-    return torch.tensor(rows) * signs[:, None]
+    return signs.new_tensor(rows) * signs[:, None]
 
 
 @pytest.mark.parametrize("tools", [False, True])

@@ -47,14 +47,14 @@ NEED_REUSE = ["aspo", "fipo"]
 all_methods = pytest.mark.parametrize("name", METHODS)
 
 
-def lots(shape, seed=5):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+def lots(shape, seed=5, device="cpu"):
+    return torch.rand(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def shape(name, advantages, settings=None, **batch):
     settings = METHODS[name] if settings is None else settings
     if name == "clip_cov":
-        settings = {"generator": torch.Generator().manual_seed(5), **settings}
+        settings = {"generator": torch.Generator(advantages.device).manual_seed(5), **settings}
     return getattr(peers, name)(advantages, **settings, **batch)
 
 
@@ -63,9 +63,11 @@ def expected(name, advantages, settings=None, **batch):
     mask = batch["mask"]
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand(mask.shape)
-    tensors = {"advantages": advantages.float(), "lots": lots(mask.shape), **batch}
+    tensors = {"advantages": advantages.float(), "lots": lots(mask.shape, device=mask.device), **batch}
     lists = {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in tensors.items()}
-    return torch.tensor(getattr(reference, name)(**lists, **(METHODS[name] if settings is None else settings)))
+    return advantages.new_tensor(
+        getattr(reference, name)(**lists, **(METHODS[name] if settings is None else settings)), dtype=torch.float32
+    )
 
 
 def trainer_of(name, **settings):
@@ -484,7 +486,7 @@ def test_a3po_composes_by_super(tmp_path):
         by_reward = expected("w_reinforce", advantages, mask=mask, **batch)[:, 0]
         scale = max(1.0, 2.0 - 2.0 * progress)  # decayed after half of the training
         settings = {**trainer.args.shaping_settings, "positive_low_scale": scale, "negative_high_scale": scale}
-        return torch.tensor(
+        return advantages.new_tensor(
             reference.shape_advantages(by_reward.tolist(), old_per_token_logps.tolist(), mask.tolist(), **settings)
         )
 

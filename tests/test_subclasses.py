@@ -176,7 +176,7 @@ class OwnRewards:
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
-        return rewards + 0.1 * torch.tensor([[len(ids)] for ids in completion_ids])
+        return rewards + 0.1 * rewards.new_tensor([[len(ids)] for ids in completion_ids])
 
 
 class OwnAdvantages:
@@ -302,7 +302,7 @@ class PaysForRank(Doubles):
 
     def _calculate_rewards(self, *args):
         rewards = super()._calculate_rewards(*args)
-        rewards = rewards + 0.25 * torch.arange(len(rewards))[:, None]
+        rewards = rewards + 0.25 * torch.arange(len(rewards), device=rewards.device)[:, None]
         self.returned = [*getattr(self, "returned", []), rewards]
         return rewards
 
@@ -319,7 +319,7 @@ def test_rewards(tmp_path):
     trainer = train(tmp_path, PaysForRank, reward_funcs=rewards, **fields)
     assert len(trainer.returned) == 3
     for step, returned in enumerate(trainer.returned):
-        expected = (returned * torch.tensor([1.0, 0.5])).nansum(1)
+        expected = (returned * returned.new_tensor([1.0, 0.5])).nansum(1)
         told = torch.cat(trainer.told[2 * step : 2 * step + 2])
         torch.testing.assert_close(told.sort().values, expected.sort().values)
         assert logs(trainer)[step]["reward"] == pytest.approx(float(told.mean()))
@@ -341,7 +341,7 @@ def test_settings_of_ones_own_and_the_loss(tmp_path):
     def slow(advantages, *, old_per_token_logps, mask, progress, **batch):
         settings = {**trainer.args.shaping_settings, "negative_weight": min(1.0, math.ceil(4 * progress) / 2)}
         rows = [tensor.tolist() for tensor in (advantages, old_per_token_logps, mask)]
-        return torch.tensor(reference.shape_advantages(*rows, **settings))
+        return advantages.new_tensor(reference.shape_advantages(*rows, **settings))
 
     assert_gradients_follow(trainer, slow)
 
@@ -488,6 +488,6 @@ def test_other_arguments(tmp_path):
 
     def slow(advantages, *, old_per_token_logps, mask, **batch):
         rows = [tensor.tolist() for tensor in (advantages, -old_per_token_logps, mask)]
-        return torch.tensor(reference.shape_advantages(*rows, **trainer.args.shaping_settings))
+        return advantages.new_tensor(reference.shape_advantages(*rows, **trainer.args.shaping_settings))
 
     assert_gradients_follow(trainer, slow)

@@ -63,7 +63,7 @@ def test_takes_one_advantage_per_completion(tmp_path):
         lambda advantages, **given: -as_meant(advantages, **given),
         lambda advantages, **given: as_meant(advantages, **{**given, "old_per_token_logps": given["per_token_logps"]}),
         lambda advantages, **given: as_meant(advantages, **given) * (advantages != 0)[:, None],
-        lambda advantages, **given: as_meant(advantages, **given) * (torch.arange(8) != 3),
+        lambda advantages, **given: as_meant(advantages, **given) * (advantages.new_tensor(range(8)) != 3),
         lambda advantages, **given: as_meant(advantages, **{**given, "progress": 0.0}),
     ],
     ids=["size", "sign", "policy", "zero advantages", "one token", "progress"],
@@ -98,7 +98,7 @@ class LastTokens(A3POTrainer):
 @pytest.mark.parametrize("holes", [False, True])
 def test_finds_what_is_wrong_after_tokens_of_a_tool(holes, tmp_path):
     def reference(advantages, *, mask, **batch):
-        shaped = torch.zeros(mask.shape)
+        shaped = advantages.new_zeros(mask.shape)
         for row, counts in enumerate(mask.bool()):
             for distance, token in enumerate(reversed(counts.nonzero().flatten().tolist())):
                 shaped[row, token] = advantages[row] * 0.5**distance
@@ -128,7 +128,7 @@ def test_takes_the_fields_that_a_loss_reads(tmp_path):
 
     with pytest.raises(ValueError, match=r"reads 'difficulty', .* fields=\{'difficulty': torch.zeros\(6\)\}"):
         assert_gradients_follow(trainer, reference)
-    difficulty = torch.tensor([0.5, 1.0, 1.0, 1.0, 1.0, 1.0])
+    difficulty = torch.tensor([0.5, 1.0, 1.0, 1.0, 1.0, 1.0], device=tiny.DEVICE)
     assert_gradients_follow(trainer, reference, fields={"difficulty": difficulty})
     assert seen[-1] == pytest.approx([0.6, -0.7, 0.0, 0.0, -0.5, 0.0])
 
@@ -147,7 +147,7 @@ def test_hook_and_reference_get_the_fields_that_they_name(tmp_path):
             return advantages * batch["weight"]
 
     def reference(advantages, *, weight, **batch):
-        return torch.tensor([a * w for a, w in zip(advantages.tolist(), weight.tolist(), strict=True)])
+        return advantages.new_tensor([a * w for a, w in zip(advantages.tolist(), weight.tolist(), strict=True)])
 
     fields = {"weight": torch.tensor([0.5, 2.0, 1.0, 1.0, 1.0, 1.0])}
     assert_gradients_follow(make(tmp_path, ByWeight), reference, fields=fields)

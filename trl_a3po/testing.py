@@ -101,7 +101,7 @@ def _compare(
         raise ValueError(f"`reference` must return a tensor of shape (B, T) = (6, 8) or (B,) = (6,), got {got}.")
     if shaped.dim() == 1:
         shaped = shaped[:, None].expand_as(logps)
-    shaped = shaped.to(logps.dtype).where(inputs["completion_mask"].bool(), 0.0)
+    shaped = shaped.to(logps).where(inputs["completion_mask"].bool(), 0.0)
     expected = torch.where(shaped > 0, positive, negative) * shaped.abs()
     for row, token in (~torch.isclose(found, expected, rtol=1e-4, atol=1e-7)).nonzero().tolist():
         is_aligned = "old_per_token_logps" not in inputs
@@ -117,9 +117,12 @@ def _compare(
 
 def _gradient(trainer: A3POTrainer, inputs: dict[str, Any], *arguments: Any) -> Tensor:
     """What [`loss_gradient`] returns for copies of the inputs. Every call draws the same random numbers."""
-    copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    device = trainer.accelerator.device
+    copies = {
+        name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in inputs.items()
+    }
     try:
-        with same_random_numbers(trainer.accelerator.device):
+        with same_random_numbers(device):
             return loss_gradient(trainer, copies, *arguments)
     except KeyError as error:
         name = error.args[0]

@@ -72,7 +72,7 @@ def with_start(results):
     for by_seed in results.values():
         for seed, result in by_seed.items():
             curves = {name: values[:1] for name, values in result["curves"].items()}
-            others = {"held_out": result["start"]["test"], "other": result["start"]["other"], "train_seconds": 0.0}
+            others = {"held_out": result["start"]["test"], "other": result["start"].get("other"), "train_seconds": 0.0}
             start.setdefault(seed, {**result, "method": "start", "curves": curves, **others})
     return {"start": start, **results}
 
@@ -100,6 +100,12 @@ def mismatch_table(results):
 
 def report(results, directory):
     every = with_start(results)
+    pass_columns = [each for each in COLUMNS if each.startswith("pass@")]
+    other_claims, other_methods = [], []
+    if all("other" in result for by_seed in results.values() for result in by_seed.values()):
+        other, heading = of_the_other_kind(every), "On problems of a kind that is not trained on:"
+        other_claims = [heading, "", *claim_table(other, CLAIMS_OF_THE_OTHER_KIND), ""]
+        other_methods = [heading, "", *method_table(other, pass_columns), ""]
     return "\n".join(
         [
             "# What the runs say",
@@ -112,20 +118,14 @@ def report(results, directory):
             "",
             *claim_table(every, CLAIMS),
             "",
-            "On problems of a kind that is not trained on:",
-            "",
-            *claim_table(of_the_other_kind(every), CLAIMS_OF_THE_OTHER_KIND),
-            "",
+            *other_claims,
             "## Methods",
             "",
             "Mean ± standard deviation over the seeds; entropy and length over the second half of the training.",
             "",
             *method_table(every, COLUMNS),
             "",
-            "On problems of a kind that is not trained on:",
-            "",
-            *method_table(of_the_other_kind(every), [each for each in COLUMNS if each.startswith("pass@")]),
-            "",
+            *other_methods,
             "## Mismatch of sampler and trainer",
             "",
             *mismatch_table(results),

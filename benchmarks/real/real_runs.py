@@ -58,6 +58,8 @@ SEEDS = {
 CHOSEN = {**{name: METHODS[name] for name in SEEDS}, "stare": peer("stare", target_entropy=0.3)}
 
 
+GSM8K = Path("build", "gsm8k")  # where prepare_gsm8k.py writes
+EXAMPLES = "worked_examples.jsonl"  # where there are any
 ENTROPY_OF_ALL = "entropy_of_all"  # a metric of these runs
 STARTS = "starts.jsonl"  # of an unfinished run: a line for each start of its training
 SAMPLER = "vllm" if HAS_VLLM else "transformers"
@@ -67,7 +69,8 @@ SAMPLER = "vllm" if HAS_VLLM else "transformers"
 class Preset:
     """The size of everything. All methods share it."""
 
-    kinds: tuple[str, ...] = ("sums", "differences")  # of problems, see examples/smollm2/problems.py
+    # Of problems, see examples/smollm2/problems.py. Without any, the problems are those that prepare_gsm8k.py wrote.
+    kinds: tuple[str, ...] = ("sums", "differences")
     held_out: int = 64  # problems of these kinds
     other: int = 32  # problems with larger numbers
     steps: int = 100
@@ -85,6 +88,19 @@ PRESETS = {
     "cpu": Preset(),
     # The same runs on a GPU, a dozen at a time. There, a checkpoint takes longer than the steps after it.
     "gpu": replace(Preset(), micro_batch=4, save_steps=1000),
+    # GSM8K on a GPU, from the model that prepare_gsm8k.py wrote.
+    "gsm8k": replace(
+        Preset(),
+        kinds=(),
+        held_out=192,
+        other=0,
+        steps=60,
+        completions=256,
+        micro_batch=4,
+        max_completion_length=192,
+        learning_rate=2e-5,
+        save_steps=1000,
+    ),
     # Every part, in a minute on a tiny model. Measures nothing.
     "dry": replace(
         Preset(),
@@ -103,8 +119,9 @@ PRESETS = {
 def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -> None:
     """Trains to the end, from the last checkpoint if there is one."""
     method = CHOSEN[method_name]
-    examples = load_worked_examples(str(work.parent / "problems" / "worked_examples.jsonl"))
-    problems: Dataset = load_problems(str(work.parent / "problems" / "train.jsonl"), "train", worked_examples=examples)
+    directory = work.parent / "problems"
+    examples = load_worked_examples(str(directory / EXAMPLES)) if (directory / EXAMPLES).exists() else []
+    problems: Dataset = load_problems(str(directory / "train.jsonl"), "train", worked_examples=examples)
     check_no_overlap(problems, examples, "to train on")
     settings = settings_of(preset, method, seed)
     config = A3POConfig(
@@ -113,6 +130,7 @@ def train(preset: Preset, model: str, method_name: str, seed: int, work: Path) -
         gradient_accumulation_steps=preset.completions // preset.micro_batch,
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
+        tf32=torch.cuda.is_available() or None,
         model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
         logging_steps=1,
@@ -169,8 +187,9 @@ def settings_of(preset: Preset, method: Method, seed: int) -> dict:
         "seed": seed,
         **DAPO,
         "trim_padding": True,
-        # The entropy of a method is that of all its completions. TRL's is over the rows that are computed.
-        "skip_zero_advantage": HAS_VLLM,
+        # The entropy of a method is that of all its completions. TRL's is over the rows that are computed. Those of
+        # GSM8K are so many that only the ones with an advantage are.
+        "skip_zero_advantage": HAS_VLLM or not preset.kinds,
         **method.settings,
     }
 
@@ -178,13 +197,16 @@ def settings_of(preset: Preset, method: Method, seed: int) -> dict:
 def evaluate(preset: Preset, model: str, work: Path, name: str) -> dict:
     """Samples the problems of a file, unless that is done. How many samples of each are right."""
     problems, output = work.parent / "problems", work / name
+    on_gpu = torch.cuda.is_available()
     line = [sys.executable, "-m", "trl_a3po.cli", "eval", "--model_name_or_path", model]
     line += ["--dataset_name", str(problems / f"{name}.jsonl"), "--output_dir", str(output)]
-    line += ["--worked_examples", str(problems / "worked_examples.jsonl"), "--num_samples", str(preset.samples)]
+    if (problems / EXAMPLES).exists():
+        line += ["--worked_examples", str(problems / EXAMPLES)]
+    line += ["--num_samples", str(preset.samples)]
     line += ["--max_completion_length", str(preset.max_completion_length), "--temperature", "1", "--top_p", "1"]
-    line += ["--batch_size", "8", "--dtype", "float32"]
+    line += ["--batch_size", "32", "--dtype", "bfloat16"] if on_gpu else ["--batch_size", "8", "--dtype", "float32"]
     if HAS_VLLM:
-        line += ["--use_vllm", *([] if torch.cuda.is_available() else ["--gpu_memory_utilization", "0.05"])]
+        line += ["--use_vllm", *([] if on_gpu else ["--gpu_memory_utilization", "0.05"])]
     subprocess.run(line, check=True)
     records = [json.loads(each) for each in (output / "samples.jsonl").read_text().splitlines()]
     return {"samples": preset.samples, "right": [int(sum(record["correct"])) for record in records]}
@@ -234,7 +256,7 @@ def write_result(
         "settings": settings_of(preset, CHOSEN[method_name], seed),
         "curves": {"step": [log["step"] for log in logs], **{name: each for name, each in curves.items() if each}},
         "held_out": evaluate(preset, trained, work, "test"),
-        "other": evaluate(preset, trained, work, "other"),
+        **({"other": evaluate(preset, trained, work, "other")} if preset.other else {}),
         "start": start,
         "train_seconds": round(sum(log["step_time"] for log in logs), 1),
         "model": model,
@@ -262,12 +284,19 @@ def main(line=None):
     if arguments.jobs < 1:
         parser.error(f"--jobs is the number of runs at a time, 1 or more, got {arguments.jobs}.")
     preset, output, work = PRESETS[arguments.preset], arguments.output, arguments.work / arguments.preset
-    model = arguments.model or str(make_checkpoint(Path("build", "smollm2")))
+    if not preset.kinds and not (GSM8K / "model" / "config.json").exists():
+        parser.error(
+            f"`--preset {arguments.preset}` needs '{GSM8K}'. First run `python benchmarks/real/prepare_gsm8k.py`."
+        )
+    model = arguments.model or str(make_checkpoint(Path("build", "smollm2")) if preset.kinds else GSM8K / "model")
     if arguments.train:
         method, seed = arguments.train
         train(preset, model, method, int(seed), work / f"{method}-{seed}")
         return
-    write(work / "problems", list(preset.kinds), preset.held_out, preset.other)
+    if preset.kinds:
+        write(work / "problems", list(preset.kinds), preset.held_out, preset.other)
+    else:
+        shutil.copytree(GSM8K / "problems", work / "problems", dirs_exist_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // arguments.jobs))
     if not torch.cuda.is_available():
@@ -276,7 +305,8 @@ def main(line=None):
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else all engines take the same cores
 
     def evaluate_start() -> dict:
-        return {name: evaluate(preset, model, work / "start", name) for name in ("test", "other")}
+        names = ["test", *(["other"] if preset.other else [])]
+        return {name: evaluate(preset, model, work / "start", name) for name in names}
 
     def finish(method: str, seed: int) -> None:
         if start.done():

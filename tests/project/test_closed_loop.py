@@ -68,7 +68,8 @@ def rollout(prompts, trainer):
     for ids in prompt_ids:
         completion = [*torch.randint(3, 40, (5,), generator=generator).tolist(), tokenizer.eos_token_id]
         with torch.no_grad():
-            logits = trainer.model(torch.tensor([ids + completion])).logits[0, len(ids) - 1 : -1]
+            tokens = torch.tensor([ids + completion], device=trainer.model.device)
+            logits = trainer.model(tokens).logits[0, len(ids) - 1 : -1]
         logps = logits.log_softmax(-1)[range(6), completion] + 0.3
         completion_ids.append(completion)
         logprobs.append(logps.tolist())

@@ -3,11 +3,14 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,14 @@ def runs(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else it sets it
     return runpy.run_path(str(FOLDER / "real_runs.py"))
+
+
+@pytest.fixture
+def gsm8k(monkeypatch):
+    """The functions of the program that prepares GSM8K."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return runpy.run_path(str(FOLDER / "prepare_gsm8k.py"))
 
 
 def test_the_entropy_of_all_completions_is_that_of_the_sampled_tokens(runs, monkeypatch):
@@ -182,3 +193,64 @@ def test_no_problem_is_in_two_files_and_every_answer_is_right(kinds, tmp_path):
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write(tmp_path, kinds, 60)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written  # the same ones
+
+
+def test_solutions_of_gsm8k_are_written_as_the_reward_reads_them(gsm8k):
+    text = gsm8k["worked_out"]("She sold 48/2 = <<48/2=24>>24 clips in May.\nThat is <<48+24=72>>72 in all.\n#### 72")
+    assert text == "She sold 48/2 = 24 clips in May.\nThat is 72 in all.\nThe answer is \\boxed{72}."
+
+
+def test_gsm8k_without_its_model_is_an_error_that_says_what_to_run(runs, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        runs["main"](["--preset", "gsm8k"])
+    assert "First run `python benchmarks/real/prepare_gsm8k.py`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_gsm8k_is_prepared_and_trained_on(gsm8k, runs, model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    for split in ("train", "test"):
+        rows = [{"question": f"{split} {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(8)]
+        (dataset / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setitem(gsm8k["fine_tune"].__globals__, "SFTConfig", partial(gsm8k["SFTConfig"], bf16=False))
+    options = ["--dataset", str(dataset), "--model", str(model_dir), "--held_out", "2", "--max_steps", "1"]
+    gsm8k["main"](options)
+    problems = tmp_path / "build/gsm8k/problems"
+    assert len((problems / "train.jsonl").read_text().splitlines()) == 8
+    assert [json.loads(line)["question"] for line in (problems / "test.jsonl").read_text().splitlines()] == [
+        "test 0 + 1?",
+        "test 1 + 1?",
+    ]
+    preset = replace(
+        runs["PRESETS"]["gsm8k"], steps=2, completions=8, num_generations=4, max_completion_length=4, samples=2
+    )
+    work = tmp_path / "work"
+    shutil.copytree(problems, work / "problems")
+    runs["train"](preset, str(tmp_path / "build/gsm8k/model"), "a3po", 0, work / "a3po-0")
+    runs["note_start"](work / "a3po-0", model=None)
+    start = {"test": {"samples": 2, "right": [0, 0]}}
+    result = tmp_path / "a3po-0.json"
+    runs["write_result"](result, preset, None, start, "a3po", 0, work / "a3po-0")
+    written = json.loads(result.read_text())
+    assert written["curves"]["step"] == [1, 2]
+    assert len(written["held_out"]["right"]) == 2
+    assert "other" not in written
+
+
+def test_without_problems_of_another_kind_the_analysis_is_of_the_held_out_ones():
+    made = {name: by_seed for name, by_seed in results({}).items() if name != "start"}
+    surrounded = {"commit": "c", "hardware": "h", "versions": {}, "train_seconds": 1.0}
+    for by_seed in made.values():
+        for result in by_seed.values():
+            result.update(surrounded)
+            result["held_out"] = result["start"]["test"] = {"samples": 32, "right": [3] * 20}
+    with_other = CLAIMS["report"](made, "results")
+    for by_seed in made.values():
+        for result in by_seed.values():
+            del result["other"], result["start"]["other"]
+    without = CLAIMS["report"](made, "results")
+    assert with_other.count("of a kind that is not trained on") == 2
+    assert "of a kind that is not trained on" not in without

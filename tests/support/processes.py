@@ -1,4 +1,4 @@
-"""Several processes on a CPU: what starts them, how they share a model, and how they end."""
+"""Several processes on a CPU, or one on a GPU: what starts them, how they share a model, and how they end."""
 
 import os
 import sys
@@ -7,6 +7,12 @@ import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from . import tiny
+
+
+# NCCL takes one for each GPU.
+COUNT = 2 if tiny.USES_CPU else 1
+
 
 def torchrun(processes=2):
     """What starts that many after `python`."""
@@ -14,18 +20,18 @@ def torchrun(processes=2):
 
 
 def accelerate_launch(config):
-    """What starts two after `python`, by one of TRL's configurations of Accelerate."""
+    """What starts them after `python`, by one of TRL's configurations of Accelerate."""
     config_file = f"{trl.__path__[0]}/accelerate_configs/{config}.yaml"
-    options = ["--config_file", config_file, "--num_processes", "2", "--mixed_precision", "no"]
+    options = ["--config_file", config_file, "--num_processes", str(COUNT), "--mixed_precision", "no"]
     return ["-m", "accelerate.commands.launch", *options]
 
 
 def shard():
     """
     From here on, Accelerate shards models on a CPU as `accelerate launch` was told: FSDP or DeepSpeed. By itself it
-    trains by DDP there, and does not say so.
+    trains by DDP there, and does not say so. On a GPU there is nothing to do.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if tiny.USES_CPU and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 

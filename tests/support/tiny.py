@@ -30,6 +30,15 @@ if Version(trl.__version__) >= Version("1.10.0"):
     # Before, it trained on padding, and averaged over the padded width: the trainer refuses it.
     LOSS_TYPES.append("luspo")
 
+# `benchmarks/on_gpu.py` asks for the GPU.
+USES_CPU = os.environ.get("TEST_DEVICE", "cpu") == "cpu"
+DEVICE = "cpu" if USES_CPU else "cuda"  # of trainers
+if not USES_CPU:
+    # On a GPU, kernels may add in another order each time, and many tests compare two runs to the last bit. For some
+    # operations there is no other kernel: these only warn.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which no user's run does
+
 CHARACTERS = "0123456789+-=*().? abcdefghijklmnopqrstuvwxyz\\{}$"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -118,7 +127,7 @@ def sometimes_none_reward(completion_ids, **kwargs):
 
 def config(output_dir, config_class=A3POConfig, **fields):
     defaults = {
-        "use_cpu": os.environ.get("TEST_DEVICE", "cpu") == "cpu",  # `benchmarks/on_gpu.py` asks for the GPU
+        "use_cpu": USES_CPU,
         "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",
@@ -137,8 +146,9 @@ def config(output_dir, config_class=A3POConfig, **fields):
 
 
 def parameters(trainer):
-    """Copies. Of a model that processes share by FSDP2, each puts the whole together: all must call it."""
+    """Copies on the CPU. Of a model that processes share by FSDP2, each puts the whole together: all must call it."""
     parameters = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
     return {
-        name: each.full_tensor() if hasattr(each, "full_tensor") else each.clone() for name, each in parameters.items()
+        name: (each.full_tensor() if hasattr(each, "full_tensor") else each).to("cpu", copy=True)
+        for name, each in parameters.items()
     }

@@ -114,13 +114,13 @@ def test_what_a_tool_says_is_shaped_as_if_it_were_not_there(run, tmp_path):
     for batch, call in zip(trainer.batches, trainer.calls, strict=True):
         for row, mask in enumerate(call["mask"].bool()):
             tokens = np.array(trainer.processing_class.convert_ids_to_tokens(batch["completion_ids"][row]))
-            said.append("".join(tokens[batch["completion_mask"][row].bool() & ~mask]))
-            assert not set(tokens[mask]) & set("{}$")
+            said.append("".join(tokens[(batch["completion_mask"][row].bool() & ~mask).cpu()]))
+            assert not set(tokens[mask.cpu()]) & set("{}$")
             assert not call["shaped"][row, ~mask].any()
             (alone,) = shape_advantages(
                 call["advantages"][row : row + 1],
                 call["old_per_token_logps"][row : row + 1, mask],
-                torch.ones(1, int(mask.sum())),
+                torch.ones(1, int(mask.sum()), device=mask.device),
                 **settings,
             )
             assert torch.equal(call["shaped"][row, mask], alone)

@@ -366,7 +366,7 @@ def test_all_that_is_trained_on_teaches(tmp_path):
 
 
 def test_the_counts_add_up(tmp_path):
-    trainer = sampled(tmp_path, max_steps=6, dynamic_sampling=2)
+    trainer = sampled(tmp_path, max_steps=18, dynamic_sampling=2)
     for rounds, batch, *numbers in zip(trainer.rounds, trainer.rollouts, *counts(trainer).values(), strict=True):
         of_batch, *of_rounds = (
             live_groups(each["advantages"], each["advantages"] != 0, 8) for each in (batch, *rounds)

@@ -98,8 +98,9 @@ def test_an_adapter_is_checked(model_dir, tmp_path):
 
 def test_a_frozen_parameter_or_a_mask_may_be_infinite(model_dir, tmp_path):
     trainer = unseen_trainer(model_dir, tmp_path, max_steps=2)
-    trainer.model.register_parameter("bias", torch.nn.Parameter(torch.tensor([-math.inf]), requires_grad=False))
-    trainer.model.register_buffer("mask", torch.tensor([-math.inf]), persistent=False)
+    infinite = torch.tensor([-math.inf], device=tiny.DEVICE)
+    trainer.model.register_parameter("bias", torch.nn.Parameter(infinite, requires_grad=False))
+    trainer.model.register_buffer("mask", infinite.clone(), persistent=False)
     trainer.train()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 

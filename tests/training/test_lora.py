@@ -69,7 +69,7 @@ def completion_logps(model, batch):
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     with torch.no_grad():
-        logps = model.eval()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
+        logps = model.to(ids.device).eval()(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
     logps = logps.gather(2, ids[:, 1:, None]).squeeze(2)
     return logps[:, -batch["completion_ids"].shape[1] :] * batch["completion_mask"]
 
@@ -175,8 +175,8 @@ def test_without_bitsandbytes_transformers_says_what_to_install(as_argument, mod
 
 
 def assert_speaks_alike(loaded, trained):
-    prompt = torch.tensor([tiny.tokenizer()("12+4=")["input_ids"]])
-    loaded, trained = loaded.eval(), trained.eval()
+    prompt = torch.tensor([tiny.tokenizer()("12+4=")["input_ids"]], device=trained.device)
+    loaded, trained = loaded.to(trained.device).eval(), trained.eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(prompt).logits, trained(prompt).logits, rtol=1e-4, atol=1e-4)
     greedy = [model.generate(prompt, do_sample=False, max_new_tokens=16) for model in (loaded, trained)]
