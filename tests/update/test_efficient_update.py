@@ -467,14 +467,12 @@ class ReadsTheRollout(Recorder):
         (ReadsTheRollout, {}, {}, True),
         (ReadsTheRollout, {}, {"bf16": False}, False),
         (ReadsTheRollout, {}, {"epsilon": 0.2, "epsilon_high": None}, False),
-        (ReadsTheRollout, {}, {"gradient_accumulation_steps": 4}, False),  # no old log-probabilities
+        (Recorder, {"skip_old_logps": False}, {"gradient_accumulation_steps": 4}, False),  # no old log-probabilities
     ],
 )
 def test_where_trls_pass_runs_a_narrow_epsilon_keeps_trls_layout(
     trainer_class, options, fields, keeps, model_dir, tmp_path
 ):
-    if "gradient_accumulation_steps" in fields:
-        trainer_class = Recorder
     fields = {**NARROW, **SEVERAL_STEPS, "bf16": True, **fields}
     ours = train_rollout(model_dir, tmp_path, trainer_class, **fields, **options)
     assert bool(plans_of(ours)) == (not keeps)

@@ -124,6 +124,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     @property
     def _trl_runs_old_pass(self) -> bool:
+        """Whether GRPOTrainer runs a pass for `old_per_token_logps` in training."""
         return self._sampler is not None or not self.args.trains_aligned
 
     def _may_clip_rounding(self) -> bool:
@@ -243,7 +244,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._may_have_images and self._any_images(self._buffered_inputs):
             return inputs
         if self._clips_rounding and "old_per_token_logps" in inputs:
-            return inputs
+            return inputs  # they have TRL's layout
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
         if self._replaces_old_pass and not self.args.trains_aligned:
             self._add_old_logps(self._buffered_inputs)
