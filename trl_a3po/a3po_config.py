@@ -119,9 +119,9 @@ class A3POConfig(GRPOConfig):
         skip_old_logps (`bool`, *optional*, defaults to `True`):
             Whether the forward pass for the old log-probabilities is skipped if the loss can take them from its own
             forward pass. GRPOTrainer runs it after each generation for `vllm_importance_sampling_correction`, and when
-            rollouts are reused. If it cannot be skipped, it runs only for completions whose advantage is not zero. The
-            update is the same to rounding. While it is skipped, the metrics `sampling/*` cover the completions that
-            the loss computes. Ignored for datasets with images, and with TRL before 1.15.
+            rollouts are reused. If it cannot be skipped, it runs only for the completions that the loss computes. The
+            update is the same to rounding. The metrics `sampling/*` cover the completions that the loss computes.
+            Ignored for datasets with images, and with TRL before 1.15.
 
         > Parameters that control the logging
 
@@ -267,9 +267,9 @@ class A3POConfig(GRPOConfig):
             "help": "Whether the forward pass for the old log-probabilities is skipped if the loss can take them "
             "from its own forward pass. GRPOTrainer runs it after each generation for "
             "`vllm_importance_sampling_correction`, and when rollouts are reused. If it cannot be skipped, it runs "
-            "only for completions whose advantage is not zero. The update is the same to rounding. While it is "
-            "skipped, the metrics `sampling/*` cover the completions that the loss computes. Ignored for datasets "
-            "with images, and with TRL before 1.15."
+            "only for the completions that the loss computes. The update is the same to rounding. The metrics "
+            "`sampling/*` cover the completions that the loss computes. Ignored for datasets with images, and with "
+            "TRL before 1.15."
         },
     )
 

@@ -28,6 +28,7 @@ from trl_a3po.update.model_traits import PaddingTraits, has_experts_as_modules
 from trl_a3po.update.packed_forward import trl_has_fused_head
 from trl_a3po.update.plan import NOTHING
 from trl_a3po.update.probe import Packing, check_packing
+from trl_a3po.update.sampler_correction import SamplerCorrection, sampler_ratio
 
 
 try:
@@ -90,6 +91,15 @@ RUNS = {
     "padding to a multiple": {"pad_to_multiple_of": 8},
     "positive samples alone": {"negative_weight": 0.0, "negative_high_scale": 1.0},
     "several epochs": {"max_steps": -1, "num_train_epochs": 2},
+    **{
+        f"{name}, two iterations": {"num_iterations": 2, "max_steps": 4, **fields}
+        for name, fields in {
+            "KL": {"beta": 0.1},
+            "bnpo": {"loss_type": "bnpo"},
+            "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+            "positive samples alone": {"negative_weight": 0.0, "negative_high_scale": 1.0},
+        }.items()
+    },
 }
 
 
@@ -209,20 +219,85 @@ class OldPasses(Recorder):
             self.old_passes = [*getattr(self, "old_passes", []), tuple(kwargs["input_ids"].shape)]
 
 
+SAVINGS = {
+    "packed": {},
+    "packed, all rows": {"skip_zero_advantage": False},
+    "padded": {},
+    "full width": {"trim_padding": False},
+}
+
+
+@pytest.fixture(params=SAVINGS)
+def savings(request):
+    if request.param == "padded":
+        request.getfixturevalue("padded")
+    return SAVINGS[request.param]
+
+
 @needs_fused_head
-@pytest.mark.parametrize("padding", [{}, {"trim_padding": False}], ids=["packed", "plain"])
-def test_old_log_probabilities_of_rows_without_an_advantage_are_not_computed(padding, model_dir, tmp_path):
-    fields = {"num_iterations": 2, "max_steps": 4, **padding}
-    plain = train_rollout(model_dir, tmp_path, OldPasses, skip_old_logps=False, **fields)
-    saved = train_rollout(model_dir, tmp_path, OldPasses, **fields)
+def test_old_log_probabilities_are_computed_by_the_passes_of_the_loss(savings, model_dir, tmp_path):
+    """Rows that are skipped have none."""
+    fields = {"num_iterations": 2, "max_steps": 2}
+    plain = train_rollout(model_dir, tmp_path, OldPasses, **tiny.PLAIN, **fields)
+    saved = train_rollout(model_dir, tmp_path, OldPasses, **fields, **savings)
     assert update_difference(saved, plain) < 1e-4
-    passes = [len(trainer.old_passes) for trainer in (saved, plain)]
-    if padding:
-        assert passes == [8, 8]  # two rollouts of four micro-batches
-    else:
-        assert passes[0] < passes[1] < 8
+    assert saved.passes == 2 * saved.old_passes
+    assert len(saved.old_passes) <= len(plain.old_passes) == 4
     cells_of = [sum(rows * columns for rows, columns in trainer.old_passes) for trainer in (saved, plain)]
-    assert (cells_of[0] < cells_of[1]) == (not padding)
+    assert cells_of[0] < cells_of[1]
+
+
+def old_logps_by_row(trainer):
+    """By prompt and completion, the old log-probabilities of rows with an advantage."""
+    found = {}
+    for batch in trainer.batches:
+        for i in batch["advantages"].nonzero().flatten().tolist():
+            ids, masks = (
+                [batch[f"{part}_{kind}"][i] for part in ("prompt", "completion")] for kind in ("ids", "mask")
+            )
+            tokens = torch.cat(ids)[torch.cat(masks) == 1]
+            found[tuple(tokens.tolist())] = batch["old_per_token_logps"][i][masks[1] == 1]
+    return found
+
+
+@needs_fused_head
+def test_old_log_probabilities_are_those_of_trl(savings, model_dir, tmp_path):
+    fields = {"num_iterations": 2, "max_steps": 1}
+    theirs, ours = (
+        old_logps_by_row(train_rollout(model_dir, tmp_path, **options, **fields)) for options in (tiny.PLAIN, savings)
+    )
+    assert len(theirs) == 8
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@needs_fused_head
+def test_the_ratio_of_the_sampler_comes_with_the_old_log_probabilities(savings, model_dir, tmp_path):
+    class Sampled(Recorder):
+        """As if vLLM had sampled: `rollout` reports log-probabilities."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._sampler = SamplerCorrection(self)
+            self._sampler.is_trls = True
+
+    fields = {"num_iterations": 2, "max_steps": 2, "vllm_importance_sampling_mode": "token_truncate"}
+    trainer = train_rollout(model_dir, tmp_path, Sampled, **fields, **savings)
+    args = trainer.args
+    assert any((batch["importance_sampling_ratio"] != 1).any() for batch in trainer.batches)
+    for batch in trainer.batches:
+        mask, is_computed = batch["completion_mask"].bool(), ~batch["entropies"].isnan().any(1)
+        expected = sampler_ratio(
+            batch["old_per_token_logps"],
+            batch["sampling_per_token_logps"],
+            mask,
+            args.vllm_importance_sampling_mode,
+            args.vllm_importance_sampling_clip_min,
+            args.vllm_importance_sampling_clip_max,
+        ).where(is_computed[:, None], 1.0)
+        torch.testing.assert_close(batch["importance_sampling_ratio"], expected)
+    first, second, *_ = trainer.state.log_history
+    assert "sampling/importance_sampling_ratio/mean" in first
+    assert "sampling/importance_sampling_ratio/mean" not in second  # once for each rollout, as in GRPO
 
 
 def test_lora(model_dir, tmp_path):
@@ -339,21 +414,71 @@ def test_no_pass_is_shorter_for_a_model_that_remembers_the_longest(tmp_path):
 NARROW = {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}
 
 
+SEVERAL_STEPS = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
+
+
+def plans_of(trainer):
+    return [batch[PLAN] for batch in trainer._buffered_inputs if PLAN in batch]
+
+
+@needs_fused_head
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loads", [{}, {"model_init_kwargs": {"dtype": "bfloat16"}}], ids=["autocast", "bfloat16"])
+def test_the_ratio_is_1_until_the_model_changes(loads, level, savings, model_dir, tmp_path):
+    """Not to rounding, which is up to 1 % in half precision, but exactly."""
+    fields = {**NARROW, **SEVERAL_STEPS, "bf16": True, **loads, "importance_sampling_level": level}
+    fields |= {"num_iterations": 2, "max_steps": 4, "learning_rate": 0.0}
+    trainer = train_rollout(model_dir, tmp_path, **fields, **savings)
+    assert {batch["step"] for batch in trainer.batches} == {0, 1, 2, 3}
+    for batch in trainer.batches:
+        assert torch.equal(batch["per_token_logps"], batch["old_per_token_logps"])
+    assert {entry["clip_ratio/region_mean"] for entry in trainer.state.log_history[:-1]} == {0.0}
+    computed = sum(plan.computed for plan in plans_of(trainer))
+    assert computed == (16 if "skip_zero_advantage" in savings else 8)
+
+
+@needs_fused_head
+def test_a_narrow_epsilon_in_half_precision_costs_no_gradient(savings, model_dir, tmp_path):
+    """The first update is as near to that in float32 as GRPO's is."""
+
+    def first_update(**options):
+        fields = {**NARROW, **SEVERAL_STEPS, "loss_type": "grpo", "max_steps": 1}
+        return train_rollout(model_dir, tmp_path, **{**tiny.NEUTRAL, **fields, **options})
+
+    exact, theirs = first_update(), first_update(bf16=True)
+    ours = first_update(bf16=True, **dict.fromkeys(tiny.PLAIN, True) | savings)
+    assert plans_of(ours)
+    error = update_difference(theirs, exact)
+    assert 0 < error < 0.1
+    assert update_difference(ours, exact) < 3 * error
+
+
+class ReadsTheRollout(Recorder):
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        assert (rollout["old_per_token_logps"] * rollout["completion_mask"]).sum(1).max() < 0  # all rows
+        return rollout
+
+
 @pytest.mark.parametrize(
-    ("fields", "saves"),
+    ("trainer_class", "options", "fields", "keeps"),
     [
-        (NARROW, False),
-        ({**NARROW, "bf16": False}, True),
-        ({**NARROW, "gradient_accumulation_steps": 4}, True),  # no old log-probabilities
-        ({"epsilon": 0.2}, True),
+        (Recorder, {"skip_old_logps": False}, {}, True),
+        (ReadsTheRollout, {}, {}, True),
+        (ReadsTheRollout, {}, {"bf16": False}, False),
+        (ReadsTheRollout, {}, {"epsilon": 0.2, "epsilon_high": None}, False),
+        (Recorder, {"skip_old_logps": False}, {"gradient_accumulation_steps": 4}, False),  # no old log-probabilities
     ],
 )
-def test_rounding_in_half_precision_is_not_clipped(fields, saves, model_dir, tmp_path):
-    fields = {"bf16": True, "gradient_accumulation_steps": 1, "steps_per_generation": 4, "max_steps": 1, **fields}
-    trainer = train_rollout(model_dir, tmp_path, **fields)
-    assert (trainer._trims, trainer._may_skip) == (saves, saves)
-    if not saves:
-        assert trainer.state.log_history[0]["clip_ratio/region_mean"] == 0
+def test_where_trls_pass_runs_a_narrow_epsilon_keeps_trls_layout(
+    trainer_class, options, fields, keeps, model_dir, tmp_path
+):
+    fields = {**NARROW, **SEVERAL_STEPS, "bf16": True, **fields}
+    ours = train_rollout(model_dir, tmp_path, trainer_class, **fields, **options)
+    assert bool(plans_of(ours)) == (not keeps)
+    plain = train_rollout(model_dir, tmp_path, trainer_class, **fields, **tiny.PLAIN)
+    if keeps:
+        assert_same_update(ours, plain)  # to the last bit
 
 
 @pytest.mark.parametrize("own", [None, "this process finds a reason"])
@@ -545,9 +670,9 @@ class ChangesAdvantages(TrainerCallback):
             micro_batch["advantages"] = self.change(micro_batch["advantages"])
 
 
-def train_with_changes(model_dir, output_dir, change, **fields):
+def train_with_changes(model_dir, output_dir, change, method=rollout, **fields):
     callback = ChangesAdvantages(change)
-    arguments = {"rollout_func": rollout, "callbacks": [callback]}
+    arguments = {"rollout_func": method, "callbacks": [callback]}
     fields = {"num_iterations": 2, "max_steps": 4, "max_completion_length": 12, **SGD, **fields}
     trainer = make(output_dir, model=model_dir, reward_funcs=given_reward, arguments=arguments, **fields)
     callback.trainer = trainer
@@ -572,6 +697,23 @@ def test_advantages_that_a_callback_gives_are_refused_where_they_need_what_was_n
 def test_advantages_that_a_callback_changes_otherwise(change, fields, model_dir, tmp_path):
     plain = train_with_changes(model_dir, tmp_path, change, **tiny.PLAIN)
     assert update_difference(train_with_changes(model_dir, tmp_path, change, **fields), plain) < 1e-4
+
+
+def rollout_with_skipped_rows_that_are_wide(prompts, trainer):
+    made = rollout(prompts, trainer)
+    is_skipped = [i // trainer.num_generations % 2 == 0 for i in range(len(prompts))]
+    ids = [[*range(10, 10 + 30 * wide), *row] for wide, row in zip(is_skipped, made["prompt_ids"], strict=True)]
+    return {**made, "prompt_ids": ids}
+
+
+@needs_fused_head
+@pytest.mark.usefixtures("padded")
+def test_the_layout_stays_where_a_callback_changes_advantages(model_dir, tmp_path):
+    """Rows that were skipped would make the others wider."""
+    fields = {**NARROW, "bf16": True, "learning_rate": 0.0, "method": rollout_with_skipped_rows_that_are_wide}
+    trainer = train_with_changes(model_dir, tmp_path, lambda advantages: 1.5 * advantages, **fields)
+    assert sum(plan.computed for plan in plans_of(trainer)) < sum(plan.present for plan in plans_of(trainer))
+    assert {entry["clip_ratio/region_mean"] for entry in trainer.state.log_history[:-1]} == {0.0}
 
 
 class OwnPassBefore(A3POTrainer):

@@ -114,16 +114,9 @@ def test_rows_computed_in_order_come_back_in_place():
     mask = torch.cat([torch.arange(4) >= 4 - prompts[:, None], torch.arange(8) < completions[:, None]], dim=1).long()
     ids = torch.randint(1, 99, (7, 12), generator=generator)
     calls = []
-    lengths, live = row_lengths(mask[:, :4], mask[:, 4:]), [True] * 7
-    outputs = run_in_order(toy_forward(calls), ids, mask, 8, lengths, live, batch_size=3)
+    lengths = row_lengths(mask[:, :4], mask[:, 4:])
+    outputs = run_in_order(toy_forward(calls), ids, mask, 8, lengths, batch_size=3)
     for ours, theirs in zip(outputs, toy_forward([])(ids, mask, 8), strict=True):
         assert (ours is None) if theirs is None else torch.equal(ours, theirs)
     assert [rows for rows, _ in calls] == [3, 3, 1]
     assert sum(rows * width for rows, width in calls) < ids.numel()
-
-    calls.clear()
-    live = [row in (1, 4) for row in range(7)]
-    logps, *_ = run_in_order(toy_forward(calls), ids, mask, 8, lengths, live, batch_size=3)
-    assert [rows for rows, _ in calls] == [2, 1, 1]  # as many passes; those without a live row compute a token
-    assert torch.equal(logps[[1, 4]], outputs[0][[1, 4]])
-    assert not logps[[0, 2, 3, 5, 6]].any()

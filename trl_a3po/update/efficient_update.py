@@ -85,11 +85,11 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     # Whether a step was trained, and with TRL's loss: that of a subclass may not call it.
     _has_trained: bool = False
     _loss_ran: bool = False
-    # The scope of the running call of TRL's loss.
+    # The scope of the running call of TRL's loss, or of a pass for old log-probabilities that takes its layout.
     _loss_scope: LossScope | None = None
-    # For the pass for `old_per_token_logps`: whether it comes next and is skipped; which rows it computes (None: all).
+    # Whether TRL's pass for `old_per_token_logps` comes next and is skipped; whether the new rollout does without it.
     _skips_next_pass: bool = False
-    _live_rows: list[bool] | None = None
+    _replaces_old_pass: bool = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -103,7 +103,6 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             # If a process has fewer tokens than the others, more of its experts have no gradient, and DDP waits for
             # them.
             or (self.accelerator.num_processes > 1 and has_experts_as_modules(self.model))
-            or self._clips_rounding()
         )
         # The scale of NEFTune's noise depends on the padded width.
         self._trims = self.args.trim_padding and suited and not self.args.neftune_noise_alpha
@@ -113,6 +112,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self._may_skip_old_logps = self.args.skip_old_logps and suited and trl_has_fused_head()
         corrects = self.args.use_vllm and self.args.vllm_importance_sampling_correction
         self._sampler = SamplerCorrection(self) if corrects else None
+        self._clips_rounding = self._may_clip_rounding()
         # What is found out about the model holds for the reference that TRL made of it, and for no other model.
         self._checked_configs = [self._config_of(model) for model in (self.model, self.ref_model) if model is not None]
         self._traits: PaddingTraits = configured_traits(self.model)
@@ -122,16 +122,21 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if not self._checks_model:
             self._check_model()
 
-    def _clips_rounding(self) -> bool:
-        """
-        Whether the loss may clip tokens or completions because of rounding in half precision.
+    @property
+    def _trl_runs_old_pass(self) -> bool:
+        """Whether GRPOTrainer runs a pass for `old_per_token_logps` in training."""
+        return self._sampler is not None or not self.args.trains_aligned
 
-        In GRPOTrainer, the pass for the old log-probabilities and that of the first loss have rows of one shape, so
-        the first importance ratios are exactly 1. In another layout they differ by up to about 1 %.
+    def _may_clip_rounding(self) -> bool:
+        """
+        Whether the loss may clip rounding in half precision, if its layout is not that of the old log-probabilities.
+
+        In one layout, the importance ratios are exactly 1 until the model changes. In another layout they differ by up
+        to about 1 %. So a rollout with TRL's old log-probabilities keeps TRL's layout.
         """
         is_half = self.accelerator.mixed_precision != "no" or self.model.dtype in (torch.bfloat16, torch.float16)
         epsilons = [each for each in (self.args.epsilon, self.args.epsilon_high) if each is not None]
-        return is_half and not self.args.trains_aligned and min(epsilons) < _ROUNDED_RATIO
+        return self._trl_runs_old_pass and is_half and min(epsilons) < _ROUNDED_RATIO
 
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off savings that are not exact. All processes must call it."""
@@ -232,13 +237,17 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # as after a backward pass: TRL sends vLLM sharded parameters
-        rollout = self._buffered_inputs
+        rollout, self._replaces_old_pass = self._buffered_inputs, False
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is rollout or not (self._trims or self._may_skip):
             return inputs  # a reused rollout, or an evaluation with batches of the needed width
         if self._may_have_images and self._any_images(self._buffered_inputs):
             return inputs
+        if self._clips_rounding and "old_per_token_logps" in inputs:
+            return inputs  # they have TRL's layout
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
+        if self._replaces_old_pass and not self.args.trains_aligned:
+            self._add_old_logps(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _any_images(self, micro_batches: list[dict[str, Any]]) -> bool:
@@ -256,6 +265,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _plan_update(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         check_advantages(micro_batches[0]["advantages"])
         regroups, skipped = self._regroups(), self._skippable_signs()
+        if not self.args.trains_aligned:
+            skipped &= {0}  # a subclass may raise a weight of 0 before the rollout is used up
         # The largest number of micro-batches that never span two optimizer steps, whichever period is longer.
         window = math.gcd(len(micro_batches), self.args.gradient_accumulation_steps) if regroups else 1
         rollout = {key: merge_rows([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
@@ -272,10 +283,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if shapes is None:
             shared = [by_length(lengths[part], live[part], window, self._multiple) for part in parts]
         else:
-            # DeepSpeed's engine takes part in each backward pass. Rows of a polarity of weight 0 may have a gradient
-            # before the rollout is used up.
-            spreads = self.is_deepspeed_enabled or bool(skipped - {0})
-            least = window if spreads else 1
+            least = window if self.is_deepspeed_enabled else 1  # its engine takes part in each backward pass
             group = self.num_generations
             shared = [in_fewest(shapes[part], live[part], size * width, group, least, window) for part in parts]
         found = self._largest([number for each in shared for number in (len(each), max(map(len, each)))])
@@ -358,14 +366,18 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         scope = self._loss_scope
         if scope is None or not scope.waits_for_logps:
             has_images = any(isinstance(value, Tensor) for value in kwargs.values())
-            saves = self._trims and not has_images
-            run = functools.partial(self._run_all, compute, live=self._live_rows) if saves else compute
+            # These may be old log-probabilities, of a rollout that keeps TRL's layout.
+            keeps = self._clips_rounding and not self._replaces_old_pass and model is not self.ref_model
+            saves = self._trims and not has_images and not keeps
+            run = functools.partial(self._run_all, compute) if saves else compute
             return run(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope.waits_for_logps = False
         if scope.plan is None:
             output = compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         else:
             output = self._run_planned(compute, model, input_ids, attention_mask, logits_to_keep, scope)
+        if not scope.is_loss:
+            return output
         if self._sampler is not None and "importance_sampling_ratio" not in scope.inputs:
             is_computed = torch.arange(len(input_ids), device=input_ids.device) < scope.computed
             ratio = self._sampler.correct(scope.inputs, output[0], is_computed, self._mode)
@@ -400,15 +412,19 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             )
         positions = plan.positions
         if not plan.skipped_signs <= self._skippable_signs() or scope.advantages_changed:
-            # A row that was skipped in the plan may have a gradient now: a subclass may change the weights from step
-            # to step, or the advantages before the loss, or a hook was assigned in the meantime.
-            scope.computed, positions = plan.present, plan.positions_of(plan.present)
-            self._check_old_logps(scope, any_row=0 in plan.skipped_signs - self._skippable_signs())
+            # A row that was skipped in the plan may have a gradient now: a subclass may change the advantages before
+            # the loss, a callback those of a rollout that is in use, or a hook was assigned in the meantime.
+            if plan.lacks_old_logps:
+                self._check_old_logps(scope, any_row=0 in plan.skipped_signs - self._skippable_signs())
+            else:
+                scope.computed, positions = plan.present, plan.positions_of(plan.present)
         if isinstance(positions, PackedLayout):
             output = compute(PackedForward(model, positions), input_ids, attention_mask, logits_to_keep)
         else:
             forward = self._forward(compute, model, self.args.per_device_train_batch_size)
             output = run_extent(forward, input_ids, attention_mask, logits_to_keep, positions)
+        if not scope.is_loss:
+            return output
         logps, entropies, *others = output
         computed = scope.computed
         parts = [computed, plan.present - computed, plan.rows - plan.present]
@@ -427,37 +443,33 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             scope ([`LossScope`]): The loss, of rows or advantages that the plan did not know.
             any_row (`bool`): Whether rows of zero advantage may have a gradient, too.
         """
-        inputs = scope.inputs
-        if "old_per_token_logps" not in inputs:
-            return
-        lacking = loss_mask(inputs).any(1) & (inputs["old_per_token_logps"] == 0).all(1)
-        if (lacking if any_row else lacking & (inputs["advantages"] != 0)).any():
+        lacking = loss_mask(scope.inputs).any(1)[scope.computed :]
+        if (lacking if any_row else lacking & (scope.inputs["advantages"][scope.computed :] != 0)).any():
             raise RuntimeError(
                 "`shape_advantages` was assigned, or advantages were changed, while a rollout was in use. Its "
                 "completions of zero advantage have no old log-probabilities. Assign it before training, or set "
                 "`skip_old_logps=False`."
             )
 
-    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size, live):
-        """Computes all rows, or the live ones, in as many passes as TRL. No pass has more positions than TRL's."""
+    def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size):
+        """Computes all rows in at most as many passes as TRL. No pass has more positions than TRL's."""
         prompt_width, rows = input_ids.shape[1] - logits_to_keep, len(input_ids)
         prompt_mask, completion_mask = attention_mask[:, :prompt_width], attention_mask[:, prompt_width:]
-        batch_size, live = batch_size or rows, live or [True] * rows
+        batch_size = batch_size or rows
         shapes = self._row_shapes(input_ids[:, :prompt_width], prompt_mask, completion_mask)
         if shapes is None:
             forward = self._forward(compute, model, min(batch_size, rows))
             lengths = self._lengths(prompt_mask, completion_mask)
             return run_in_order(
-                forward, input_ids, attention_mask, logits_to_keep, lengths, live, batch_size, self._multiple
+                forward, input_ids, attention_mask, logits_to_keep, lengths, batch_size, self._multiple
             )
         budget, passes = batch_size * input_ids.shape[1], math.ceil(rows / batch_size)
         least = 1 if self.accelerator.num_processes == 1 else passes
-        shared = fill_up(in_fewest(shapes, live, budget, self.num_generations, least, passes), rows)
+        shared = in_fewest(shapes, [True] * rows, budget, self.num_generations, least, passes)
         parts = []
         for numbers in shared:
             chosen = numbers or [0]  # the model always runs, so that no other process waits
-            computed = [shapes[row] for row in numbers if live[row]]
-            layout = self._layout(computed, (len(chosen), prompt_width, logits_to_keep))
+            layout = self._layout([shapes[row] for row in numbers], (len(chosen), prompt_width, logits_to_keep))
             output = compute(PackedForward(model, layout), input_ids[chosen], attention_mask[chosen], logits_to_keep)
             parts.append(
                 [each[: len(numbers)] if isinstance(each, Tensor) and each.dim() else each for each in output]
@@ -482,8 +494,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         TRL's rollout, without log-probabilities that nobody needs.
 
         If the loss runs before the model changes, its own log-probabilities are the old ones. TRL then needs the pass
-        only for vLLM's importance ratio, which the loss can also compute. If the loss runs later, the pass runs only
-        for the rows with a gradient. These rows are known when the rewards are known.
+        only for vLLM's importance ratio, which the loss can also compute. If the loss runs later, the rollout lacks
+        them until the update is planned: [`~EfficientUpdateGRPOTrainer._add_old_logps`].
 
         Args:
             generate (callable): TRL's method.
@@ -491,24 +503,22 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             result_is_final (`bool`): Whether no subclass reads the rollout, or changes its advantages, before the
                 update. If a subclass does, it gets everything that TRL computes.
         """
-        trains_aligned = self.args.trains_aligned
-        is_aligned = trains_aligned or self._mode == "eval"
-        # Not completions of a polarity of weight 0: they may have a gradient before the rollout is used up.
-        skipped = self._skippable_signs() & {0}
-        sampler = self._sampler
-        runs_in_trl = sampler is not None or not trains_aligned
-        can_run_later = bool(skipped) and not self._may_have_images  # it would run without the images
-        if not (runs_in_trl and self._may_replace_old_pass(result_is_final) and (is_aligned or can_run_later)):
+        is_aligned = self.args.trains_aligned or self._mode == "eval"
+        is_planned = self._trims or self._may_skip
+        # Later it would run without the images.
+        has_place = is_aligned or (is_planned and not self._may_have_images)
+        if not (self._trl_runs_old_pass and has_place and self._may_replace_old_pass(result_is_final)):
             return generate(inputs)
+        sampler = self._sampler
         is_known = sampler is None or bool(sampler.is_trls)
         metrics = self._metrics[self._mode]
         before = {name: len(values) for name, values in metrics.items()}
-        self._skips_next_pass = is_known
+        self._skips_next_pass = self._replaces_old_pass = is_known
         try:
             rollout = dict(generate(inputs))
         finally:
             self._skips_next_pass = False
-        if sampler is not None and not is_known and not (sampler.check(rollout) and is_aligned):
+        if sampler is not None and not is_known and not sampler.check(rollout):
             return rollout
         # These metrics include rows without a gradient, or zeros in place of log-probabilities.
         for name in [name for name in metrics if name.startswith("sampling/")]:
@@ -517,41 +527,45 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 del metrics[name]  # TRL would log `None`
         del rollout["old_per_token_logps"]
         rollout.pop("importance_sampling_ratio", None)
-        return rollout if is_aligned else self._with_old_logps(rollout, skipped)
+        self._replaces_old_pass = True
+        return rollout
 
     def _may_replace_old_pass(self, result_is_final: bool) -> bool:
         """Whether nobody needs all that TRL's pass computes, and the loss computes vLLM's ratio as TRL does."""
         differs = self._sampler is not None and self._sampler.is_trls is False
         return self._may_skip_old_logps and result_is_final and self._loss_is_trls() and not differs
 
-    def _with_old_logps(self, rollout: dict[str, Any], skipped: frozenset[int]) -> dict[str, Any]:
-        """A rollout with the old log-probabilities, and vLLM's ratio, of the rows that the loss computes."""
-        names = ("prompt", "completion")
-        input_ids, attention_mask = (
-            torch.cat([rollout[f"{name}_{kind}"] for name in names], dim=1) for kind in ("ids", "mask")
-        )
-        is_computed = _has_other_sign(rollout, skipped)
-        self._live_rows = is_computed.tolist()
-        try:
-            with (
-                torch.no_grad(),
-                disable_gradient_checkpointing(
-                    cast(Any, self.model), cast(Any, self.args.gradient_checkpointing_kwargs)
-                ),
-            ):
-                old_logps = self._get_per_token_logps_and_entropies(
-                    self.model,
-                    input_ids,
-                    attention_mask,
-                    rollout["completion_ids"].shape[1],
-                    batch_size=self.args.per_device_train_batch_size,
-                )[0]
-        finally:
-            self._live_rows = None
-        rollout["old_per_token_logps"] = old_logps
-        if self._sampler is not None:
-            rollout["importance_sampling_ratio"] = self._sampler.correct(rollout, old_logps, is_computed, self._mode)
-        return rollout
+    @torch.no_grad()
+    def _add_old_logps(self, planned: list[dict[str, Any]]) -> None:
+        """
+        Gives planned micro-batches the old log-probabilities of their computed rows, and vLLM's ratio.
+
+        Each pass has the layout of the loss. In half precision rounding depends on the layout, and a narrow `epsilon`
+        clips it.
+        """
+        kwargs = cast(Any, self.args.gradient_checkpointing_kwargs)
+        with disable_gradient_checkpointing(cast(Any, self.model), kwargs):
+            for batch in planned:
+                plan = batch[PLAN]
+                if not plan.rows:
+                    continue
+                self._loss_scope = scope = LossScope(self, batch, is_loss=False)
+                inputs = scope.inputs
+                input_ids, attention_mask = (
+                    torch.cat([inputs[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
+                    for kind in ("ids", "mask")
+                )
+                try:
+                    logps, *_ = self._get_per_token_logps_and_entropies(
+                        self.model, input_ids, attention_mask, inputs["completion_ids"].shape[1]
+                    )
+                finally:
+                    self._loss_scope = None
+                batch["old_per_token_logps"] = logps = logps[: plan.present]
+                plan.lacks_old_logps = True
+                if self._sampler is not None:
+                    is_computed = torch.arange(plan.present, device=logps.device) < plan.computed
+                    batch["importance_sampling_ratio"] = self._sampler.correct(batch, logps, is_computed, self._mode)
 
 
 def _has_other_sign(inputs: dict[str, Any], signs: frozenset[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""[`LossScope`]: one call of TRL's loss."""
+"""[`LossScope`]: one call of TRL's loss, or of the pass that it takes the old log-probabilities from."""
 
 from typing import Any
 
@@ -34,6 +34,7 @@ class LossScope:
 
     Attributes:
         inputs (`dict`): The copy that TRL's loss reads.
+        is_loss (`bool`): Whether TRL's loss runs, not the pass for old log-probabilities in its layout.
         plan ([`Plan`], *optional*): Which rows are computed; `None` for all.
         advantages_changed (`bool`): Whether a subclass has replaced the advantages, or changed them in place.
         present (`int`): Rows of the micro-batch. `inputs` may have more rows, which have no tokens.
@@ -42,8 +43,9 @@ class LossScope:
             further passes inside the loss.
     """
 
-    def __init__(self, trainer: GRPOTrainer, inputs: dict[str, Any]):
+    def __init__(self, trainer: GRPOTrainer, inputs: dict[str, Any], is_loss: bool = True):
         check_advantages(inputs["advantages"])
+        self.is_loss = is_loss
         self.inputs = dict(inputs)
         self.plan: Plan | None = self.inputs.pop(PLAN, None)
         self.present = len(inputs["completion_ids"])

@@ -78,7 +78,7 @@ def by_length(
     Returns:
         `list[list[int]]`: The live rows of each micro-batch.
     """
-    alive = [row for row in _longest_first(lengths, live) if live[row]]
+    alive = [row for row in _longest_first(lengths) if live[row]]
     shared = []
     for count in share_out([lengths[row] for row in alive], batches, len(lengths) // batches, multiple):
         shared.append(alive[:count])
@@ -171,21 +171,20 @@ def run_in_order(
     attention_mask: Tensor,
     logits_to_keep: int,
     lengths: Sequence[tuple[int, int]],
-    live: Sequence[bool],
     batch_size: int,
     multiple: int = 1,
 ) -> tuple[Any, ...]:
     """
-    Computes the live rows, sorted by length, in as many passes as all rows would need.
+    Computes all rows, sorted by length.
 
     Returns:
         The outputs of `forward`, with rows in the order of `input_ids`, and 0 in columns of padding.
     """
-    order = _longest_first(lengths, live)
+    order = _longest_first(lengths)
     parts = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        extent = extent_of([lengths[row] for row in rows if live[row]], multiple)
+        extent = extent_of([lengths[row] for row in rows], multiple)
         parts.append(run_extent(forward, input_ids[rows], attention_mask[rows], logits_to_keep, extent))
     return gather_parts(parts, order)
 
@@ -213,9 +212,9 @@ def _join(parts: Sequence[Any], place: Tensor) -> Any:
     return torch.cat(list(parts))[place.to(parts[0].device)]
 
 
-def _longest_first(lengths: Sequence[tuple[int, int]], live: Sequence[bool]) -> list[int]:
-    """Sorts live rows first, and the longest first, so that the allocator gets its largest request at once."""
-    return sorted(range(len(lengths)), key=lambda row: (not live[row], -sum(lengths[row])))
+def _longest_first(lengths: Sequence[tuple[int, int]]) -> list[int]:
+    """Sorts the longest rows first, so that the allocator gets its largest request at once."""
+    return sorted(range(len(lengths)), key=lambda row: -sum(lengths[row]))
 
 
 def _last_used(mask: Tensor) -> Tensor:

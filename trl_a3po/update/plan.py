@@ -27,6 +27,7 @@ class Plan:
         skipped_signs (`frozenset[int]`): Signs of advantages (-1, 0 or 1) whose rows are not computed.
         advantages (`torch.Tensor` of shape `(present,)`): The advantages that these signs are of.
         loss_scale (`float`): Factor of the loss, because TRL divides some losses by the number of rows.
+        lacks_old_logps (`bool`): Whether only the computed rows have old log-probabilities, those of their layout.
     """
 
     computed: int
@@ -36,6 +37,7 @@ class Plan:
     skipped_signs: frozenset[int]
     advantages: Tensor
     loss_scale: float
+    lacks_old_logps: bool = False
 
     def __post_init__(self) -> None:
         self._version = _version(self.advantages)
