@@ -31,6 +31,7 @@ def start(monkeypatch, tmp_path):
         monkeypatch.setitem(main.__globals__, "run", lambda *words: commands.append([*map(str, words)]))
         found = object() if has_vllm else None
         monkeypatch.setattr(main.__globals__["importlib"].util, "find_spec", lambda name: found)
+        monkeypatch.setattr(main.__globals__["torch"].cuda, "is_available", lambda: False)  # the program asks, too
         main([*(["--model", model] if model else []), *line])
         return commands
 

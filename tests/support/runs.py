@@ -1,5 +1,7 @@
 """What TRL brings besides: rollouts with tools and environments, images, experts, continuous batching."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -209,7 +211,10 @@ def router_loss():
 
 def continuous_batching():
     # One request at a time: how many come together is a matter of time, and with it who draws which random number.
-    batching = {"num_blocks": 64, "page_size": 16, "max_batch_tokens": 64, "max_requests_per_batch": 1}
+    # The size had another name in earlier releases of transformers.
+    names = inspect.signature(transformers.ContinuousBatchingConfig).parameters
+    size = "page_size" if "page_size" in names else "block_size"
+    batching = {"num_blocks": 64, size: 16, "max_batch_tokens": 64, "max_requests_per_batch": 1}
     return {}, {
         "use_transformers_continuous_batching": True,
         "transformers_continuous_batching_config": batching,

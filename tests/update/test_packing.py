@@ -466,6 +466,13 @@ class TestCheck:
         model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
         assert "ZeroDivisionError" in check_packing(model).reason
 
+    def test_a_table_of_positions_is_never_looked_up_beyond_its_end(self):
+        """On a GPU, that would be the end of the process, not an error that the check can catch."""
+        model = make_model("gpt2", max_position_embeddings=24)
+        model.transformer.wpe.register_forward_pre_hook(lambda *_: pytest.fail("it runs"))
+        assert check_packing(model).reason == "its table has 24 positions, and made-up rows need 25"
+        assert check_packing(make_model("gpt2", max_position_embeddings=25)).reason is None
+
     def test_the_numbers_decide(self):
         """A layer that mixes along the row, which no rule knows of."""
         model = make_model("llama")

@@ -10,7 +10,15 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .layout import PackedLayout, RowShape
-from .model_traits import as_is, configured_traits, has_rotary_positions, ordinary_tokens, rotation_limit, text_config
+from .model_traits import (
+    as_is,
+    configured_traits,
+    has_rotary_positions,
+    learned_positions,
+    ordinary_tokens,
+    rotation_limit,
+    text_config,
+)
 from .packed_forward import PackedForward, trl_has_fused_head
 
 
@@ -129,6 +137,10 @@ def _compare(model: torch.nn.Module) -> Packing:
     window = getattr(config, "sliding_window", None) or 0
     window = window if window <= _LONGEST_WINDOW else 0
     batch = _made_up_batch(config, window, next(model.parameters()).device)
+    width, positions = batch.input_ids.shape[1], learned_positions(model)
+    if positions is not None and width > positions:
+        # On a GPU, a lookup beyond the table is no error to catch: the process cannot use the device any more.
+        return Packing(f"its table has {positions} positions, and made-up rows need {width}")
     # The first row by itself: without padding, other kernels compute the same numbers.
     padded, alone = _attempt(batch, model), _attempt(batch.first(), model)
     # If each row counts from its first token, as in samplers, a common start has the same positions in all prompts.
