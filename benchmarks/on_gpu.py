@@ -67,6 +67,9 @@ TINY = ["--device", "cpu", "--size", "tiny", "--repeats", "2", "--rows", "16", "
 SMALL = [*TINY, "--prompt", "8", "--micro-batch", "8", "--vocabulary", "512"]
 GSM8K = ["--prompt", "110", "--length", "150", "--longest", "1024"]
 LONG = ["--prompt", "2000", "--length", "1500", "--longest", "8192", "--rows", "24"]
+# A dozen at a time share the GPU by `nvidia-cuda-mps-control -d`.
+REAL = ["benchmarks/real/real_runs.py", "--preset", "gpu", "--jobs", "12", "--methods", "grpo", "dapo", "a3po"]
+REAL += ["--output", "build/real-gpu-results"]
 OVERHEAD = ["benchmarks/step_overhead.py", "--device", "cuda", "--vocabulary", "151936", "--repeats", "12"]
 
 STEPS = [
@@ -80,6 +83,7 @@ STEPS = [
     Step("update_1.5b_block_by_block", 90, update("--size", "1.5b", *GSM8K, program=("-c", BLOCK_BY_BLOCK)), SMALL),
     Step("update_1.5b_rows_of_one", 120, update("--size", "1.5b", *GSM8K, "--micro-batch", "1"), SMALL),
     Step("tests", 600, pytest(*NOT_SLOW), ["--collect-only"]),
+    Step("real_model", 480, REAL, ["--help"]),
     Step("tests_of_sharding", 240, ["-m", "pytest", "-q", "-rs", "-m", "slow", *SHARDED], ["--collect-only"]),
 ]
 
