@@ -392,6 +392,38 @@ def test_a_checkpoint_of_another_adapter_is_refused(trained, resumed, message, t
 
 
 @pytest.mark.parametrize(
+    ("trained", "resumed", "lost"), [("adamw_torch", "sgd", "momentum"), ("sgd", "adamw_torch", "betas")]
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(trained, resumed, lost, tmp_path):
+    def run(optim, steps):
+        return make(tmp_path, optim=optim, max_steps=steps, save_strategy="steps", save_steps=1)
+
+    run(trained, 1).train()
+    with pytest.raises(ValueError, match=f"checkpoint-1' has .* another optimizer, without .*{lost}.*`optim`"):
+        run(resumed, 2).train(True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rate": 0.5}, "`learning_rate=0.5` has no effect: the run resumes with 0.01"),
+        ({"weight_decay": 0.5}, "`weight_decay=0.5` has no effect: the run resumes with 0.0"),
+        ({"optim": "adamw_torch_fused"}, None),
+    ],
+)
+def test_settings_that_the_checkpoint_replaces_are_said(fields, message, tmp_path, caplog):
+    def run(steps, **fields):
+        return make(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1, **fields)
+
+    run(1).train()
+    caplog.clear()
+    run(2, **fields).train(True)
+    said = [each for each in caplog.messages if "has no effect" in each]
+    assert len(said) == (message is not None)
+    assert message is None or message in said[0]
+
+
+@pytest.mark.parametrize(
     ("config", "unfrozen", "lost"),
     [
         (LoraConfig(**LORA), "norm", "base_model.model.model.layers.0.input_layernorm.weight"),

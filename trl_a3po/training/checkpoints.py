@@ -159,8 +159,12 @@ class ResumableGRPOTrainer(GRPOTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        of_run = [dict(group) for group in groups]
         with _naming(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if self.optimizer is not None:
+            check_optimizer(of_run, self.optimizer.param_groups, checkpoint)
 
     def _load_rng_state(self, checkpoint):
         with _naming(checkpoint):
@@ -416,6 +420,37 @@ def check_has_optimizer(checkpoint: Path) -> None:
         "schedule: it was saved with `save_only_model=True`, or is no checkpoint. Pass another checkpoint. To start a "
         "new run from its weights, pass it as the model, without `resume_from_checkpoint`."
     )
+
+
+def check_optimizer(of_run: list[dict[str, Any]], loaded: list[dict[str, Any]], checkpoint: str) -> None:
+    """
+    Refuses the state of another optimizer, whose step would fail. Warns of settings that the checkpoint replaces.
+
+    Args:
+        of_run (`list[dict]`): The parameter groups of the run's optimizer before the checkpoint was loaded.
+        loaded (`list[dict]`): The same groups with the settings of the checkpoint.
+        checkpoint (`str`): Is named.
+
+    Raises:
+        `ValueError`: a group has lost a setting that its optimizer needs.
+    """
+    for before, after in zip(of_run, loaded, strict=False):
+        if lost := sorted(before.keys() - after.keys()):
+            raise ValueError(
+                f"'{checkpoint}' has the state of another optimizer, without {', '.join(lost)}. Pass the `optim` that "
+                "the run was begun with, or start a new run from the weights of the checkpoint."
+            )
+        for option, setting in ("learning_rate", "initial_lr"), ("weight_decay", "weight_decay"):
+            if before.get(setting) != after.get(setting):
+                logger.warning(
+                    "`%s=%s` has no effect: the run resumes with %s, as '%s' has it. To change it, start a new run "
+                    "from the weights of the checkpoint.",
+                    option,
+                    before.get(setting),
+                    after.get(setting),
+                    checkpoint,
+                )
+                return
 
 
 # The settings of an adapter that decide which weights it has, and what they do.
