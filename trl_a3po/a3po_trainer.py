@@ -476,6 +476,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             self._reduce_polarity_sums("train")
             if self._token_log is not None:
                 self._token_log.write(self.state.global_step)
+        self._gradient_norm = args[1]
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):

@@ -267,6 +267,34 @@ def test_prompts_longer_than_the_positions_that_a_model_looks_up_are_refused(tmp
     ):
         train_on("1+" * 9, "2+2=")
 
+    with pytest.raises(
+        ValueError, match=r"of 15 tokens and `max_completion_length=8`, padded to multiples of 16, need"
+    ):
+        train_two_steps(
+            tmp_path,
+            model=gpt2,
+            arguments={"train_dataset": Dataset.from_dict({"prompt": ["1+" * 7 + "1", "2+2="]})},
+            pad_to_multiple_of=16,
+        )
+
+
+@pytest.mark.parametrize("name", ["prompt_ids", "completion_ids"])
+def test_tokens_of_a_rollout_function_that_the_model_does_not_have_are_refused(name, tmp_path):
+    def rollout(prompts, trainer):
+        ids = {key: [[5, 6]] * len(prompts) for key in ("prompt_ids", "completion_ids")}
+        ids[name] = [[5, 1000], *ids[name][1:]]
+        return {**ids, "logprobs": [[0.0] * len(each) for each in ids["completion_ids"]]}
+
+    with pytest.raises(ValueError, match=rf"an item of the `{name}` that `rollout_func` returned has token 1000"):
+        train_two_steps(tmp_path, arguments={"rollout_func": rollout})
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_refused(tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"its padding has token \d+, .*resize_token_embeddings"):
+        train_two_steps(tmp_path, arguments={"processing_class": tokenizer})
+
 
 def test_prompts_longer_than_the_context(tmp_path):
     context = tiny.model().config.max_position_embeddings
@@ -299,11 +327,13 @@ def rollout(length, counts):
 LONGEST = 8
 
 
+@pytest.mark.parametrize("logging_steps", [1, 10])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_a_gradient_of_nan_ends_the_training(level, tmp_path):
+def test_a_gradient_of_nan_ends_the_training(level, logging_steps, tmp_path):
     """The policy, who had all but excluded the tokens of the rollout, moves too far for the ratio to be a number."""
     arguments = {"rollout_func": rollout(length=lambda i: LONGEST, counts=lambda i, t: True)}
     fields = {"num_iterations": 2, "importance_sampling_level": level, "loss_type": "grpo"}
+    fields["logging_steps"] = logging_steps  # if this log comes late, before the next rollout
     with pytest.raises(FloatingPointError, match=r"^The gradient of step 2 is NaN, so all parameters become NaN"):
         train_two_steps(tmp_path, model=certain, arguments=arguments, max_steps=4, **fields)
 

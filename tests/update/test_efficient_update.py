@@ -23,6 +23,7 @@ from transformers import (
 
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.update import efficient_update
+from trl_a3po.update.layout import PackedLayout
 from trl_a3po.update.loss_scope import PLAN
 from trl_a3po.update.model_traits import PaddingTraits, has_experts_as_modules
 from trl_a3po.update.packed_forward import trl_has_fused_head
@@ -807,3 +808,15 @@ def test_the_model_has_its_own_attention_after_an_error_in_a_backward_pass(error
     trainer.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
     trainer.train()
     assert moved(trainer)
+
+
+@needs_fused_head
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_masks_of_attention_are_not_kept_with_the_rollout(checkpointing, tmp_path):
+    """Of long prompts they would be the largest thing in memory. Checkpointing makes them anew, backwards."""
+    fields = {"num_iterations": 2, "max_steps": 1, "gradient_checkpointing": checkpointing}
+    trainer = train_rollout(tiny.model, tmp_path, **fields)
+    layouts = [plan.positions for plan in plans_of(trainer) if plan.rows]
+    assert all(isinstance(layout, PackedLayout) for layout in layouts)
+    assert not all(block.is_causal for layout in layouts for block in layout.blocks)  # some have a mask
+    assert [layout.masks for layout in layouts] == [{}] * len(layouts)

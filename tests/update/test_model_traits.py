@@ -17,6 +17,7 @@ from trl_a3po.update.model_traits import (
     configured_traits,
     has_rotary_positions,
     learned_positions,
+    multiplies_in_tf32,
     never_alone,
     observed_traits,
     ordinary_tokens,
@@ -247,6 +248,46 @@ def test_a_model_that_cannot_run_keeps_its_padding_and_says_so(caplog):
     assert padding_traits(Toy(fails)) == PaddingTraits(left_padding=True, alone=True, company=True)
     assert "Could not check whether the output of Toy depends on padding" in caplog.text
     assert "NotImplementedError: needs pictures" in caplog.text
+
+
+def test_a_model_that_only_runs_under_autocast_is_checked_there():
+    """Like a flash kernel, which does not take float32."""
+
+    def refuses(toy, x, mask):
+        if not torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("only half precision")
+        return masked_sum(toy, x, mask)
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    assert padding_traits(Toy(refuses)) == PaddingTraits(left_padding=True, alone=True, company=True)
+    assert padding_traits(Toy(refuses), autocast) == PaddingTraits()
+
+
+@pytest.fixture
+def tf32():
+    matmul = torch.backends.cuda.matmul
+    if hasattr(torch.backends, "fp32_precision"):  # as transformers sets it, since torch 2.9
+        before = torch.backends.fp32_precision
+        torch.backends.fp32_precision = "tf32"
+        yield
+        torch.backends.fp32_precision = before
+    else:
+        matmul.allow_tf32 = True
+        yield
+        matmul.allow_tf32 = False
+
+
+def test_tf32_is_known(tf32, tmp_path):
+    assert multiplies_in_tf32()
+    assert padding_traits(tiny.model()) == PaddingTraits()
+    trainer = train(tmp_path, model=tiny.model, max_steps=1, dynamic_sampling=1)  # needs to know
+    assert trainer._trims
+
+
+def test_without_tf32_products_are_exact():
+    assert not multiplies_in_tf32()
 
 
 def test_few_positions_are_enough():

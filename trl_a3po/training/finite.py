@@ -69,18 +69,25 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     return import_module("deepspeed").zero.GatheredParameters([parameter])
 
 
-class NaNGradients(TrainerCallback):
+def check_gradient(norm: Tensor | float | None, step: int, accelerator: Accelerator) -> None:
     """
-    Ends the training at the first log whose gradient is NaN. The next checkpoint would detect it later.
+    Ends the training if the gradient of a step was NaN. With fp16 it may be: such steps are skipped.
 
-    With fp16, NaN gradients are normal, and their steps are skipped.
+    Raises:
+        `FloatingPointError`: the norm is NaN.
     """
+    if norm is None or accelerator.mixed_precision == "fp16":
+        return
+    whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+    if math.isnan(whole):
+        raise FloatingPointError(f"The gradient of step {step} is NaN, so all parameters become NaN. {_ADVICE}")
+
+
+class NaNGradients(TrainerCallback):
+    """Ends the training at the first log whose gradient is NaN. The next checkpoint would detect it later."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and math.isnan(logs.get("grad_norm", 0.0)) and self._accelerator.mixed_precision != "fp16":
-            raise FloatingPointError(
-                f"The gradient of step {state.global_step} is NaN, so all parameters become NaN. {_ADVICE}"
-            )
+        check_gradient((logs or {}).get("grad_norm"), state.global_step, self._accelerator)

@@ -54,12 +54,12 @@ def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
     return totals.masked_fill(rewards_per_func.isnan().all(1), math.nan)
 
 
-def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """
-    Wraps a `rollout_func` so that completions without tokens are refused. TRL cannot train on them.
+    A `rollout_func` whose completions are refused if they have no tokens, or tokens that the model does not have.
 
     Raises:
-        `ValueError`: when the function is called. The message names the prompt and the fix.
+        `ValueError`: when the function is called. The message names the prompt or the token, and the fix.
     """
 
     @functools.wraps(rollout_func)
@@ -71,33 +71,36 @@ def refuse_empty_completions(rollout_func: Callable[..., dict[str, Any]]) -> Cal
                     f"`rollout_func` returned a completion without tokens for the prompt {prompt!r:.500}. Return at "
                     "least one token, such as the end-of-sequence token."
                 )
+        for name in ("prompt_ids", "completion_ids"):
+            trainer._check_tokens(output.get(name, []), f"an item of the `{name}` that `rollout_func` returned")
         return output
 
     return checked
 
 
-def check_tokens(prompt_ids: Sequence[Sequence[int]], embeddings: int) -> None:
+def check_tokens(token_ids: Sequence[Sequence[int]], embeddings: int, what: str = "a prompt") -> None:
     """
-    Refuses prompts with tokens that the model does not have: on a GPU, they would end the process without a reason.
+    Refuses tokens that the model does not have: on a GPU, they would end the process without a reason.
 
     Args:
-        prompt_ids (sequence of sequences of `int`): The prompts.
+        token_ids (sequence of sequences of `int`): The prompts, or others.
         embeddings (`int`): Number of tokens that the model has an embedding for.
+        what (`str`, *optional*, defaults to `"a prompt"`): What has the tokens.
 
     Raises:
-        `ValueError`: a prompt is refused. The message names the token and the fix.
+        `ValueError`: a token is refused. The message names it and the fix.
     """
-    largest = max((max(ids, default=0) for ids in prompt_ids), default=0)
+    largest = max((max(ids, default=0) for ids in token_ids), default=0)
     if largest >= embeddings:
         raise ValueError(
-            f"The tokenizer is not that of the model: a prompt has token {largest}, but the vocabulary of the model "
+            f"The tokenizer is not that of the model: {what} has token {largest}, but the vocabulary of the model "
             f"has {embeddings} tokens. Pass the tokenizer of the model, or call `model.resize_token_embeddings` after "
             "you add tokens."
         )
 
 
 def check_prompts_fit(
-    prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any
+    prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any, multiple: int = 1
 ) -> None:
     """
     Refuses prompts that leave no room for a completion in a model with learned absolute positions.
@@ -107,14 +110,16 @@ def check_prompts_fit(
         max_completion_length (`int`): Maximum tokens of a completion.
         positions (`int`): Number of positions of the model.
         tokenizer: Decodes the prompts.
+        multiple (`int`, *optional*, defaults to 1): Number of columns of which TRL pads either to a multiple.
 
     Raises:
         `ValueError`: a prompt is refused. The message names the prompt and the fix.
     """
     for ids in prompt_ids:
-        if len(ids) + max_completion_length > positions:
+        if sum(math.ceil(each / multiple) * multiple for each in (len(ids), max_completion_length)) > positions:
+            padded = f", padded to multiples of {multiple}," if multiple > 1 else ""
             raise ValueError(
-                f"A prompt of {len(ids)} tokens and `max_completion_length={max_completion_length}` need more than "
-                f"the {positions} positions of the model. Remove the prompt, shorten it, or lower "
+                f"A prompt of {len(ids)} tokens and `max_completion_length={max_completion_length}`{padded} need more "
+                f"than the {positions} positions of the model. Remove the prompt, shorten it, or lower "
                 f"`max_completion_length`. It starts with {tokenizer.decode(ids[:100])!r:.200}."
             )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
@@ -15,7 +15,8 @@ from ..update.micro_batches import loss_mask
 from ..update.model_traits import learned_positions
 from .dataset_checks import ChecksProgress, check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
-from .input_checks import check_prompts_fit, check_rewards, check_tokens, refuse_empty_completions, total_rewards
+from .finite import check_gradient
+from .input_checks import check_prompts_fit, check_rewards, check_tokens, checked_rollout_func, total_rewards
 from .signal_budget import SIGNAL, SignalBudget, parses_solutions, reward_reasons, rollout_reasons
 from .token_log import GROUPS
 
@@ -42,6 +43,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     _fresh_prompts: tuple[int, Iterator[int]] = (-1, iter(()))
 
     _numbered_groups = 0
+    # That of the last step, if gradients are clipped.
+    _gradient_norm: Tensor | float | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -50,7 +53,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         # Since the last log, by the clock of the host.
         self._step_seconds = {"generation": 0.0, "rewards": 0.0}
         if self.rollout_func is not None:
-            self.rollout_func = refuse_empty_completions(self.rollout_func)
+            self.rollout_func = checked_rollout_func(self.rollout_func)
+        self._check_tokens([[self._text_tokenizer.pad_token_id or 0]], "its padding")
         if not isinstance(self.train_dataset, Sized):
             kind = type(self.train_dataset).__name__
             self._refuse_dynamic_sampling(f"with a dataset without an index (`{kind}`). Pass a `Dataset`")
@@ -84,15 +88,21 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         return super().get_train_dataloader()
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        # An adapter of the embeddings may hide their number.
-        if embeddings := getattr(cast(Any, self.model).get_input_embeddings(), "num_embeddings", None):
-            check_tokens(prompt_ids, embeddings)
+        self._check_tokens(prompt_ids, "a prompt")
         positions = learned_positions(self.model)
         if positions and self.max_completion_length:
-            check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer)
+            check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer, self._multiple)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
+    def _check_tokens(self, token_ids: Sequence[Sequence[int]], what: str) -> None:
+        # An adapter of the embeddings may hide their number.
+        if embeddings := getattr(cast(Any, self.model).get_input_embeddings(), "num_embeddings", None):
+            check_tokens(token_ids, embeddings, what)
+
     def _generate(self, prompts, *args, **kwargs):
+        if self.model.training:
+            # Most logs come later. To sample from NaN is an error without a reason, and on a GPU the process ends.
+            check_gradient(self._gradient_norm, self.state.global_step, self.accelerator)
         # A `rollout_func` may compute log-probabilities. Only TRL's own pass, which comes later, is skipped.
         skips, self._skips_next_pass = self._skips_next_pass, False
         try:
@@ -103,6 +113,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     def _forget_rollouts(self) -> None:
         """Forgets what the rollouts of a run that was interrupted have left."""
+        self._gradient_norm = None
         self._fresh_prompts = RolloutGRPOTrainer._fresh_prompts
         self._signal_budget.pop_counts()
         self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)

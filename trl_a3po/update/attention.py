@@ -61,6 +61,7 @@ def packed_attention(model: torch.nn.Module, layout: PackedLayout) -> Iterator[N
         yield
     finally:
         restore_attention(model)
+        layout.masks.clear()
 
 
 def restore_attention(model: torch.nn.Module) -> None:
@@ -84,9 +85,14 @@ class _PackedInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         # This runs before the backward of any layer, because all depend on it. The callback runs after the last.
-        model = ctx.model
-        _switch_on(model, ctx.layout, in_backward=True)
-        Variable._execution_engine.queue_callback(lambda: restore_attention(model))
+        model, layout = ctx.model, ctx.layout
+
+        def leave() -> None:
+            restore_attention(model)
+            layout.masks.clear()
+
+        _switch_on(model, layout, in_backward=True)
+        Variable._execution_engine.queue_callback(leave)
         return gradient, None, None
 
 
@@ -197,7 +203,7 @@ def _attend_in_blocks(
 
     outputs = []
     for number, block in enumerate(blocks):
-        mask = _mask(layout, block, window)
+        mask = _mask(layout, block, window, query.device)
         asking = with_keys_before(queries, number) if mask is None else queries[number]
         seen = with_keys_before(keys, number), with_keys_before(values, number)
         attended = attend(asking, *seen, mask)
@@ -211,7 +217,7 @@ def _function_of(module: torch.nn.Module, name: str | None) -> Callable[..., tup
     return registered[name] if name in registered else sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _mask(layout: PackedLayout, block: Block, window: int | None) -> Tensor | None:
+def _mask(layout: PackedLayout, block: Block, window: int | None, device: torch.device) -> Tensor | None:
     """Mask of a block, true where a position attends to a key; `None` if it is computed as a causal row."""
     if window is not None and window >= block.keys:
         window = None
@@ -220,7 +226,7 @@ def _mask(layout: PackedLayout, block: Block, window: int | None) -> Tensor | No
     name = (block, window)
     if name not in layout.masks:
         layout.masks[name] = layout.attends(block, window)
-    return layout.masks[name]
+    return layout.masks[name].to(device)  # of the layer, if the model is spread over several
 
 
 def _attend_fused(
@@ -269,8 +275,11 @@ def _varlen_takes(query: Tensor, value: Tensor) -> bool:
     return (
         "window_size" in _VARLEN_PARAMETERS
         and query.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and _kernel_type(query) in (torch.float16, torch.bfloat16)
         and query.shape[-1] == value.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
     )
 
 
@@ -286,15 +295,16 @@ def _attend_varlen(
         else:  # before torch 2.12
             key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     query, key, value = (each[0].transpose(0, 1).to(kind) for each in (query, key, value))
-    starts = layout.starts
+    # To the device of the layer, if the model is spread over several.
+    of_queries, of_keys, keys = (each.to(query.device) for each in layout.starts[:3])
     output = varlen_attn(
         query,
-        key[starts.keys],
-        value[starts.keys],
-        starts.of_queries,
-        starts.of_keys,
-        starts.most_queries,
-        starts.most_keys,
+        key[keys],
+        value[keys],
+        of_queries,
+        of_keys,
+        layout.starts.most_queries,
+        layout.starts.most_keys,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         **options,

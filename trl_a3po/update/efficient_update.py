@@ -37,6 +37,7 @@ from .model_traits import (
     PaddingTraits,
     configured_traits,
     has_experts_as_modules,
+    multiplies_in_tf32,
     never_alone,
     padding_traits,
     remembers_longest_row,
@@ -117,8 +118,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self._checked_configs = [self._config_of(model) for model in (self.model, self.ref_model) if model is not None]
         self._traits: PaddingTraits = configured_traits(self.model)
         self._packing = Packing("it was not checked")
-        # A sharded model cannot run before training begins.
-        self._checks_model = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # A sharded model cannot run before training begins. One that is still on the CPU would run other kernels.
+        is_placed = next(self.model.parameters()).device.type == self.accelerator.device.type
+        self._checks_model = self.is_fsdp_enabled or self.is_deepspeed_enabled or not is_placed
         if not self._checks_model:
             self._check_model()
 
@@ -134,7 +136,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         In one layout, the importance ratios are exactly 1 until the model changes. In another layout they differ by up
         to about 1 %. So a rollout with TRL's old log-probabilities keeps TRL's layout.
         """
-        is_half = self.accelerator.mixed_precision != "no" or self.model.dtype in (torch.bfloat16, torch.float16)
+        is_mixed = self.accelerator.mixed_precision != "no" or multiplies_in_tf32()
+        is_half = is_mixed or self.model.dtype in (torch.bfloat16, torch.float16)
         epsilons = [each for each in (self.args.epsilon, self.args.epsilon_high) if each is not None]
         return self._trl_runs_old_pass and is_half and min(epsilons) < _ROUNDED_RATIO
 
@@ -147,7 +150,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             return  # only attention, which depends only on the tokens of a row
         if self._trims or self._may_skip or self.args.dynamic_sampling:
             # Numbers may differ between processes, and so may the traits. Savings have to be the same.
-            traits = torch.tensor([astuple(padding_traits(self.model))], device=self.accelerator.device)
+            found = astuple(padding_traits(self.model, self.accelerator.autocast))
+            traits = torch.tensor([found], device=self.accelerator.device)
             self._traits = PaddingTraits(*self.accelerator.gather(traits).any(0).tolist())
         if self._packing.reason is not None:
             self._trims &= not (self._traits.right_padding or self._traits.company)
@@ -470,7 +474,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         for numbers in shared:
             chosen = numbers or [0]  # the model always runs, so that no other process waits
             layout = self._layout([shapes[row] for row in numbers], (len(chosen), prompt_width, logits_to_keep))
-            output = compute(PackedForward(model, layout), input_ids[chosen], attention_mask[chosen], logits_to_keep)
+            ids, mask = take_rows(input_ids, chosen), take_rows(attention_mask, chosen)
+            output = compute(PackedForward(model, layout), ids, mask, logits_to_keep)
             parts.append(
                 [each[: len(numbers)] if isinstance(each, Tensor) and each.dim() else each for each in output]
             )

@@ -221,7 +221,7 @@ class PackedLayout:
             segments = [Segment(0, 1, 0, 0)]
             sources, position_ids = [torch.zeros(1, dtype=torch.long)], [torch.zeros(1, dtype=torch.long)]
         self.segments = tuple(segments)
-        moved = _to_device(torch.cat([*sources, *position_ids, places.flatten()]), self.device)
+        moved = to_device(torch.cat([*sources, *position_ids, places.flatten()]), self.device)
         self.sources, position_row, flat_places = moved.split([self.positions, self.positions, places.numel()])
         self.position_ids, self.places = position_row[None], flat_places.view(places.shape)
 
@@ -235,8 +235,8 @@ class PackedLayout:
             queries.append(segment.end - segment.start)
             counts.append(sum(end - start for start, end in spans))
         cumulated = torch.tensor([queries, counts], dtype=torch.int32).cumsum(1, dtype=torch.int32)
-        of_queries, of_keys = _to_device(cumulated, self.device)
-        return Starts(of_queries, of_keys, _to_device(torch.cat(keys), self.device), max(queries), max(counts))
+        of_queries, of_keys = to_device(cumulated, self.device)
+        return Starts(of_queries, of_keys, to_device(torch.cat(keys), self.device), max(queries), max(counts))
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -282,7 +282,7 @@ class PackedLayout:
         """(4, N) for each position: the start of its segment; start and end of its prefix; the common start."""
         bounds = torch.tensor([(each.start, *each[2:]) for each in self.segments])
         lengths = torch.tensor([each.end - each.start for each in self.segments])
-        return _to_device(bounds.repeat_interleave(lengths, dim=0).T.contiguous(), self.device)
+        return to_device(bounds.repeat_interleave(lengths, dim=0).T.contiguous(), self.device)
 
     def pack(self, values: Tensor, shift: int = 0) -> Tensor:
         """(1, N) values at the packed positions, or `shift` columns to their right, of a (B, P + C) tensor."""
@@ -293,7 +293,7 @@ class PackedLayout:
         return torch.cat([values[0], values.new_zeros(1)])[self.places]
 
 
-def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    # A copy from pageable memory would wait for the work that is queued on the device.
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copies a tensor of the host. From pageable memory, it would wait for the work that is queued on the device."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)

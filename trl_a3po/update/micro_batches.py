@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .layout import to_device
+
 
 # (input_ids, attention_mask, logits_to_keep) -> (log-probabilities, entropies or None, ...), as TRL's method returns.
 Forward = Callable[[Tensor, Tensor, int], tuple[Any, ...]]
@@ -185,7 +187,8 @@ def run_in_order(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         extent = extent_of([lengths[row] for row in rows], multiple)
-        parts.append(run_extent(forward, input_ids[rows], attention_mask[rows], logits_to_keep, extent))
+        ids, mask = take_rows(input_ids, rows), take_rows(attention_mask, rows)
+        parts.append(run_extent(forward, ids, mask, logits_to_keep, extent))
     return gather_parts(parts, order)
 
 
@@ -200,16 +203,16 @@ def gather_parts(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> tuple[A
     Returns:
         `tuple`: The outputs of one pass over all rows in their original order.
     """
-    place = torch.tensor(rows).argsort()
+    place = torch.tensor(rows).argsort().tolist()
     return tuple(_join(part, place) for part in zip(*parts, strict=True))
 
 
-def _join(parts: Sequence[Any], place: Tensor) -> Any:
+def _join(parts: Sequence[Any], place: list[int]) -> Any:
     if not isinstance(parts[0], Tensor):
         return None
     if not parts[0].dim():
         return torch.stack(list(parts)).mean()  # the router's loss
-    return torch.cat(list(parts))[place.to(parts[0].device)]
+    return take_rows(torch.cat(list(parts)), place)
 
 
 def _longest_first(lengths: Sequence[tuple[int, int]]) -> list[int]:
@@ -240,12 +243,12 @@ def merge_rows(values: list[Any]) -> Any:
 def take_rows(value: Any, rows: list[int]) -> Any:
     """Takes rows of a batch's value under one key. Values that rows share do not change."""
     if isinstance(value, Tensor) and value.dim():
-        return value[rows]
+        return value[to_device(torch.tensor(rows, dtype=torch.long), value.device)]
     return [value[row] for row in rows] if isinstance(value, list) else value
 
 
 def first_rows(value: Any, count: int) -> Any:
-    """Takes the first rows of a batch's value under one key. Does not wait for the device, unlike [`take_rows`]."""
+    """Takes the first rows of a batch's value under one key."""
     return value[:count] if isinstance(value, list) or (isinstance(value, Tensor) and value.dim()) else value
 
 

@@ -14,7 +14,8 @@ import logging
 import operator
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from typing import Any, cast
 
@@ -73,7 +74,9 @@ class PaddingTraits:
         return PaddingTraits(*map(operator.or_, astuple(self), astuple(other)))
 
 
-def padding_traits(model: torch.nn.Module) -> PaddingTraits:
+def padding_traits(
+    model: torch.nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> PaddingTraits:
     """
     Finds out what the output of a row depends on. A trait is present if the model's configuration says so, or if the
     model's outputs differ on made-up rows.
@@ -88,6 +91,9 @@ def padding_traits(model: torch.nn.Module) -> PaddingTraits:
 
     Args:
         model (`torch.nn.Module`): A causal language model of transformers or PEFT that can be called.
+        autocast (callable, *optional*):
+            Makes the context in which the model is trained. It is used only if the model cannot run outside it, as
+            with a flash kernel that does not take float32: in half precision, the check detects less.
 
     Returns:
         [`PaddingTraits`]: If the model cannot run on the made-up rows, all traits but `right_padding` are assumed, and
@@ -95,7 +101,11 @@ def padding_traits(model: torch.nn.Module) -> PaddingTraits:
     """
     traits = configured_traits(model)
     try:
-        return traits | observed_traits(model)
+        try:
+            return traits | observed_traits(model)
+        except Exception:
+            with autocast():
+                return traits | observed_traits(model)
     except Exception as error:
         logger.warning(
             "Could not check whether the output of %s depends on padding, because it failed on rows of plain tokens "
@@ -279,9 +289,17 @@ def _rounding(logits: Tensor) -> float:
     precisions = [torch.bfloat16, torch.float16]
     # Mixed precision returns float32.
     eps = [torch.finfo(dtype).eps for dtype in precisions if torch.equal(logits, logits.to(dtype).to(logits.dtype))]
-    if torch.get_float32_matmul_precision() != "highest":
-        eps.append(2**-10)  # TF32
+    if multiplies_in_tf32():
+        eps.append(2**-10)
     return min(256 * max([torch.finfo(logits.dtype).eps, *eps]), 0.1)
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether a GPU rounds the factors of float32 products to 10 bits."""
+    matmul: Any = torch.backends.cuda.matmul
+    # Since torch 2.9, which refuses to answer the older question once it was told in the newer way.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 @contextlib.contextmanager

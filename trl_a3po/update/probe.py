@@ -15,6 +15,7 @@ from .model_traits import (
     configured_traits,
     has_rotary_positions,
     learned_positions,
+    multiplies_in_tf32,
     ordinary_tokens,
     rotation_limit,
     text_config,
@@ -204,4 +205,5 @@ def _in_half_precision(model: torch.nn.Module) -> bool:
     halves = (torch.float16, torch.bfloat16)
     kind = next(model.parameters()).device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in halves
-    return autocast or any(parameter.dtype in halves for parameter in model.parameters())
+    rounds = kind == "cuda" and multiplies_in_tf32()
+    return autocast or rounds or any(parameter.dtype in halves for parameter in model.parameters())
