@@ -78,14 +78,14 @@ def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callabl
     return checked
 
 
-def check_tokens(token_ids: Sequence[Sequence[int]], embeddings: int, what: str = "a prompt") -> None:
+def check_tokens(token_ids: Sequence[Sequence[int]], embeddings: int, what: str) -> None:
     """
     Refuses tokens that the model does not have: on a GPU, they would end the process without a reason.
 
     Args:
         token_ids (sequence of sequences of `int`): The prompts, or others.
         embeddings (`int`): Number of tokens that the model has an embedding for.
-        what (`str`, *optional*, defaults to `"a prompt"`): What has the tokens.
+        what (`str`): What has the tokens, as the error names it, such as "a prompt".
 
     Raises:
         `ValueError`: a token is refused. The message names it and the fix.
@@ -100,7 +100,7 @@ def check_tokens(token_ids: Sequence[Sequence[int]], embeddings: int, what: str 
 
 
 def check_prompts_fit(
-    prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any, multiple: int = 1
+    prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any, multiple: int
 ) -> None:
     """
     Refuses prompts that leave no room for a completion in a model with learned absolute positions.
@@ -110,7 +110,7 @@ def check_prompts_fit(
         max_completion_length (`int`): Maximum tokens of a completion.
         positions (`int`): Number of positions of the model.
         tokenizer: Decodes the prompts.
-        multiple (`int`, *optional*, defaults to 1): Number of columns of which TRL pads either to a multiple.
+        multiple (`int`): TRL pads prompts and completions to a multiple of this number of columns.
 
     Raises:
         `ValueError`: a prompt is refused. The message names the prompt and the fix.
