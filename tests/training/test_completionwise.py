@@ -134,6 +134,7 @@ def test_the_method_does_not_see_rows_that_are_skipped_or_added(tmp_path):
         trainer = trained(tmp_path, trainer_class, max_steps=1)
         assert sum(len(advantages) for advantages, _ in trainer.seen) == trainer.live
         assert 0 < trainer.live <= 8  # of 16
+        assert trainer.live == 8 or not tiny.USES_CPU  # a GPU draws other completions
         for advantages, mask in trainer.seen:
             assert (advantages != 0).all()
             assert mask.any(1).all()
