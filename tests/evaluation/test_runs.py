@@ -695,6 +695,20 @@ def test_checkpoints_of_an_earlier_run_are_no_part_of_the_curve(tmp_path, capsys
     assert "held before: checkpoint-2, checkpoint-3\n" in out
 
 
+def test_sigterm_ends_the_evaluation_of_a_checkpoint_too(tmp_path, monkeypatch):
+    tiny.save(tmp_path / "run" / "checkpoint-1")
+    rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "2"}])
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill $PPID\nexec sleep 60\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    line = ["eval", "--model_name_or_path", str(tmp_path / "run"), "--dataset_name", rows, "--checkpoints"]
+    with pytest.raises(SystemExit, match="143"):
+        cli.main([*line, "--output_dir", str(tmp_path / "curve")])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_solutions_are_checked_before_anything_is_sampled(tmp_path, capsys):
     rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "a\nb"}])
     line = ["eval", "--model_name_or_path", "nothing", "--dataset_name", rows, "--output_dir", str(tmp_path / "out")]

@@ -472,11 +472,13 @@ class ReadsTheRollout(Recorder):
     ],
 )
 def test_where_trls_pass_runs_a_narrow_epsilon_keeps_trls_layout(
-    trainer_class, options, fields, keeps, model_dir, tmp_path
+    trainer_class, options, fields, keeps, model_dir, tmp_path, caplog
 ):
     fields = {**NARROW, **SEVERAL_STEPS, "bf16": True, **fields}
-    ours = train_rollout(model_dir, tmp_path, trainer_class, **fields, **options)
+    with caplog.at_level("INFO", "trl_a3po"):
+        ours = train_rollout(model_dir, tmp_path, trainer_class, **fields, **options)
     assert bool(plans_of(ours)) == (not keeps)
+    assert caplog.text.count("computes padding and rows of zero advantage, too") == keeps
     plain = train_rollout(model_dir, tmp_path, trainer_class, **fields, **tiny.PLAIN)
     if keeps:
         assert_same_update(ours, plain)  # to the last bit

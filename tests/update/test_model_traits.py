@@ -16,12 +16,12 @@ from trl_a3po.update.model_traits import (
     as_is,
     configured_traits,
     has_rotary_positions,
-    learned_positions,
     multiplies_in_tf32,
     never_alone,
     observed_traits,
     ordinary_tokens,
     padding_traits,
+    position_limit,
 )
 
 
@@ -340,14 +340,18 @@ def test_virtual_tokens_are_before_the_padding():
 def test_which_models_look_positions_up():
     assert has_rotary_positions(build("Qwen2").config)
     assert not has_rotary_positions(build("GPT2").config)
-    assert learned_positions(build("Qwen2")) is None
-    assert learned_positions(build("GPT2")) == 256
+    assert position_limit(build("Qwen2")) is None
+    assert position_limit(build("GPT2")) == 256
     opt = transformers.OPTConfig(
         vocab_size=40, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32
     )
-    assert learned_positions(transformers.OPTForCausalLM(opt)) == 2048
+    assert position_limit(transformers.OPTForCausalLM(opt)) == 2048
     grows = transformers.XGLMConfig(vocab_size=40, d_model=32, ffn_dim=32, num_layers=1, attention_heads=2)
-    assert learned_positions(transformers.XGLMForCausalLM(grows)) is None
+    assert position_limit(transformers.XGLMForCausalLM(grows)) is None
+    computed = {"n_embd": 16, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 48}
+    for name in ("GPTJ", "CodeGen"):
+        config = getattr(transformers, f"{name}Config")(vocab_size=40, bos_token_id=0, eos_token_id=1, **computed)
+        assert position_limit(getattr(transformers, f"{name}ForCausalLM")(config)) == 48
 
 
 def test_never_alone_gives_the_results_of_the_row():

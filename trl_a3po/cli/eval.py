@@ -8,9 +8,11 @@ completion is kept in `samples.jsonl`. To resume an interrupted evaluation, run 
 compare` compares the results of several models.
 """
 
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,8 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
         directory = output / checkpoint.name
         own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
         print(f"\n{checkpoint}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
+        with _sigterm_raises():
+            code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
         if code:
             code = exit_status([code], "evaluation")
         status = status or code
@@ -107,6 +110,20 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     if len(results) > 1:
         compare_directories(results, output / "comparison.html")
     return status
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """In this context, SIGTERM is an error of `subprocess.run`, which then ends its process."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:

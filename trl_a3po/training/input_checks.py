@@ -103,7 +103,7 @@ def check_prompts_fit(
     prompt_ids: Sequence[Sequence[int]], max_completion_length: int, positions: int, tokenizer: Any, multiple: int
 ) -> None:
     """
-    Refuses prompts that leave no room for a completion in a model with learned absolute positions.
+    Refuses prompts that leave no room for a completion in a model that looks positions up in a table.
 
     Args:
         prompt_ids (sequence of sequences of `int`): The prompts.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..update.efficient_update import EfficientUpdateGRPOTrainer
 from ..update.micro_batches import loss_mask
-from ..update.model_traits import learned_positions
+from ..update.model_traits import position_limit
 from .dataset_checks import ChecksProgress, check_dataset_sizes
 from .dynamic_sampling import fresh_prompts, live_groups, pair_groups, swap_groups
 from .finite import check_gradient
@@ -89,7 +89,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         self._check_tokens(prompt_ids, "a prompt")
-        positions = learned_positions(self.model)
+        positions = position_limit(self.model)
         if positions and self.max_completion_length:
             check_prompts_fit(prompt_ids, self.max_completion_length, positions, self._text_tokenizer, self._multiple)
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)

@@ -91,6 +91,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     # Whether TRL's pass for `old_per_token_logps` comes next and is skipped; whether the new rollout does without it.
     _skips_next_pass: bool = False
     _replaces_old_pass: bool = False
+    # Whether a rollout kept TRL's layout, see `_may_clip_rounding`.
+    _layout_stays: bool = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -140,6 +142,16 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         is_half = is_mixed or self.model.dtype in (torch.bfloat16, torch.float16)
         epsilons = [each for each in (self.args.epsilon, self.args.epsilon_high) if each is not None]
         return self._trl_runs_old_pass and is_half and min(epsilons) < _ROUNDED_RATIO
+
+    def _say_that_layout_stays(self) -> None:
+        if not self._layout_stays:
+            logger.info(
+                "The update computes padding and rows of zero advantage, too: TRL computed the old log-probabilities, "
+                "and in another layout the clipping would act on rounding. Train in float32, or with an `epsilon` of "
+                "%g or more.",
+                _ROUNDED_RATIO,
+            )
+        self._layout_stays = True
 
     def _check_model(self) -> None:
         """Runs the model on made-up rows, and turns off savings that are not exact. All processes must call it."""
@@ -248,7 +260,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._may_have_images and self._any_images(self._buffered_inputs):
             return inputs
         if self._clips_rounding and "old_per_token_logps" in inputs:
-            return inputs  # they have TRL's layout
+            self._say_that_layout_stays()
+            return inputs
         self._buffered_inputs = self._plan_update(self._buffered_inputs)
         if self._replaces_old_pass and not self.args.trains_aligned:
             self._add_old_logps(self._buffered_inputs)

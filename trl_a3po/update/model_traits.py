@@ -100,21 +100,21 @@ def padding_traits(
         a warning is logged.
     """
     traits = configured_traits(model)
-    try:
+    failure: Exception | None = None
+    for context in (contextlib.nullcontext, autocast):
         try:
-            return traits | observed_traits(model)
-        except Exception:
-            with autocast():
+            with context():
                 return traits | observed_traits(model)
-    except Exception as error:
-        logger.warning(
-            "Could not check whether the output of %s depends on padding, because it failed on rows of plain tokens "
-            "(%s: %s). Prompts keep their padding and no rows are skipped: the update is exact but costs more.",
-            type(model).__name__,
-            type(error).__name__,
-            textwrap.shorten(str(error), 300, placeholder=" ..."),
-        )
-        return traits | PaddingTraits(left_padding=True, alone=True, company=True)
+        except Exception as error:
+            failure = error
+    logger.warning(
+        "Could not check whether the output of %s depends on padding, because it failed on rows of plain tokens "
+        "(%s: %s). Prompts keep their padding and no rows are skipped: the update is exact but costs more.",
+        type(model).__name__,
+        type(failure).__name__,
+        textwrap.shorten(str(failure), 300, placeholder=" ..."),
+    )
+    return traits | PaddingTraits(left_padding=True, alone=True, company=True)
 
 
 def configured_traits(model: torch.nn.Module) -> PaddingTraits:
@@ -187,14 +187,15 @@ def has_experts_as_modules(model: torch.nn.Module) -> bool:
     )
 
 
-def learned_positions(model: torch.nn.Module) -> int | None:
-    """Number of positions in a model's table of learned positions; `None` if it has no such table."""
+def position_limit(model: torch.nn.Module) -> int | None:
+    """Number of positions in the table in which a model looks them up; `None` if it has no such table."""
     config = text_config(model)
     positions = getattr(config, "max_position_embeddings", None)
     if not positions or has_rotary_positions(config):
         return None
-    # The table of OPT and of models like it has two more rows.
+    # The table of OPT and of models like it has two more rows. That of GPT-J and CodeGen is computed, not learned.
     sizes = {module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    sizes |= {len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")}
     return positions if sizes & {positions, positions + 2} else None
 
 

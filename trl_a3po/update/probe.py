@@ -14,9 +14,9 @@ from .model_traits import (
     as_is,
     configured_traits,
     has_rotary_positions,
-    learned_positions,
     multiplies_in_tf32,
     ordinary_tokens,
+    position_limit,
     rotation_limit,
     text_config,
 )
@@ -138,7 +138,7 @@ def _compare(model: torch.nn.Module) -> Packing:
     window = getattr(config, "sliding_window", None) or 0
     window = window if window <= _LONGEST_WINDOW else 0
     batch = _made_up_batch(config, window, next(model.parameters()).device)
-    width, positions = batch.input_ids.shape[1], learned_positions(model)
+    width, positions = batch.input_ids.shape[1], position_limit(model)
     if positions is not None and width > positions:
         # On a GPU, a lookup beyond the table is no error to catch: the process cannot use the device any more.
         return Packing(f"its table has {positions} positions, and made-up rows need {width}")
