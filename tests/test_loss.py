@@ -219,13 +219,15 @@ def test_the_mismatch_is_measured_with_the_log_probabilities_of_the_rollout(tmp_
     trainer = evaluating(tmp_path, A3POTrainer, importance_sampling_level="sequence", **ALL_ENDS)
     inputs, logps, entropies = batch(aligned=False)
     measured = []
-    monkeypatch.setattr(trainer._signal_budget, "add_trained", lambda *arguments: measured.append(arguments))
+    monkeypatch.setattr(
+        trainer._signal_budget, "add_trained", lambda inputs, *_, **named: measured.append((inputs, named))
+    )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1  # as transformers sets it
     gradient(trainer, inputs, logps, entropies, monkeypatch)
-    (arguments,) = measured
-    assert torch.equal(arguments[4], inputs["old_per_token_logps"])
-    assert not torch.equal(arguments[0]["old_per_token_logps"], inputs["old_per_token_logps"])
+    ((of_loss, named),) = measured
+    assert torch.equal(named["old_logps"], inputs["old_per_token_logps"])
+    assert not torch.equal(of_loss["old_per_token_logps"], inputs["old_per_token_logps"])
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

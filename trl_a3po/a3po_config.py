@@ -320,7 +320,7 @@ class A3POConfig(GRPOConfig):
             self.check_decay_ends(self.max_steps)
 
     def _check_json(self) -> None:
-        """Of TRL's options that are dictionaries, as texts in JSON. `transformers` does not name the option."""
+        """Checks TRL's options that are dictionaries, as texts in JSON: the error of transformers names no option."""
         # The types of the fields themselves are changed by parsers of a command line.
         for name in [name for name, hint in get_type_hints(GRPOConfig).items() if "dict" in str(hint)]:
             text = getattr(self, name)

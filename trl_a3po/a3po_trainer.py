@@ -166,13 +166,13 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         return is_assigned or type(self).shape_advantages is not A3POTrainer.shape_advantages
 
     @property
-    def _shapes_its_own_way(self) -> bool:
+    def _replaces_a3po(self) -> bool:
         return self._overrides_shaping or self.args.shaping != A3PO
 
     @property
     def _shapes_completionwise(self) -> bool:
         """Whether the method is not A3PO, and marked."""
-        if not self._shapes_its_own_way:
+        if not self._replaces_a3po:
             return False
         return is_completionwise(self.shape_advantages if self._overrides_shaping else peer(self.args.shaping))
 
@@ -289,7 +289,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             # Once a step: steps may have different numbers of micro-batches with rows.
             if settings[f"{end}_ratio"] > 0 and self.accelerator.sync_gradients:
                 self._metrics[self._mode][f"a3po/scale/{end}"].append(settings[f"{end}_scale"])
-        if not selects_tokens(settings) and not self._shapes_its_own_way:
+        if not selects_tokens(settings) and not self._replaces_a3po:
             # (B,) keeps the loss bit-identical to GRPO's. Subclasses that call super() always get (B, T).
             return weight_polarities(advantages, settings["positive_weight"], settings["negative_weight"])
         token_metric = old_per_token_logps if self.args.token_metric == "prob" else entropies
@@ -315,8 +315,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
     # Where it enters TRL's loss
 
     def _signs_without_gradient(self):
-        if self._shapes_its_own_way:
-            # Else it may give a gradient to any row, and look at the other rows of a micro-batch.
+        if self._replaces_a3po:
+            # A method that is not marked may give any row a gradient, and look at the other rows of a micro-batch.
             return frozenset({0} if self._shapes_completionwise else ())
         settings = self.current_shaping_settings()
         weights = {1: settings["positive_weight"], -1: settings["negative_weight"]}
@@ -340,8 +340,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             "rewards": inputs.get("rewards"),
             "progress": self.state.global_step / max(1, self.state.max_steps),  # unknown before training
         }
-        own = self._shapes_its_own_way
-        inputs["advantages"] = shaped = self._call_hook(batch, scope) if own else self.shape_advantages(**batch)
+        shaped = self._call_hook(batch, scope) if self._replaces_a3po else self.shape_advantages(**batch)
+        inputs["advantages"] = shaped
         if shaped.dim() == 2 and self.importance_sampling_level == "sequence" and _ratio_has_gradient(self.args):
             _check_gspo_token(self.args)  # a hook may have been assigned since
             inputs["old_per_token_logps"] = gspo_token_old_logps(per_token_logps, old_per_token_logps, mask)
@@ -371,9 +371,15 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         )
         self._polarity_sums[self._mode] = self._polarity_sums.get(self._mode, 0) + sums
         if self.model.training:
-            own = self._shapes_its_own_way or not self._rollout_is_ours()
             self._signal_budget.add_trained(
-                inputs, advantages, unselected, per_token_logps, old_per_token_logps, entropies, rows, own
+                inputs,
+                advantages,
+                unselected,
+                logps=per_token_logps,
+                old_logps=old_per_token_logps,
+                entropies=entropies,
+                rows=rows,
+                signal_is_shaped=self._replaces_a3po or not self._rollout_is_ours(),
             )
             if self._token_log is not None:
                 self._token_log.add(inputs, advantages, shaped, logps, entropies)
@@ -467,7 +473,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
         for name, value in self._sampler.pop_metrics(mode).items() if self._sampler else ():
             self._metrics[mode][name].append(value)
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
         # All processes come here at the end of each step, after all callbacks. They do not all come to `log`: users
         # call that on one process only, where a collective operation would hang.
         self._warn_of_settings_without_effect()
@@ -476,8 +482,8 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             self._reduce_polarity_sums("train")
             if self._token_log is not None:
                 self._token_log.write(self.state.global_step)
-        self._gradient_norm = args[1]
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._gradient_norm = grad_norm
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
         output = super().evaluation_loop(*args, **kwargs)

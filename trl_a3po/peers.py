@@ -14,7 +14,7 @@ trainer of your own calls it in one line:
 
 Pass settings before the batch: `peers.entropy_advantage(advantages, alpha=0.1, **batch)`. A name that is neither a
 setting nor an argument of the hook raises a `TypeError`, a value out of its range or a wrong shape a `ValueError`.
-[`clip_cov`] and [`stare`] also need a value that the trainer knows.
+[`clip_cov`] and [`stare`] also need values that the trainer knows.
 
 The tensors are those of the hook. B is the number of completions, T the number of token positions:
 
@@ -359,7 +359,7 @@ def clip_cov(
     ratio = (logps - old_logps).exp()
     is_clipped = torch.where(advantages > 0, ratio > 1 + epsilon_high, (advantages < 0) & (ratio < 1 - epsilon_low))
     is_candidate = mask & (covariance > lower) & (covariance < upper) & ~is_clipped
-    # Those with the lowest random numbers: no need to count the candidates, which would wait for the device.
+    # Takes those with the lowest random numbers. To count the candidates would wait for the device.
     numbers = torch.rand(mask.shape, generator=generator, device=mask.device)
     drawn = _share(mask.sum(), clip_ratio).clamp(min=1)
     is_drawn = _select_lowest_of_all(numbers, is_candidate, drawn, mask.numel() * clip_ratio + 1)

@@ -691,15 +691,15 @@ def test_checkpoints_of_an_earlier_run_are_no_part_of_the_curve(tmp_path, capsys
     line = ["eval", "--model_name_or_path", str(tmp_path), "--dataset_name", rows, "--checkpoints"]
     assert cli.main([*line, "--output_dir", str(tmp_path / "curve")]) == 2
     assert evaluated == [str(tmp_path / "checkpoint-1")]
-    assert "are of a run that" in (out := capsys.readouterr().out)
-    assert "held before: checkpoint-2, checkpoint-3\n" in out
+    assert "left out, because an earlier run in" in (out := capsys.readouterr().out)
+    assert "wrote them: checkpoint-2, checkpoint-3\n" in out
 
 
 def test_sigterm_ends_the_evaluation_of_a_checkpoint_too(tmp_path, monkeypatch):
     tiny.save(tmp_path / "run" / "checkpoint-1")
     rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "2"}])
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nkill $PPID\nexec sleep 60\n")
+    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nsleep 0.5\nkill $PPID\nexec sleep 60\n")
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
     line = ["eval", "--model_name_or_path", str(tmp_path / "run"), "--dataset_name", rows, "--checkpoints"]

@@ -1,5 +1,6 @@
 """Sampling by transformers: exact, of its own random numbers for each sample, and by nothing but what is said."""
 
+import copy
 import json
 from collections import Counter
 
@@ -73,6 +74,14 @@ def test_a_token_without_probability_is_never_drawn():
     for draw in (0.0, 0.25, 0.5, 0.75, 1 - 2**-53):
         left = DrawOneToken(torch.tensor([[draw]], dtype=torch.float64), 3)(torch.zeros(1, 3), scores)
         assert left.argmax() == (1 if draw < 0.5 else 3)
+
+
+def test_each_module_keeps_its_mode(model):
+    model = copy.deepcopy(model).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    transformers_engine(model, sampling())(requests())
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_a_sample_depends_neither_on_its_batch_nor_on_the_order(model):

@@ -479,6 +479,16 @@ class InterruptsOnce(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class NotesSeconds(TrainerCallback):
+    """The seconds that TRL counts for the first step, before it begins."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.at_first = self.trainer._current_train_step_time
+
+
 @pytest.mark.parametrize("dynamic_sampling", [0, 3])
 def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(dynamic_sampling, model_dir, tmp_path):
     fields = {"gradient_accumulation_steps": 4, "max_steps": 4, "logging_steps": 1, "num_generations": 2, **SGD}
@@ -489,7 +499,11 @@ def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(
     trainer.add_callback(InterruptsOnce())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    assert trainer._current_train_step_time > 0
+    seconds = NotesSeconds(trainer)
+    trainer.add_callback(seconds)
     trainer.train(True)
+    assert seconds.at_first == 0
     assert_same_update(trainer, whole)
     logs, expected = (
         [{name: value for name, value in log.items() if not is_time(name)} for log in each.state.log_history[:-1]]

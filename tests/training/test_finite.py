@@ -89,6 +89,22 @@ def test_an_update_of_nan_is_found_without_grad_norm(model_dir, tmp_path):
     assert_finite_files(tmp_path)
 
 
+class SkipsNaN(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if any(each.grad is not None and each.grad.isnan().any() for each in model.parameters()):
+            model.zero_grad()
+
+
+def test_a_step_of_nan_that_a_callback_skips_ends_nothing(model_dir, tmp_path):
+    trainer = make(tmp_path, model=model_dir, max_steps=3, logging_steps=1, arguments={"callbacks": [SkipsNaN()]})
+    trainer.model.lm_head.weight.register_hook(
+        lambda gradient: gradient * (math.nan if trainer.state.global_step == 1 else 1)
+    )
+    trainer.train()
+    norms = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert [math.isnan(norm) for norm in norms] == [False, True, False]
+
+
 def test_an_adapter_is_checked(model_dir, tmp_path):
     trainer = unseen_trainer(model_dir, tmp_path, Spoils(4), arguments=tiny.lora())
     with pytest.raises(FloatingPointError, match=r"checkpoint-4' was not written: .*`base_model.*lora_"):

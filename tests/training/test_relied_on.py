@@ -23,6 +23,7 @@ import trl_a3po
 from trl_a3po import A3POTrainer
 from trl_a3po.training import relied_on
 from trl_a3po.training.relied_on import RELIED_ON, TESTED, as_markdown, check_relied_on
+from trl_a3po.update import attention
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -248,6 +249,9 @@ def replaced(monkeypatch):
         for name, value in attributes.items():
             setattr(FastGRPOTrainer, name, value)
         monkeypatch.setattr(trl, "GRPOTrainer", FastGRPOTrainer)
+        # Importing it again registers the attention of the new modules.
+        registered = transformers.AttentionInterface._global_mapping
+        monkeypatch.setitem(registered, attention._NAME, registered[attention._NAME])
         for name in [name for name in sys.modules if name.partition(".")[0] == "trl_a3po"]:
             monkeypatch.delitem(sys.modules, name)
         return importlib.import_module("trl_a3po")

@@ -1,5 +1,6 @@
 """The same update from fewer positions: packed, padded or with rows skipped, the parameters are GRPOTrainer's."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -18,16 +19,16 @@ from transformers import (
     Qwen2MoeForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    Trainer,
     TrainerCallback,
 )
 
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.update import efficient_update
 from trl_a3po.update.layout import PackedLayout
-from trl_a3po.update.loss_scope import PLAN
 from trl_a3po.update.model_traits import PaddingTraits, has_experts_as_modules
 from trl_a3po.update.packed_forward import trl_has_fused_head
-from trl_a3po.update.plan import NOTHING
+from trl_a3po.update.plan import NOTHING, plan_of
 from trl_a3po.update.probe import Packing, check_packing
 from trl_a3po.update.sampler_correction import SamplerCorrection, sampler_ratio
 
@@ -134,7 +135,7 @@ def test_few_passes_take_the_place_of_many(model_dir, tmp_path):
     assert 3 <= len(saved.passes) == len(saved.batches) < 2 * 3
     (rows, columns), *_ = plain.passes
     assert max(positions for _, positions in saved.passes) <= rows * columns
-    of_step = [batch[PLAN] for batch in saved._buffered_inputs]
+    of_step = [plan_of(batch) for batch in saved._buffered_inputs]
     assert of_step[0] is NOTHING
     assert of_step[-1].computed > 0  # the last one synchronises the processes
     assert sum(plan.present for plan in of_step) == 4 * rows
@@ -150,7 +151,7 @@ def test_another_process_needs_more_passes_or_has_more_rows_in_one(others, loss_
     plain = train_rollout(model_dir, tmp_path, loss_type=loss_type, **tiny.PLAIN)
     saved = train_rollout(model_dir, tmp_path, OneOfSeveral, loss_type=loss_type)
     assert update_difference(saved, plain) < 1e-4
-    plans = [batch[PLAN] for batch in saved._buffered_inputs]
+    plans = [plan_of(batch) for batch in saved._buffered_inputs]
     assert len({plan.rows for plan in plans if plan.rows}) == 1  # TRL gathers rows
     assert sum(plan.rows > 0 for plan in plans) >= others[0]
     assert all(plan.computed <= plan.present <= plan.rows for plan in plans)
@@ -419,7 +420,7 @@ SEVERAL_STEPS = {"gradient_accumulation_steps": 2, "steps_per_generation": 4}
 
 
 def plans_of(trainer):
-    return [batch[PLAN] for batch in trainer._buffered_inputs if PLAN in batch]
+    return [plan for batch in trainer._buffered_inputs if (plan := plan_of(batch))]
 
 
 @needs_fused_head
@@ -482,6 +483,21 @@ def test_where_trls_pass_runs_a_narrow_epsilon_keeps_trls_layout(
     plain = train_rollout(model_dir, tmp_path, trainer_class, **fields, **tiny.PLAIN)
     if keeps:
         assert_same_update(ours, plain)  # to the last bit
+
+
+@needs_fused_head
+def test_another_pass_in_the_place_of_the_skipped_one_is_an_error(model_dir, tmp_path):
+    trainer = train_rollout(model_dir, tmp_path, max_steps=1, **SEVERAL_STEPS)
+
+    def reference_first(inputs):
+        logps = [
+            trainer._get_per_token_logps_and_entropies(trainer.model, inputs["ids"], torch.ones_like(inputs["ids"]), 2)
+            for _ in range(2)
+        ]
+        return {"ref_per_token_logps": logps[0][0], "old_per_token_logps": logps[1][0]}
+
+    with pytest.raises(RuntimeError, match=r"runs another pass over the model before .* `skip_old_logps=False`"):
+        trainer._sample(reference_first, {"ids": torch.ones(2, 4, dtype=torch.long)}, result_is_final=True)
 
 
 @pytest.mark.parametrize("own", [None, "this process finds a reason"])
@@ -567,18 +583,65 @@ def test_metrics_of_the_sampler_that_are_replaced_leave_no_empty_ones(model_dir,
     trainer = make(tmp_path, model=model_dir)
     trainer._sampler = SimpleNamespace(is_trls=True)
     metrics = trainer._metrics[trainer._mode]
-    metrics["sampling/before"] = [0.5]
+    mean, largest = (f"sampling/sampling_logp_difference/{name}" for name in ("mean", "max"))
+    metrics[mean] = [0.5]
 
     def generate(inputs):
-        for name in ("before", "new"):
-            metrics[f"sampling/{name}"].append(1.0)
-        return {"old_per_token_logps": torch.zeros(2, 3)}
+        for name in (mean, largest, "sampling/of_a_user"):
+            metrics[name].append(1.0)
+        ids = torch.ones(2, 6, dtype=torch.long)
+        logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, ids, 3)
+        return {"old_per_token_logps": logps}
 
     assert trainer._sample(generate, None, result_is_final=True) == {}
-    assert {name: values for name, values in metrics.items() if "sampling" in name} == {"sampling/before": [0.5]}
+    kept = {name: values for name, values in metrics.items() if "sampling" in name}
+    assert kept == {mean: [0.5], "sampling/of_a_user": [1.0]}
 
 
 # What subclasses and users change
+
+
+class PassesByPosition(Recorder):
+    def _get_per_token_logps_and_entropies(
+        self, model, ids, mask, keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        return super()._get_per_token_logps_and_entropies(
+            model, ids, mask, keep, batch_size, compute_entropy, **kwargs
+        )
+
+
+class LooksAtAllValues(Recorder):
+    def _prepare_inputs(self, generation_batch):
+        return {name: value.to(value.device) for name, value in super()._prepare_inputs(generation_batch).items()}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.shapes = {name: value.shape for name, value in inputs.items()}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class PassesByName(Recorder):
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        names = [*inspect.signature(Trainer._maybe_log_save_evaluate).parameters][1:]
+        super()._maybe_log_save_evaluate(**dict(zip(names, args, strict=False)), **kwargs)
+
+
+class GivesOneRewardMore(Recorder):
+    def _calculate_rewards(self, *args, **kwargs):
+        self.reward_func_names = self.reward_func_names[:2]
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        self.reward_weights, self.reward_func_names = torch.ones(3), [*self.reward_func_names, "half"]
+        return torch.cat([rewards, rewards[:, :1] / 2], dim=1)
+
+
+@pytest.mark.parametrize("trainer_class", [PassesByPosition, LooksAtAllValues, PassesByName, GivesOneRewardMore])
+def test_what_a_subclass_of_grpo_trainer_may_do(trainer_class, model_dir, tmp_path):
+    arguments = {"reward_funcs": [given_reward] * 2} if trainer_class is GivesOneRewardMore else {}
+    plain, saved = (
+        train_rollout(model_dir, tmp_path, trainer_class, arguments=arguments, **fields, **SEVERAL_STEPS)
+        for fields in (tiny.PLAIN, {})
+    )
+    assert update_difference(saved, plain) < 1e-4
+    assert saved.cells < plain.cells
 
 
 class AnotherReference(A3POTrainer):
@@ -685,7 +748,7 @@ def train_with_changes(model_dir, output_dir, change, method=rollout, **fields):
 
 @needs_fused_head
 def test_advantages_that_a_callback_gives_are_refused_where_they_need_what_was_not_computed(model_dir, tmp_path):
-    with pytest.raises(RuntimeError, match="advantages were changed, while a rollout was in use"):
+    with pytest.raises(RuntimeError, match="were changed, while a rollout was in use"):
         train_with_changes(model_dir, tmp_path, lambda advantages: advantages + 0.1)
 
 

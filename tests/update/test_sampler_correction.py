@@ -85,7 +85,7 @@ def trainer(**settings):
     args = {"mode": "token_truncate", "clip_min": None, "clip_max": 1.5, **settings}
     return SimpleNamespace(
         args=SimpleNamespace(**{f"vllm_importance_sampling_{name}": value for name, value in args.items()}),
-        accelerator=SimpleNamespace(gather=lambda tensor: tensor),
+        accelerator=SimpleNamespace(gather=lambda tensor: tensor, is_main_process=True),
     )
 
 
@@ -109,6 +109,15 @@ def test_another_ratio_of_trl_is_noticed(caplog):
     assert not correction.check(rollout_of_trl())
     assert correction.is_trls is False
     assert "computes another importance ratio for vLLM" in caplog.text
+
+
+def test_statistics_of_an_interrupted_run_are_forgotten():
+    correction = SamplerCorrection(trainer())
+    rollout = rollout_of_trl()
+    for mode in ("train", "eval"):
+        correction.correct(rollout, rollout["old_per_token_logps"], torch.ones(5, dtype=torch.bool), mode)
+    correction.forget()
+    assert correction.pop_metrics("train") == correction.pop_metrics("eval") == {}
 
 
 def test_rows_that_are_not_computed_have_the_ratio_1_and_no_mismatch():

@@ -46,7 +46,6 @@ from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import check_not_beyond, checkpoint_to_resume_from, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .eval import uncounted
-from .main import parser_of
 from .parser import Parser, group_options
 from .training_options import check_libraries, check_prompts, check_schedule
 
@@ -122,7 +121,7 @@ class ProgressLines(TrainerCallback):
 
 
 def make_parser() -> Parser:
-    parser = parser_of("demo", __doc__, [DemoArguments, A3POConfig])
+    parser = Parser("demo", __doc__, [DemoArguments, A3POConfig])
     parser.set_defaults(**TRAINING_DEFAULTS)
     group_options(parser, "demo", {each.name for each in fields(DemoArguments)})
     return parser

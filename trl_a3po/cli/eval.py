@@ -16,22 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from ..evaluation.metrics import check_math_verify
 from ..evaluation.problems import check_parseable, load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_problems
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
 from ..training.checkpoint_files import PREVIOUS, check_writable, checkpoints_in, is_marked, is_of_later_run
 from .compare import compare_directories
-from .main import exit_status, parser_of
+from .main import exit_status
+from .parser import Parser
 
 
 NAMED = 5
 
 
-def make_parser() -> TrlParser:
-    return parser_of("eval", __doc__, [EvaluateArguments])
+def make_parser() -> Parser:
+    return Parser("eval", __doc__, [EvaluateArguments])
 
 
 def main(line: Sequence[str] | None = None) -> int:
@@ -86,7 +85,7 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     complete = [path for path in found if not is_marked(path)]
     if not complete:
         raise ValueError(f"'{run}' contains no complete checkpoint.")
-    # What was there before the run began anew that has a checkpoint of a lower step.
+    # Those of a run that was here before: the present one has written a lower step after them.
     earlier = [
         path
         for number, path in enumerate(complete)
@@ -94,7 +93,7 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     ]
     if earlier:
         names = ", ".join(path.name for path in earlier)
-        print(f"left out, because they are of a run that '{run}' held before: {names}")
+        print(f"left out, because an earlier run in '{run}' wrote them: {names}")
         complete = [path for path in complete if path not in earlier]
     status, results = 0, []
     for checkpoint in complete:

@@ -7,13 +7,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-
-
-if TYPE_CHECKING:
-    from .parser import Parser
 
 
 # By command: its module and its description.
@@ -24,13 +19,6 @@ COMMANDS = {
     "report": ("report", "write one HTML file with the metrics of runs, and with completions if `log_tokens` was set"),
     "demo": ("demo", "train a tiny model on arithmetic, on a CPU, and show what it learned"),
 }
-
-
-def parser_of(command: str, description: str | None, dataclasses: list[Any], **options: Any) -> "Parser":
-    """The [`Parser`] of a command whose options are the fields of dataclasses."""
-    from .parser import Parser  # imports TRL, which takes seconds
-
-    return Parser(command, description, dataclasses, **options)
 
 
 def exit_status(codes: Sequence[int], what: str) -> int:

@@ -68,9 +68,9 @@ class Parser(TrlParser):
         index = words.index("--config") + 1
         if index == len(words) or not words[index]:
             raise ValueError("`--config` needs the name of a file.")
-        path = self._recipes.get(words[index], Path(words[index]))
-        if Path(words[index]).is_file():
-            path = Path(words[index])
+        path = Path(words[index])
+        if not path.is_file():  # a file comes before the recipe of its name
+            path = self._recipes.get(words[index], path)
         if not path.is_file():
             known = f" The recipes are {', '.join(self._recipes)}." if self._recipes else ""
             raise FileNotFoundError(f"There is no file '{path}' for `--config`.{known}")

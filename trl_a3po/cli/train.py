@@ -47,7 +47,7 @@ from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import BeyondTheEndError, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
-from .main import exit_status, parser_of
+from .main import exit_status
 from .parser import Parser, group_options
 from .training_options import check_libraries, check_prompts, check_schedule
 
@@ -105,7 +105,7 @@ class UsageError(ValueError):
 
 def make_parser() -> Parser:
     dataclasses = [A3POScriptArguments, A3POConfig, ModelConfig, DatasetMixtureConfig]
-    parser = parser_of("train", __doc__, dataclasses, with_recipes=True)
+    parser = Parser("train", __doc__, dataclasses, with_recipes=True)
     group_options(parser, "dataset and rewards", _names(A3POScriptArguments))
     group_options(parser, "what A3POConfig adds to GRPOConfig", _names(A3POConfig) - _names(GRPOConfig))
     group_options(parser, "model", _names(ModelConfig))
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_model(model: ModelConfig) -> None:
-    """What the libraries do not say, or only after the dataset is loaded. Other names may be of the Hub."""
+    """Finds mistakes that the libraries find late, or not at all. Other names may be those of the Hub."""
     refuse_empty(model, "model_name_or_path")
     name = str(model.model_name_or_path)
     path = Path(name)

@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..update.model_traits import padding_traits
+from ..update.model_traits import as_is, padding_traits
 from .models import check_weights, loading
 
 
@@ -85,15 +85,14 @@ def transformers_engine(model: PreTrainedModel, sampling: Sampling) -> Engine:
 
     def complete(requests: Sequence[Request]) -> list[list[int]]:
         completions: list[list[int]] = [[]] * len(requests)
-        training, generation_config = model.training, model.generation_config
+        generation_config = model.generation_config
         try:
-            model.eval()
-            for indices in _groups(requests, apart):
-                group = [requests[index] for index in indices]
-                for index, ids in zip(indices, _generate(model, group, sampling), strict=True):
-                    completions[index] = ids
+            with as_is(model, training=False):
+                for indices in _groups(requests, apart):
+                    group = [requests[index] for index in indices]
+                    for index, ids in zip(indices, _generate(model, group, sampling), strict=True):
+                        completions[index] = ids
         finally:
-            model.train(training)
             model.generation_config = generation_config
         return completions
 

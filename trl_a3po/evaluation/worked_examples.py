@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from ..rewards import accuracy_reward
 from .files import hash_of_value
 from .problems import READ_ERRORS, Message, file_source, problem_and_answers, unreadable, with_instruction
 
@@ -72,8 +73,6 @@ def load_worked_examples(name: str, instruction: str | None = None, checks_answe
 
 
 def _is_rewarded(text: str, answers: list[str]) -> bool:
-    from ..rewards import accuracy_reward  # math-verify is an extra
-
     return accuracy_reward([[{"role": "assistant", "content": text}]], [answers]) == [1.0]
 
 

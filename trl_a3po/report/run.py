@@ -138,7 +138,7 @@ def _metrics(state: dict[str, Any] | None) -> dict[str, list[tuple[int, float]]]
 
 
 def _tokens_per_second(by_name: dict[str, dict[int, float]]) -> dict[int, float]:
-    """Of prompts and completions, over the seconds of the steps since the log before. TRL logs the mean of a step."""
+    """Tokens of prompts and completions per second since the log before. TRL logs the mean time of a step."""
     seconds, tokens = by_name.get("step_time", {}), by_name.get("num_tokens", {})
     steps = sorted(seconds.keys() & tokens.keys())
     return {

@@ -72,7 +72,7 @@ class Log:
         return any(is_enough(self.known(name)) for name in self)
 
     def known(self, name: str) -> Points:
-        """Without those that are not finite, or too large to calculate with."""
+        """The values that are finite, and small enough to calculate with."""
         return [(step, value) for step, value in self.all(name) if abs(value) <= LARGEST]
 
     def start(self, name: str) -> float:

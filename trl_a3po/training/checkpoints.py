@@ -164,7 +164,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         with _naming(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if self.optimizer is not None:
-            check_optimizer(of_run, self.optimizer.param_groups, checkpoint)
+            needed = set(getattr(self.optimizer, "defaults", ()))
+            check_optimizer(of_run, self.optimizer.param_groups, needed, checkpoint)
 
     def _load_rng_state(self, checkpoint):
         with _naming(checkpoint):
@@ -422,20 +423,23 @@ def check_has_optimizer(checkpoint: Path) -> None:
     )
 
 
-def check_optimizer(of_run: list[dict[str, Any]], loaded: list[dict[str, Any]], checkpoint: str) -> None:
+def check_optimizer(
+    of_run: list[dict[str, Any]], loaded: list[dict[str, Any]], needed: set[str], checkpoint: str
+) -> None:
     """
     Refuses the state of another optimizer, whose step would fail. Warns of settings that the checkpoint replaces.
 
     Args:
         of_run (`list[dict]`): The parameter groups of the run's optimizer before the checkpoint was loaded.
         loaded (`list[dict]`): The same groups with the settings of the checkpoint.
+        needed (`set[str]`): The settings that the optimizer reads. A group may have others.
         checkpoint (`str`): Is named.
 
     Raises:
         `ValueError`: a group has lost a setting that its optimizer needs.
     """
     for before, after in zip(of_run, loaded, strict=False):
-        if lost := sorted(before.keys() - after.keys()):
+        if lost := sorted((before.keys() & needed) - after.keys()):
             raise ValueError(
                 f"'{checkpoint}' has the state of another optimizer, without {', '.join(lost)}. Pass the `optim` that "
                 "the run was begun with, or start a new run from the weights of the checkpoint."
@@ -491,7 +495,7 @@ def check_adapter(model: Any, checkpoint: Path) -> None:
 
 
 def _comparable(value: Any) -> Any:
-    """As JSON has it, and without the order of a set."""
+    """A value as JSON stores it. Lists are sorted, because the order of a set is not kept."""
     return sorted(value) if isinstance(value, (list, set, tuple)) else getattr(value, "value", value)
 
 

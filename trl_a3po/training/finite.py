@@ -69,18 +69,19 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     return import_module("deepspeed").zero.GatheredParameters([parameter])
 
 
-def check_gradient(norm: Tensor | float | None, step: int, accelerator: Accelerator) -> None:
+def check_gradient(norm: Tensor | float | None, step: int, model: nn.Module, accelerator: Accelerator) -> None:
     """
-    Ends the training if the gradient of a step was NaN. With fp16 it may be: such steps are skipped.
+    Ends the training if the gradient of a step was NaN, and made parameters NaN. Loss scaling, or a callback, may have
+    skipped the step.
 
     Raises:
-        `FloatingPointError`: the norm is NaN.
+        `FloatingPointError`: a parameter is not finite after a gradient of NaN.
     """
-    if norm is None or accelerator.mixed_precision == "fp16":
+    if norm is None:
         return
     whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
-    if math.isnan(whole):
-        raise FloatingPointError(f"The gradient of step {step} is NaN, so all parameters become NaN. {_ADVICE}")
+    if math.isnan(whole):  # on all processes alike
+        check_parameters(model, accelerator, f"The gradient of step {step} is NaN")
 
 
 class NaNGradients(TrainerCallback):
@@ -90,4 +91,4 @@ class NaNGradients(TrainerCallback):
         self._accelerator = accelerator
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        check_gradient((logs or {}).get("grad_norm"), state.global_step, self._accelerator)
+        check_gradient((logs or {}).get("grad_norm"), state.global_step, kwargs["model"], self._accelerator)

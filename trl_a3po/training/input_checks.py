@@ -54,9 +54,11 @@ def total_rewards(rewards_per_func: Tensor, reward_weights: Tensor) -> Tensor:
     return totals.masked_fill(rewards_per_func.isnan().all(1), math.nan)
 
 
-def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def checked_rollout_func(
+    rollout_func: Callable[..., dict[str, Any]], check_tokens: Callable[[Sequence[Sequence[int]], str], None]
+) -> Callable[..., dict[str, Any]]:
     """
-    A `rollout_func` whose completions are refused if they have no tokens, or tokens that the model does not have.
+    A `rollout_func` whose completions are refused if they have no tokens, or tokens that `check_tokens` refuses.
 
     Raises:
         `ValueError`: when the function is called. The message names the prompt or the token, and the fix.
@@ -72,7 +74,7 @@ def checked_rollout_func(rollout_func: Callable[..., dict[str, Any]]) -> Callabl
                     "least one token, such as the end-of-sequence token."
                 )
         for name in ("prompt_ids", "completion_ids"):
-            trainer._check_tokens(output.get(name, []), f"an item of the `{name}` that `rollout_func` returned")
+            check_tokens(output.get(name, []), f"an item of the `{name}` that `rollout_func` returned")
         return output
 
     return checked

@@ -232,7 +232,7 @@ RELIED_ON = (
         "trl.GRPOTrainer",
         "training_step",
         ("update.efficient_update",),
-        "packing: gives the model its own attention back after an error",
+        "packing: gives the model its own attention back after an error; the model card: that a step was trained",
     ),
     ReliedOn(
         "trl.GRPOTrainer",
@@ -241,7 +241,19 @@ RELIED_ON = (
         "dynamic sampling, and the rewards handed to `shape_advantages`: returns the rollout of a batch of prompts, "
         "in the order of the prompts, before it is shuffled",
     ),
-    ReliedOn("trl.GRPOTrainer", "_generate", ("training.rollouts",), "the time of the generation, nothing else"),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "_generate",
+        ("training.rollouts",),
+        "the time of the generation, the check for NaN before it, and a `rollout_func` that computes "
+        "log-probabilities where the pass for old ones is skipped",
+    ),
+    ReliedOn(
+        "trl.GRPOTrainer",
+        "_current_train_step_time",
+        ("training.rollouts",),
+        "the time of a step that was interrupted, in the next run: seconds of the step so far",
+    ),
     ReliedOn(
         "trl.GRPOTrainer",
         "_generate_single_turn",

@@ -25,7 +25,8 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     """
     The part of [`A3POTrainer`] that samples and scores completions.
 
-    TRL's rollout gets one more field: `rewards` of shape `(B,)`, the weighted sum over the reward functions. With
+    TRL's rollout gets the field `rewards` of shape `(B,)`, the weighted sum over the reward functions, and what the
+    logs need: in training, why a completion has no signal; with `log_tokens`, the number of its group. With
     `dynamic_sampling`, groups without a learning signal are replaced by groups of fresh prompts. A round samples one
     more generation batch. Every process runs the same number of rounds, even if it needs none, because engines and
     rewards are collective. A group stays on the process that sampled it.
@@ -53,7 +54,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         # Since the last log, by the clock of the host.
         self._step_seconds = {"generation": 0.0, "rewards": 0.0}
         if self.rollout_func is not None:
-            self.rollout_func = checked_rollout_func(self.rollout_func)
+            self.rollout_func = checked_rollout_func(self.rollout_func, self._check_tokens)
         self._check_tokens([[self._text_tokenizer.pad_token_id or 0]], "its padding")
         if not isinstance(self.train_dataset, Sized):
             kind = type(self.train_dataset).__name__
@@ -102,7 +103,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
     def _generate(self, prompts, *args, **kwargs):
         if self.model.training:
             # Most logs come later. To sample from NaN is an error without a reason, and on a GPU the process ends.
-            check_gradient(self._gradient_norm, self.state.global_step, self.accelerator)
+            check_gradient(self._gradient_norm, self.state.global_step, self.model, self.accelerator)
         # A `rollout_func` may compute log-probabilities. Only TRL's own pass, which comes later, is skipped.
         skips, self._skips_next_pass = self._skips_next_pass, False
         try:
@@ -115,7 +116,10 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         """Forgets what the rollouts of a run that was interrupted have left."""
         self._gradient_norm = None
         self._fresh_prompts = RolloutGRPOTrainer._fresh_prompts
-        self._signal_budget.pop_counts()
+        self._signal_budget.forget()
+        if self._sampler is not None:
+            self._sampler.forget()
+        self._current_train_step_time = 0.0  # of TRL's `step_time`
         self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)
 
     @contextmanager
@@ -136,7 +140,7 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
         self._step_seconds = dict.fromkeys(self._step_seconds, 0.0)
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's rollout of a batch of prompts, with `rewards`, and with the group numbers that the token log needs."""
+        """TRL's rollout of a batch of prompts, with the fields that this class adds."""
         with self._observed_rewards() as observed:
             rollout = self._sample(
                 super()._generate_and_score_completions, inputs, result_is_final=self._rollout_is_ours()
@@ -224,10 +228,13 @@ class RolloutGRPOTrainer(EfficientUpdateGRPOTrainer):
                 vars(self)["_calculate_rewards"] = before
 
     def _reward_reasons(self, rewards_per_func: Tensor) -> Tensor:
+        functions: list[Any] = list(self.reward_funcs)
+        if len(functions) != rewards_per_func.shape[1]:
+            functions = [None] * rewards_per_func.shape[1]  # a subclass returns rewards of its own
         return reward_reasons(
             rewards_per_func,
             self.reward_weights,
-            [parses_solutions(reward_func) for reward_func in self.reward_funcs],
+            [parses_solutions(function) for function in functions],
             self.num_generations,
             by_function=self.multi_objective_aggregation == "normalize_then_sum",
         )

@@ -143,7 +143,8 @@ def trained_reasons(
         advantages (`torch.Tensor` of shape `(B,)`): The advantages before shaping.
         shaped (`torch.Tensor` of shape `(B, T)` or `(B,)`): Those that the loss reads.
         mask (`torch.Tensor` of shape `(B, T)`): Non-zero on the tokens of the loss.
-        signal_is_shaped (`bool`): Whether a shaping of the user's own decides what has a signal, not the rewards.
+        signal_is_shaped (`bool`):
+            Whether another method than A3PO, or a rollout of the user's own, decides what has a signal.
     """
     has_gradient = ((_by_token(shaped) != 0) & mask.bool()).any(1)
     if signal_is_shaped:
@@ -249,6 +250,7 @@ class SignalBudget:
         inputs: dict[str, Any],
         advantages: Tensor,
         unselected: Tensor,
+        *,
         logps: Tensor,
         old_logps: Tensor,
         entropies: Tensor,
@@ -349,6 +351,12 @@ class SignalBudget:
             each.zero_()
         return counts
 
+    def forget(self) -> None:
+        """Forgets what an interrupted run has counted."""
+        self.pop_counts()
+        self._largest.fill_(-math.inf)
+        self._count_rest = None
+
     def metrics(self, counts: Tensor) -> dict[str, float]:
         """
         What the counts of all processes say. Waits for the device; with vLLM, all processes must call it.
@@ -445,7 +453,7 @@ def _mismatch_metrics(prefix: str, sums: Tensor, largest: Tensor) -> dict[str, f
 
 
 def _bounds(args: A3POConfig) -> tuple[float, float]:
-    """Of the vLLM correction. Older releases of TRL have only an upper bound, `vllm_importance_sampling_cap`."""
+    """The bounds of the vLLM correction. Older releases of TRL have an upper one: `vllm_importance_sampling_cap`."""
     cap = getattr(args, "vllm_importance_sampling_cap", None)
     low = getattr(args, "vllm_importance_sampling_clip_min", None)
     high = getattr(args, "vllm_importance_sampling_clip_max", cap)

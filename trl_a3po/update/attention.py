@@ -14,6 +14,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -109,10 +110,17 @@ def _set_name(config: PretrainedConfig, name: str | None) -> None:
     config._attn_implementation = {"": name}  # a plain name would also be set in nested configurations
 
 
+# By model. To look through all modules takes milliseconds, four times a packed pass: an adapter has thousands of them.
+_CONFIGS: WeakKeyDictionary[torch.nn.Module, list[PretrainedConfig]] = WeakKeyDictionary()
+
+
 def _configs(model: torch.nn.Module) -> list[PretrainedConfig]:
     """The configurations that the modules of a model read."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in configs if isinstance(config, PretrainedConfig)}.values())
+    if model not in _CONFIGS:
+        configs = (getattr(module, "config", None) for module in model.modules())
+        found = {id(config): config for config in configs if isinstance(config, PretrainedConfig)}
+        _CONFIGS[model] = list(found.values())
+    return _CONFIGS[model]
 
 
 def _attend_packed(
@@ -150,7 +158,7 @@ def _attend_packed(
         raise ValueError(f"{type(module).__name__} does not read its attention function from its `config`.")
     if query.shape[0] != 1 or not query.shape[2] == key.shape[2] == layout.positions:
         if name.in_backward:
-            # Of another pass that a subclass ran before the packed one: checkpointing runs its layers again, too.
+            # A subclass ran another pass before the packed one: checkpointing runs its layers again, too.
             options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
             asked = {each: value for each, value in options.items() if value is not None}
             own = _function_of(module, name.original)

@@ -1,6 +1,7 @@
 """[`EfficientUpdateGRPOTrainer`]: TRL's update without padding, repeated prompts and rows without a gradient."""
 
 import functools
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from dataclasses import astuple
 from typing import Any, cast
 
 import torch
+import trl
 from accelerate.utils import DynamoBackend
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -18,7 +20,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..a3po_config import A3POConfig
 from .attention import restore_attention
 from .layout import PackedLayout, RowShape, row_shapes
-from .loss_scope import PLAN, LossScope, check_advantages
+from .loss_scope import LossScope, check_advantages
 from .micro_batches import (
     Extent,
     Forward,
@@ -35,6 +37,7 @@ from .micro_batches import (
 )
 from .model_traits import (
     PaddingTraits,
+    config_of,
     configured_traits,
     has_experts_as_modules,
     multiplies_in_tf32,
@@ -44,9 +47,9 @@ from .model_traits import (
     text_config,
 )
 from .packed_forward import PackedForward, trl_has_fused_head
-from .plan import NOTHING, Plan, in_fewest
+from .plan import NOTHING, Plan, give_plan, in_fewest, plan_of
 from .probe import Packing, check_packing
-from .sampler_correction import SamplerCorrection
+from .sampler_correction import MISMATCH_METRICS, SamplerCorrection
 
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,10 @@ _ROUNDED_RATIO = 0.1
 # grouping of rows. The denominator of BNPO is the number of tokens in the micro-batch.
 _MEANS_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")
 _SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
+
+# Of the arguments of TRL's method.
+_ARGUMENTS = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+_NAMES_AFTER_BATCH_SIZE = _ARGUMENTS[_ARGUMENTS.index("batch_size") + 1 :]
 
 _IMAGE_COLUMNS = {"image", "images"}  # of datasets, as TRL reads them
 # The modules whose methods the trainer is made of. Not `trl.experimental`: its trainers change the loss.
@@ -88,8 +95,10 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     _loss_ran: bool = False
     # The scope of the running call of TRL's loss, or of a pass for old log-probabilities that takes its layout.
     _loss_scope: LossScope | None = None
-    # Whether TRL's pass for `old_per_token_logps` comes next and is skipped; whether the new rollout does without it.
+    # Whether TRL's pass for `old_per_token_logps` comes next and is skipped; what it returned in the last rollout;
+    # whether the new rollout does without it.
     _skips_next_pass: bool = False
+    _placeholder: Tensor | None = None
     _replaces_old_pass: bool = False
     # Whether a rollout kept TRL's layout, see `_may_clip_rounding`.
     _layout_stays: bool = False
@@ -116,8 +125,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         corrects = self.args.use_vllm and self.args.vllm_importance_sampling_correction
         self._sampler = SamplerCorrection(self) if corrects else None
         self._clips_rounding = self._may_clip_rounding()
-        # What is found out about the model holds for the reference that TRL made of it, and for no other model.
-        self._checked_configs = [self._config_of(model) for model in (self.model, self.ref_model) if model is not None]
+        # The checks of the model hold for the reference that TRL made of it too, but for no other model.
+        self._checked_configs = [config_of(model) for model in (self.model, self.ref_model) if model is not None]
         self._traits: PaddingTraits = configured_traits(self.model)
         self._packing = Packing("it was not checked")
         # A sharded model cannot run before training begins. One that is still on the CPU would run other kernels.
@@ -128,7 +137,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
 
     @property
     def _trl_runs_old_pass(self) -> bool:
-        """Whether GRPOTrainer runs a pass for `old_per_token_logps` in training."""
+        """Whether GRPOTrainer runs a pass for `old_per_token_logps` after generation."""
         return self._sampler is not None or not self.args.trains_aligned
 
     def _may_clip_rounding(self) -> bool:
@@ -168,9 +177,6 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         if self._packing.reason is not None:
             self._trims &= not (self._traits.right_padding or self._traits.company)
             self._may_skip &= not self._traits.company
-
-    def _config_of(self, model: torch.nn.Module) -> Any:
-        return getattr(self.accelerator.unwrap_model(model), "config", None)
 
     def _agree_on_packing(self) -> Packing:
         # Accelerate's launcher can compile, too.
@@ -305,11 +311,12 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             shared = [in_fewest(shapes[part], live[part], size * width, group, least, window) for part in parts]
         found = self._largest([number for each in shared for number in (len(each), max(map(len, each)))])
         empty = {key: take_rows(value, []) for key, value in rollout.items()}
+        give_plan(empty, NOTHING)
         planned = []
         for part, of_step, count, most in zip(parts, shared, found[::2], found[1::2], strict=True):
             of_step = [[]] * (count - len(of_step)) + of_step  # other processes need more
             # Micro-batches without rows come first: the last pass of a step synchronises the processes.
-            planned += [{**empty, PLAN: NOTHING} for _ in range(window - count)]
+            planned += [dict(empty) for _ in range(window - count)]
             most = max(most, math.ceil(rows_of_step / count))  # `fill_up` adds rows up to the average
             # The loss is divided by the number of micro-batches, and some losses by the number of their rows.
             loss_scale = most / size if self.loss_type in _MEANS_OVER_ROWS else 1.0
@@ -317,9 +324,17 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
                 rows = [part.start + number for number in numbers]
                 batch = {key: take_rows(value, rows) for key, value in rollout.items()}
                 positions_of = self._positions_of(rows, lengths, shapes, most, batch)
-                advantages = batch["advantages"]
-                plan = Plan(len(computed), len(rows), most, positions_of, skipped, advantages, loss_scale)
-                planned.append({**batch, PLAN: plan})
+                plan = Plan(
+                    computed=len(computed),
+                    present=len(rows),
+                    rows=most,
+                    positions_of=positions_of,
+                    skipped_signs=skipped,
+                    advantages=batch["advantages"],
+                    loss_scale=loss_scale,
+                )
+                give_plan(batch, plan)
+                planned.append(batch)
         return planned
 
     def _largest(self, numbers: list[int]) -> list[int]:
@@ -346,14 +361,14 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return PackedLayout(shapes, shape, self._packing.by_column, self.accelerator.device)
 
     def _lengths(self, prompt_mask: Tensor, completion_mask: Tensor) -> list[tuple[int, int]]:
-        if not self._trims or self._packing.reason is None:  # the second: these rows cannot be packed (rare)
+        if not self._trims or self._packing.reason is None:  # the second: they are too wide to be packed (rare)
             return [(prompt_mask.shape[1], completion_mask.shape[1])] * len(prompt_mask)
         keeps_prompt = self._traits.left_padding
         return row_lengths(torch.ones_like(prompt_mask) if keeps_prompt else prompt_mask, completion_mask)
 
     def _compute_loss(self, model, inputs):
         self._loss_ran |= self.is_in_train and self.model.training
-        if (plan := inputs.get(PLAN)) is not None and not plan.rows:
+        if (plan := plan_of(inputs)) is not None and not plan.rows:
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
         self._loss_scope = scope = LossScope(self, inputs)
         try:
@@ -371,14 +386,17 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         return loss if scale == 1.0 else loss * scale
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *positional, **kwargs
     ):
+        kwargs |= zip(_NAMES_AFTER_BATCH_SIZE, positional, strict=False)
         if self._skips_next_pass:
             self._skips_next_pass = False
-            return input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32), None, None
+            self._placeholder = input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32)
+            return self._placeholder, None, None
         self._gather_trained_head(model)
         compute = functools.partial(super()._get_per_token_logps_and_entropies, **kwargs)
-        if not any(self._config_of(model) is config for config in self._checked_configs):
+        config = config_of(model)
+        if not any(config is checked for checked in self._checked_configs):
             return compute(model, input_ids, attention_mask, logits_to_keep, batch_size=batch_size)
         scope = self._loss_scope
         if scope is None or not scope.waits_for_logps:
@@ -463,9 +481,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         lacking = loss_mask(scope.inputs).any(1)[scope.computed :]
         if (lacking if any_row else lacking & (scope.inputs["advantages"][scope.computed :] != 0)).any():
             raise RuntimeError(
-                "`shape_advantages` was assigned, or advantages were changed, while a rollout was in use. Its "
-                "completions of zero advantage have no old log-probabilities. Assign it before training, or set "
-                "`skip_old_logps=False`."
+                "`shape_advantages` was assigned, or advantages or an option of the loss (`top_entropy_quantile`, "
+                "`beta`, an entropy bonus) were changed, while a rollout was in use. Its completions of zero "
+                "advantage have no old log-probabilities. Change it before training, or set `skip_old_logps=False`."
             )
 
     def _run_all(self, compute, model, input_ids, attention_mask, logits_to_keep, batch_size):
@@ -536,10 +554,17 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
             rollout = dict(generate(inputs))
         finally:
             self._skips_next_pass = False
+        placeholder, self._placeholder = self._placeholder, None
+        if is_known and rollout["old_per_token_logps"] is not placeholder:
+            raise RuntimeError(
+                f"TRL {trl.__version__} runs another pass over the model before that for `old_per_token_logps`, and "
+                "the wrong one was skipped. Set `skip_old_logps=False`, or install a TRL that was tested with this "
+                "package."
+            )
         if sampler is not None and not is_known and not sampler.check(rollout):
             return rollout
         # These metrics include rows without a gradient, or zeros in place of log-probabilities.
-        for name in [name for name in metrics if name.startswith("sampling/")]:
+        for name in [name for name in metrics if name.startswith(MISMATCH_METRICS)]:
             del metrics[name][before.get(name, 0) :]
             if not metrics[name]:
                 del metrics[name]  # TRL would log `None`
@@ -564,7 +589,7 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         kwargs = cast(Any, self.args.gradient_checkpointing_kwargs)
         with disable_gradient_checkpointing(cast(Any, self.model), kwargs):
             for batch in planned:
-                plan = batch[PLAN]
+                plan = cast(Plan, plan_of(batch))
                 if not plan.rows:
                     continue
                 self._loss_scope = scope = LossScope(self, batch, is_loss=False)

@@ -108,7 +108,7 @@ def row_shapes(
     prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor, by_column: bool = False
 ) -> list[RowShape] | None:
     """
-    Lengths of rows, and what their prompts share. Waits for the device once.
+    Lengths of rows, and what their prompts share. Waits for the device.
 
     Args:
         prompt_ids (`torch.Tensor` of shape `(B, P)`): Prompts, padded on the left.

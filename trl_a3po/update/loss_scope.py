@@ -6,11 +6,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from .micro_batches import add_rows
-from .plan import Plan
-
-
-# The key under which a micro-batch carries its [`Plan`].
-PLAN = "a3po_plan"
+from .plan import Plan, plan_of
 
 
 def check_advantages(advantages: Tensor) -> None:
@@ -47,7 +43,7 @@ class LossScope:
         check_advantages(inputs["advantages"])
         self.is_loss = is_loss
         self.inputs = dict(inputs)
-        self.plan: Plan | None = self.inputs.pop(PLAN, None)
+        self.plan: Plan | None = plan_of(inputs)
         self.present = len(inputs["completion_ids"])
         self.computed = self.present if self.plan is None else self.plan.computed
         self.advantages_changed = self.plan is not None and self.plan.advantages_changed(inputs["advantages"])

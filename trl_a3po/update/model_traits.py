@@ -174,10 +174,15 @@ def never_alone(forward: Forward) -> Forward:
     return in_company
 
 
+def config_of(model: torch.nn.Module) -> PretrainedConfig:
+    """The configuration of a model in any wrapper."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return next(each for each in configs if isinstance(each, PretrainedConfig))
+
+
 def text_config(model: torch.nn.Module) -> PretrainedConfig:
     """The configuration of the language model in any wrapper."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return next(each for each in configs if isinstance(each, PretrainedConfig)).get_text_config()
+    return config_of(model).get_text_config()
 
 
 def has_experts_as_modules(model: torch.nn.Module) -> bool:
@@ -288,11 +293,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _rounding(logits: Tensor) -> float:
     """The largest distance of logits that rounding can cause, for the precision in which they were computed."""
     precisions = [torch.bfloat16, torch.float16]
-    # Mixed precision returns float32.
+    # Mixed precision returns float32. Distances are computed in float32.
     eps = [torch.finfo(dtype).eps for dtype in precisions if torch.equal(logits, logits.to(dtype).to(logits.dtype))]
     if multiplies_in_tf32():
         eps.append(2**-10)
-    return min(256 * max([torch.finfo(logits.dtype).eps, *eps]), 0.1)
+    return min(256 * max([torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps, *eps]), 0.1)
 
 
 def multiplies_in_tf32() -> bool:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,32 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-# Of a micro-batch without rows.
-NOTHING = Plan(0, 0, 0, lambda count: Extent(0, 1, 1), frozenset(), torch.empty(0), 1.0)
+# The plan of a micro-batch without rows.
+NOTHING = Plan(
+    computed=0,
+    present=0,
+    rows=0,
+    positions_of=lambda count: Extent(0, 1, 1),
+    skipped_signs=frozenset(),
+    advantages=torch.empty(0),
+    loss_scale=1.0,
+)
+
+
+_ATTRIBUTE = "a3po_plan"
+
+
+def give_plan(batch: dict[str, Any], plan: Plan) -> None:
+    """
+    Gives a micro-batch its plan, as an attribute of its `prompt_ids`. So all values of a micro-batch are what TRL's
+    code, and a subclass, expects; and a copy of the dictionary has the plan, too.
+    """
+    setattr(batch["prompt_ids"], _ATTRIBUTE, plan)
+
+
+def plan_of(batch: dict[str, Any]) -> Plan | None:
+    """The plan of a micro-batch; `None` if it has none."""
+    return getattr(batch.get("prompt_ids"), _ATTRIBUTE, None)
 
 
 # The attention kernel of a GPU gets a copy of the prompt's keys for each row. So rows that share a micro-batch have at

@@ -23,6 +23,9 @@ from .micro_batches import loss_mask
 
 logger = logging.getLogger(__name__)
 
+# How the names of TRL's metrics of the correction begin.
+MISMATCH_METRICS = ("sampling/sampling_logp_difference/", "sampling/importance_sampling_ratio/")
+
 
 class SamplerCorrection:
     """
@@ -44,7 +47,7 @@ class SamplerCorrection:
         agrees = expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, equal_nan=True)
         differs = torch.tensor([not agrees], device=expected.device)
         self.is_trls = not bool(self._trainer.accelerator.gather(differs).any())
-        if not self.is_trls:
+        if not self.is_trls and self._trainer.accelerator.is_main_process:
             logger.warning(
                 "TRL %s computes another importance ratio for vLLM than trl-a3po. Therefore the pass for "
                 "`old_per_token_logps` runs after every generation: the update is exact but costs more.",
@@ -81,6 +84,10 @@ class SamplerCorrection:
             args.vllm_importance_sampling_clip_min,
             args.vllm_importance_sampling_clip_max,
         )
+
+    def forget(self) -> None:
+        """Forgets the statistics of an interrupted run."""
+        self._statistics.clear()
 
     def pop_metrics(self, mode: str) -> dict[str, float]:
         """TRL's `sampling/*` metrics since the last call. Waits for the device; all processes must call it."""
@@ -172,11 +179,12 @@ def mismatch_metrics(sums: Tensor, largest: Tensor) -> dict[str, float]:
     distance, known, ratio, counted = sums.tolist()
     most_distance, most_ratio, minus_least_ratio = largest.tolist()
     metrics = {}
+    difference, of_ratio = MISMATCH_METRICS
     if known:
-        metrics["sampling/sampling_logp_difference/mean"] = distance / known
-        metrics["sampling/sampling_logp_difference/max"] = most_distance
+        metrics[f"{difference}mean"] = distance / known
+        metrics[f"{difference}max"] = most_distance
     if counted:
-        metrics["sampling/importance_sampling_ratio/min"] = -minus_least_ratio
-        metrics["sampling/importance_sampling_ratio/mean"] = ratio / counted
-        metrics["sampling/importance_sampling_ratio/max"] = most_ratio
+        metrics[f"{of_ratio}min"] = -minus_least_ratio
+        metrics[f"{of_ratio}mean"] = ratio / counted
+        metrics[f"{of_ratio}max"] = most_ratio
     return metrics
