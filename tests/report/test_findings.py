@@ -145,6 +145,49 @@ def test_what_was_solved_at_once_was_not_solved_from_the_start(rewards):
     assert names([{**each, "reward": 1.0, "frac_reward_zero_std": 1.0} for each in logs]) == ["no signal: all right"]
 
 
+def test_gradients_of_0_that_chance_explains():
+    # Real: a step of one or two groups, whose gradient is logged every 25 steps.
+    signal, norms = (0.58, 0.66, 0.48, 0.44), (1.97, 0.0, 0.0, 0.0)
+    logs = [
+        {"step": 25 * i, "reward": reward, "signal/completions/all_wrong": 1 - share, "grad_norm": norm}
+        for i, (reward, share, norm) in enumerate(zip((0.27, 0.44, 0.61, 0.59), signal, norms, strict=True), 1)
+    ]
+    assert names(logs) == []
+    assert names(history(grad_norm=0.0, frac_reward_zero_std=0.5)) == ["gradient of 0"]
+
+
+def test_what_began_all_wrong_was_not_right_from_the_start():
+    rewards = [0.0, 0.0, 0.4, 0.9, *[1.0] * 8]
+    logs = [
+        {"step": step, "reward": reward, "reward_std": 0.0, "frac_reward_zero_std": 1.0}
+        | {"rewards/f/mean": reward, "rewards/f/std": 0.0}
+        for step, reward in enumerate(rewards, 1)
+    ]
+    assert "no signal: all right" not in names(logs)
+
+
+def test_three_logs_of_a_reward_that_rises():
+    logs = [
+        {"step": 20 * i, "reward": reward, "reward_std": 0.4, "completions/clipped_ratio": 0.9}
+        for i, reward in enumerate((0.42, 0.7, 0.93), 1)
+    ]
+    assert names(logs) == []
+
+
+def test_the_entropy_of_completions_that_are_all_masked_is_no_start():
+    assert names(history(entropy=lambda t: 0.0 if t <= 0.1 else 0.8)) == []
+
+
+def test_a_gradient_that_becomes_small_has_no_spikes():
+    assert names(history(grad_norm=lambda t: 1.0 if t <= 0.04 else 0.005)) == []
+
+
+def test_since_when_where_the_last_logs_scatter():
+    [finding] = find(history(**{"clip_ratio/region_mean": lambda t: 0.0 if t > 0.95 else 0.9 * (t > 0.5)}))
+    assert finding.name == "clip share high"
+    assert finding.since < 800
+
+
 def test_completions_that_are_all_cut_explain_a_gradient_of_0():
     cut = {"completions/clipped_ratio": 1.0, "grad_norm": 0.0, "frac_reward_zero_std": 0.2}
     assert names(history(**cut, **FLAT)) == ["most completions truncated"]
@@ -198,9 +241,11 @@ def test_rewards_that_are_none_in_the_log_of_trl():
     assert names(logs) == ["completions that no reward function scores"]
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e308])
-def test_rewards_too_large_to_calculate_with_are_rewards(value):
-    assert names(history(**{"reward": value, "rewards/accuracy_reward/mean": value})) == []
+@pytest.mark.parametrize(("value", "found"), [(math.inf, True), (-math.inf, True), (1e308, False)])
+def test_infinite_rewards_are_named_and_too_large_ones_are_rewards(value, found):
+    rewards = {"reward": value, "rewards/accuracy_reward/mean": value}
+    assert names(history(**rewards)) == ["infinite rewards"] * found
+    assert names(history(**rewards, grad_norm=0.0))[:1] == (["infinite rewards"] if found else ["gradient of 0"])
 
 
 @pytest.mark.parametrize(

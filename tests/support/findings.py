@@ -53,6 +53,7 @@ def constant(value):
 
 # For each rule: a log that has it just in, and one that has it just out.
 CASES = {
+    "infinite rewards": ({"reward": lambda t: math.inf if t == 0.5 else 0.4}, {}),
     "not finite": ({"grad_norm": lambda t: math.nan if t == 1 else 0.5}, {}),
     "learning rate at 0": (
         {"learning_rate": lambda t: 1e-6 if t <= 0.5 else 1e-9},

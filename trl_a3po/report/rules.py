@@ -65,6 +65,14 @@ class Rule:
 # Checks. Each takes the log and the bound of its rule.
 
 
+def _infinite_rewards(log: Log, bound: float) -> Seen | None:
+    for name in [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] + ["reward"]:
+        steps = [step for step, value in log.all(name) if math.isinf(value)]
+        if len(steps) >= bound:
+            return Seen(name, steps[0], f"`{name}` is infinite in {_logs(len(steps))}")
+    return None
+
+
 def _not_finite(log: Log, bound: float) -> Seen | None:
     for name in ("loss", "grad_norm"):
         points = log.all(name)
@@ -80,9 +88,9 @@ def _learning_rate(log: Log, bound: float) -> Seen | None:
     highest = max((value for _, value in points), default=0.0)
     if not is_enough(points) or log.end("learning_rate") > bound * highest:
         return None
+    if mean_value(points[-FEWEST_LOGS:]) > bound * highest:
+        return None  # it rises again
     since = _since(points, lambda value: value <= bound * highest)
-    if since == points[-1][0] and len(points) > 1:
-        return None
     return Seen("learning_rate", since, f"the learning rate is {_n(points[-1][1])}, after at most {_n(highest)}")
 
 
@@ -153,8 +161,8 @@ def _no_signal(*reasons: str) -> Callable[[Log, float], Seen | None]:
         else:
             metric = "frac_reward_zero_std"
             since, at_start = _since_above(log, metric, bound), log.start(metric)
-        if reasons == ("all_right",) and at_start < bound / 2:
-            return None  # it was solved, within so few logs that the rise may be chance
+        if reasons == ("all_right",) and (at_start < bound / 2 or log.start("reward") <= 0.5 * log.end("reward")):
+            return None  # it was solved, within so few logs that the rise may be chance; or it began all wrong
         details = f"; the mean reward is {_n(log.end('reward'))}" if log.known("reward") else ""
         cut = log.end("completions/clipped_ratio")
         details += f"; {_p(cut)} are cut at the length limit" if cut >= 0.1 else ""
@@ -231,6 +239,8 @@ def _entropy_collapsed(log: Log, bound: float) -> Seen | None:
 
 def _entropy_explodes(log: Log, bound: float) -> Seen | None:
     start, end = log.start("entropy"), log.end("entropy")
+    if not start > 0:  # as TRL logs it where every completion is masked
+        return None
     if not (end >= bound * start and end - start >= 0.5) or _rises_still(log):
         return None
     since = _since(log.known("entropy"), lambda value: value >= bound * start)
@@ -363,6 +373,10 @@ def _gradient_zero(log: Log, bound: float) -> Seen | None:
     if not is_enough(points) or sum(value == 0 for _, value in last) < bound * len(last):
         return None
     since = _since(points, lambda value: value == 0, width=1)
+    # A log has the norm of one step. In a step of one group, it is 0 as often as a group has no signal.
+    without_signal, zeros = sum(log.shares().values()), sum(step >= since for step, _ in points)
+    if without_signal**zeros > _CHANCE:
+        return None
     return Seen("grad_norm", since, "the gradient's norm is 0")
 
 
@@ -374,6 +388,10 @@ def _gradient_spikes(log: Log, bound: float) -> Seen | None:
     spikes = [(step, value) for step, value in points if value >= bound * middle]
     if not spikes or len(spikes) > max(1, len(points) // 20):
         return None  # what is so frequent is no spike: the others are small
+    values = [value for _, value in points]
+    before = values[max(0, values.index(max(values)) - FEWEST_STEPS) : values.index(max(values))]
+    if len(before) < FEWEST_LOGS or max(values) < bound * median(before):
+        return None  # it was large from the start, and became small
     highest = max(value for _, value in spikes)
     text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}; so high in {_logs(len(spikes))}"
     return Seen("grad_norm", spikes[0][0], text)
@@ -419,6 +437,8 @@ def _tools_fail(log: Log, bound: float) -> Seen | None:
 # The table. The first rules explain the others, so they come first.
 
 FLAT_LOGS = 30
+# What is less likely is not chance.
+_CHANCE = 0.001
 _NO_RISE = ("settled early", "reward flat")
 _SYMPTOMS = (
     "gradient of 0",
@@ -454,6 +474,16 @@ def _without_signal(name: str, *reasons: str, means: str, change: str) -> Rule:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "infinite rewards",
+        1,
+        "logs with an infinite mean of the rewards",
+        "one infinite reward is enough: its group has no advantages",
+        "A reward function returned an infinite number. The completions of that group cannot be compared.",
+        "Return finite numbers from `reward_funcs`: clip them, or return None for what cannot be scored.",
+        _infinite_rewards,
+        (*_SYMPTOMS, "not finite", "gradient spikes", "reward fell"),
+    ),
     Rule(
         "not finite",
         0.1,
@@ -518,7 +548,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "gradient of 0",
         0.9,
-        "share of the last logs whose `grad_norm` is exactly 0",
+        "share of the last logs whose `grad_norm` is exactly 0, if there are more than steps without a signal explain",
         "single steps without a signal have a norm of 0 by chance",
         "The loss has no gradient, although there are rewards that differ.",
         "Check that parameters are trainable (`requires_grad`, the modules of `peft_config`), `positive_weight`, "
@@ -788,10 +818,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def _since(points: Points, holds: Callable[[float], bool], width: int = FEWEST_LOGS) -> int:
-    """The first step of the stretch, up to the last log, in which the moving mean holds; 0 if nothing is known."""
+    """
+    The first step of the stretch, up to the last log, in which the moving mean holds; 0 if nothing is known.
+    """
     if not points:
         return 0  # another metric shows it, and this one was not logged
-    since = points[-1][0]
+    since = (last_quarter(points) or points)[0][0]  # where the last logs scatter, their mean is the evidence
     for last in range(len(points), 0, -1):
         window = points[max(0, last - width) : last]
         if not holds(mean_value(window)):

@@ -1,9 +1,9 @@
 """
 The log of a run, and what it says at the start and at the end.
 
-Two words have one meaning throughout. The *end* of a metric is its mean over the last quarter of the logs, three logs
-at least. Its *start* is the mean over the first tenth. One log of a small batch says little, so the end of a run with
-fewer than three logs is known only after ten steps.
+Two words have one meaning throughout. The *start* of a metric is its mean over the first tenth of the logs. Its *end*
+is the mean over the last quarter, three logs at least, without those of the start. One log of a small batch says
+little, so the end of a run with fewer than three logs is known only after ten steps.
 """
 
 import math
@@ -145,7 +145,8 @@ def is_enough(points: Sequence[tuple[int, float]]) -> bool:
 
 
 def last_quarter(points: Points) -> Points:
-    return points[-max(FEWEST_LOGS, len(points) // 4) :] if is_enough(points) else []
+    """The logs at the end, without the first if there are others; none if there are too few."""
+    return points[min(1, len(points) - 1) :][-max(FEWEST_LOGS, len(points) // 4) :] if is_enough(points) else []
 
 
 def mean_value(points: Points) -> float:
