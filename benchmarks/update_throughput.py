@@ -51,7 +51,7 @@ from workload import (
 )
 
 from trl_a3po import A3POConfig, A3POTrainer
-from trl_a3po.update.loss_scope import PLAN
+from trl_a3po.update.plan import plan_of
 
 
 SIGMAS, DEADS, MICRO_BATCHES = (0.5, 0.8, 1.1), (0.0, 0.3, 0.6), (1, 2, 4, 8, 16)
@@ -146,7 +146,7 @@ def count_positions(micro_batch, args):
             )
             micro_batches = Update(trainer).micro_batches
         width = sum(micro_batches[0][key].shape[1] for key in ("prompt_ids", "completion_ids"))
-        ours = sum(batch[PLAN].positions.positions for batch in micro_batches if batch[PLAN].rows)
+        ours = sum(plan.positions.positions for plan in map(plan_of, micro_batches) if plan.rows)
         ratios.append((args.rows * width / distinct, ours / distinct))
     args.seed -= args.repeats
     theirs, ours = (statistics.quantiles(column, n=4) for column in zip(*ratios, strict=True))

@@ -113,6 +113,8 @@ def test_the_other_commands_too(file, capsys):
         ("reward_funcs", [None], "a list of names"),
         ("reward_weights", 1.0, "a list of numbers"),
         ("datasets", ["p.jsonl"], "a list of mappings, each with a `path`"),
+        ("datasets", [{"path": "p.jsonl"}, {"path": 1}], "a list of mappings, each with a `path`"),
+        ("datasets", [{"split": "train"}], "a list of mappings, each with a `path`"),
         ("datasets", {"path": "p.jsonl"}, "a list of mappings, each with a `path`"),
         ("save_total_limit", False, "a whole number or null"),
         ("lora_r", 8.5, "a whole number"),

@@ -222,15 +222,24 @@ def test_problems_in_several_rows_are_not_trained_on_if_they_are_held_out(line, 
     assert "problems.jsonl' repeat the problems that are held out. Pass a smaller one." in capsys.readouterr().err
 
 
+def test_a_broken_pipe_is_no_mistake_in_the_options(line, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(demo, "held_out_results", closed)
+    with pytest.raises(BrokenPipeError):  # see tests/cli/test_main.py
+        demo.main([*line[1:], "--max_steps", "1"])
+
+
 def test_problems_that_do_not_count_are_named(line, tmp_path, capsys, caplog):
     answers = ["2", "\\text{}", *["2"] * 6, "2", "\\text{}", "2", "2"]
     path = Path(write_problems(tmp_path / "problems.jsonl", answers))
     path.write_text(path.read_text().replace('"10?"', json.dumps("1" * 3000)))
     assert main([*line, "--max_steps", "1"]) == 0
     out = capsys.readouterr().out
-    assert "1 rows were not sampled and count as unsolved:\n  row 10: it has 3003 tokens, but the context has" in out
-    assert "1 rows have a solution that math-verify cannot parse. They do not count: 9\n" in out
-    assert out.index("They do not count") < out.index("step ")
+    assert "not sampled, and counted as unsolved: 1 row\n  row 10: it has 3003 tokens, but the context has" in out
+    assert "not counted, because math-verify cannot parse the solution: 1 row (9)\n" in out
+    assert out.index("not counted") < out.index("step ")
     assert "mean and 95 % interval over 3 problems" in out
     assert "cannot parse the solutions of 1 of 8 problems for training. They get no reward: row 1" in caplog.text
 

@@ -50,9 +50,10 @@ def greedy(model):
     return transformers_engine(model, GREEDY)([Request(prompt, 12, 0) for prompt in PROMPTS])
 
 
-def reference(adapter):
+def reference(adapter, more_tokens=0):
     """By PEFT itself, with the adapter beside its base model, one prompt at a time."""
     base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base", dtype=torch.float32)
+    base.resize_token_embeddings(base.config.vocab_size + more_tokens)
     model = PeftModel.from_pretrained(base, adapter).eval()
     completions = []
     for prompt in PROMPTS:
@@ -87,6 +88,28 @@ def test_a_merged_adapter_completes_as_the_adapter(kind, tmp_path):
     assert not directory.exists()
     assert merged == reference(adapter)
     assert merged != greedy(load_model(tmp_path / "base", "float32"))
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tied layer is part of the adapter:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_an_adapter_with_more_tokens_than_its_base_completes_as_the_adapter(fields, tied, tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora(**fields), more_tokens=3, tie_word_embeddings=tied)
+    files = find_model(str(adapter))
+    base = load_model(tmp_path / "base", "float32")
+    assert load_chat(files).vocabulary == base.config.vocab_size + 3
+    with ordinary_checkpoint(files, "float32", tmp_path) as directory:
+        merged = load_model(directory, "float32")
+    assert merged.config.vocab_size == base.config.vocab_size + 3
+    assert greedy(merged) == reference(adapter, more_tokens=3)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_an_adapter_that_lacks_weights_of_new_tokens_is_refused(tmp_path):
+    adapter = adapters.save(tmp_path, adapters.lora(target_modules=["embed_tokens", "q_proj"]), more_tokens=3)
+    is_refused(adapter, r"training changed the number of tokens from \d+ to \d+, .* new weights of lm_head\. Merge")
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")

@@ -74,6 +74,13 @@ def score(answer, solution):
         ("- 3 1/2", "$- 3\\frac{1}{2}$"),
         ("1/2", "$1/2$"),
         ("$1 000$", "$1 000$"),
+        ("1\u00a0000", "$1000$"),
+        ("1\u202f000\u202f000,", "$1 000 000,$"),
+        ("€5", "$5$"),
+        ("-£2.50", "$-2.50$"),
+        ("USD 1,200", "$1,200$"),
+        ("5 EUR", "$5\\text{ EUR}$"),
+        ("₹1 000 per day", "$₹1 000 per day$"),
     ],
 )
 def test_final_answer(answer, expected):
@@ -114,6 +121,8 @@ def test_other_texts_with_several_dollar_signs_stay_as_they_are(answer):
     ("answer", "right", "wrong"),
     [
         ("8 dollars", ["8", "\\$8", "8\\text{ dollars}", "8.0"], ["9", "9\\text{ dollars}", "80"]),
+        ("€8", ["8", "8.0"], ["9", "80"]),
+        ("8 USD", ["8", "\\$8", "8\\text{ USD}"], ["9"]),
         ("12 cm^2", ["12", "12\\text{ cm}^2"], ["144", "2"]),
         ("24 square centimeters", ["24"], ["25"]),
         ("5 percent", ["5\\%", "0.05"], ["6\\%", "0.5"]),

@@ -709,6 +709,20 @@ def test_sigterm_ends_the_evaluation_of_a_checkpoint_too(tmp_path, monkeypatch):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+def test_sigterm_leaves_no_temporary_files(tmp_path, monkeypatch):
+    adapter = adapters.save(tmp_path, adapters.lora())
+
+    def terminated(*_, **__):
+        assert list((tmp_path / "scores").glob("temporary-*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "transformers_engine", terminated)
+    line = ["eval", "--model_name_or_path", str(adapter), "--output_dir", str(tmp_path / "scores")]
+    with pytest.raises(SystemExit, match="143"):
+        cli.main([*line, "--dataset_name", write(tmp_path / "problems.JSONL", [{"problem": "1+1=", "answer": "2"}])])
+    assert not list((tmp_path / "scores").glob("temporary-*"))
+
+
 def test_solutions_are_checked_before_anything_is_sampled(tmp_path, capsys):
     rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "a\nb"}])
     line = ["eval", "--model_name_or_path", "nothing", "--dataset_name", rows, "--output_dir", str(tmp_path / "out")]
@@ -733,7 +747,9 @@ def test_reasoning_delimiters_are_texts(texts, arguments):
         arguments("scores", reasoning_delimiters=texts)
 
 
-@pytest.mark.parametrize("name", ["model_name_or_path", "dataset_name", "output_dir", "dataset_split"])
+@pytest.mark.parametrize(
+    "name", ["model_name_or_path", "dataset_name", "output_dir", "dataset_split", "worked_examples"]
+)
 def test_empty_text_as_of_an_unset_variable_is_refused(name, arguments):
     fields = {"model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "scores", name: ""}
     with pytest.raises(ValueError, match=f"`{name}` is empty"):

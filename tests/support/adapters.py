@@ -50,11 +50,16 @@ MERGED = {
 PROMPT_TUNING = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", tokenizer_name_or_path=None)
 
 
-def save(directory, config, **model):
-    """Writes an adapter into `directory/adapter`, and its base model into `directory/base`, as the trainer does."""
-    base = tiny.save(directory / "base", **model)
+def save(directory, config, more_tokens=0, **model):
+    """
+    Writes an adapter into `directory/adapter`, and its base model into `directory/base`, as the trainer does. The
+    training may have added tokens.
+    """
+    base = AutoModelForCausalLM.from_pretrained(tiny.save(directory / "base", **model), dtype=torch.float32)
     torch.manual_seed(1)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), deepcopy(config))
+    if more_tokens:
+        base.resize_token_embeddings(base.config.vocab_size + more_tokens)
+    adapted = get_peft_model(base, deepcopy(config))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "magnitude" not in name:

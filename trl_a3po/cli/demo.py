@@ -46,6 +46,7 @@ from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import check_not_beyond, checkpoint_to_resume_from, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .eval import uncounted
+from .main import counted
 from .parser import Parser, group_options
 from .training_options import check_libraries, check_prompts, check_schedule
 
@@ -163,7 +164,7 @@ def before_after_table(before: dict[str, Any], after: dict[str, Any]) -> str:
     pass_rates = [name for name in first if name.startswith("pass@")]
     for name in dict.fromkeys([pass_rates[0], pass_rates[-1]]):
         lines.append(f"{name:<10}{first[name]!s:>22}{last[name]!s:>22}")
-    return "\n".join([*lines, f"mean and 95 % interval over {after['problems']} problems"])
+    return "\n".join([*lines, f"mean and 95 % interval over {counted(after['problems'], 'problem')}"])
 
 
 def main(line: Sequence[str] | None = None) -> int:
@@ -197,10 +198,12 @@ def main(line: Sequence[str] | None = None) -> int:
         trainer = make_trainer(demo, config, train_problems)
         checkpoint = checkpoint_to_resume_from(resume, output_dir, trainer.accelerator)
         check_not_beyond(config.max_steps, checkpoint)
-        print(f"{len(train_problems)} training problems, {len(held_out_problems)} held out", flush=True)
+        print(f"{counted(len(train_problems), 'training problem')}, {len(held_out_problems)} held out", flush=True)
         check_prompts(trainer, train_problems, held_out_problems)
         before = held_out_results(trainer, held_out_problems, demo.eval_samples)
         print("".join(f"{each}\n" for each in uncounted(before)), end="", flush=True)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
 

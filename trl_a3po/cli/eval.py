@@ -22,7 +22,7 @@ from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_prob
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
 from ..training.checkpoint_files import PREVIOUS, check_writable, checkpoints_in, is_marked, is_of_later_run
 from .compare import compare_directories
-from .main import exit_status
+from .main import counted, exit_status
 from .parser import Parser
 
 
@@ -58,10 +58,11 @@ def main(line: Sequence[str] | None = None) -> int:
             problems = first_problems(problems, arguments.max_problems)
         check_no_overlap(problems, examples, "to evaluate on")
         check_writable(Path(arguments.output_dir))
-        if arguments.checkpoints:
-            return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
-        check_parseable(problems, "evaluation", "do not count")
-        results = evaluate(arguments, problems, worked_examples=examples)
+        with _sigterm_raises():
+            if arguments.checkpoints:
+                return evaluate_checkpoints(Path(arguments.model_name_or_path), Path(arguments.output_dir), line)
+            check_parseable(problems, "evaluation", "do not count")
+            results = evaluate(arguments, problems, worked_examples=examples)
     except BrokenPipeError:
         raise
     except (OSError, ValueError) as error:
@@ -100,8 +101,7 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
         directory = output / checkpoint.name
         own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
         print(f"\n{checkpoint}", flush=True)
-        with _sigterm_raises():
-            code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
+        code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
         if code:
             code = exit_status([code], "evaluation")
         status = status or code
@@ -113,7 +113,7 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """In this context, SIGTERM is an error of `subprocess.run`, which then ends its process."""
+    """In this context, SIGTERM ends what was started, and temporary files are removed."""
 
     def end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
@@ -128,18 +128,19 @@ def _sigterm_raises() -> Iterator[None]:
 def lines_of(results: dict[str, Any]) -> list[str]:
     """The lines that the terminal shows of `results.json`."""
     samples = results["samples_per_problem"]
-    lines = ["", f"{results['problems']} problems, {samples} samples of each; mean and 95 % interval over problems"]
+    of_each = f"{counted(results['problems'], 'problem')}, {counted(samples, 'sample')} of each"
+    lines = ["", f"{of_each}; mean and 95 % interval over problems"]
     lines += [f"{name:<10} {value}" for name, value in estimates(results).items()]
     lines.append(f"{results['mean_tokens']:.0f} tokens a completion; {results['reached_the_end']:.1%} reached an end")
     if results["rows"] > results["problems"]:
         lines.append(f"{results['rows']} rows: rows with the same prompt are one problem with more samples")
     if examples := results["settings"]["worked_examples"]:
-        lines.append(f"{examples['count']} worked examples before each problem")
+        lines.append(f"{counted(examples['count'], 'worked example')} before each problem")
     kwargs, source = results["settings"]["chat_template_kwargs"], results["chat_template_kwargs_from"]
     lines.append(f"chat_template_kwargs: {kwargs} ({source})")
     lines += uncounted(results)
     if several := results["problems_with_several_solutions"]:
-        lines.append(f"{several} problems have rows with different solutions")
+        lines.append(f"with different solutions in their rows: {counted(several, 'problem')}")
     return lines
 
 
@@ -147,9 +148,10 @@ def uncounted(results: dict[str, Any]) -> list[str]:
     """The lines on rows that were not sampled or do not count."""
     lines = []
     if skipped := results["rows_not_sampled"]:
-        lines.append(f"{len(skipped)} rows were not sampled and count as unsolved:")
+        lines.append(f"not sampled, and counted as unsolved: {counted(len(skipped), 'row')}")
         lines += [f"  row {row}: {reason}" for row, reason in list(skipped.items())[:NAMED]]
     if unparsed := results["rows_without_a_parseable_solution"]:
         rows = ", ".join(map(str, unparsed[:NAMED])) + (", ..." if len(unparsed) > NAMED else "")
-        lines.append(f"{len(unparsed)} rows have a solution that math-verify cannot parse. They do not count: {rows}")
+        number = counted(len(unparsed), "row")
+        lines.append(f"not counted, because math-verify cannot parse the solution: {number} ({rows})")
     return lines

@@ -122,6 +122,8 @@ class Parser(TrlParser):
             if name in LISTS:
                 items, words = LISTS[name]
                 fits = value is None or (type(value) is list and items.issuperset(map(type, value)))
+                if fits and name == "datasets":
+                    fits = all(type(each.get("path")) is str for each in value or ())
             elif not _is_ours(kind, name):
                 # What TRL's trainer takes, whatever the declaration says.
                 fits |= (value is None and name in MAY_BE_NULL) or (type(value) is float and value.is_integer())

@@ -47,7 +47,7 @@ from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import BeyondTheEndError, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
-from .main import exit_status
+from .main import counted, exit_status
 from .parser import Parser, group_options
 from .training_options import check_libraries, check_prompts, check_schedule
 
@@ -282,8 +282,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
             if eval_dataset is not None:
                 _warn_of_shared(train_dataset, eval_dataset)
             held_out = f", {len(eval_dataset)} to evaluate on" if eval_dataset is not None else ""
-            shown = f", {len(examples) // 2} worked examples before each" if examples else ""
-            print(f"{len(train_dataset)} problems to train on{held_out}{shown}", flush=True)
+            shown = f", {counted(len(examples) // 2, 'worked example')} before each" if examples else ""
+            print(f"{counted(len(train_dataset), 'problem')} to train on{held_out}{shown}", flush=True)
         try:
             trainer = A3POTrainer(train_dataset=train_dataset, eval_dataset=eval_dataset, **keywords)
         except SafetensorError as error:
@@ -451,6 +451,9 @@ if __name__ == "__main__":
             time.sleep(30)  # the main process prints the same message, and the launcher then ends this one
         print(f"trl-a3po train: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal and the launcher both send it
         sys.exit(128 + signal.SIGINT)

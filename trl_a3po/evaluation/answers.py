@@ -58,7 +58,7 @@ def final_answer(answer: Any) -> str:
         )
     # 1e-05 would be read as e - 5.
     text = np.format_float_positional(answer, trim="-") if isinstance(answer, float) else str(answer)
-    text = text.rsplit("####", 1)[-1].strip()
+    text = _SPACE.sub(" ", text.rsplit("####", 1)[-1]).strip()
     box = _last_box(text)
     if box is not None:
         return f"\\boxed{{{box}}}" if box else ""
@@ -105,6 +105,7 @@ def _number_in_latex(text: str) -> str:
     if match is None:
         return text
     before, whole, over, under, spaced, mantissa, exponent, number, percent, unit = match.groups()
+    before = _OTHER_CURRENCY.sub("", before)  # math-verify reads a number after `€` as another
     if over:
         number = f"{over}/{under}"
         if percent:  # without the factor, math-verify reads 1/2% as 1/(2%), and 2 1/2% as 2
@@ -118,6 +119,7 @@ def _number_in_latex(text: str) -> str:
     return before + number + (r"\%" if percent else "") + (rf"\text{{ {unit}}}" if unit else "")
 
 
+_SPACE = re.compile(r"[^\S\r\n]")  # of any width: French separates thousands by those that do not break
 _LETTER = "[^\\W\\d_¼-¾⅐-⅞⁰¹²³⁴-⁹]"
 _WORD = re.compile(rf"{_LETTER}{{2,}}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -150,13 +152,16 @@ _UNIT = (
     r"degrees?|(?:centi|milli|kilo)?(?:met(?:er|re)s?|grams?)|lit(?:er|re)s?|inch(?:es)?|feet|foot|yards?|miles?|"
     r"people|units?|mm|cm|km|mg|kg|m[lL]|ft|oz|lb)(?:(?: per |/)[a-z]+|\^[23])?"
 )
+_CODES = "USD|EUR|GBP|JPY|CNY|RMB|INR"
+_OTHER_CURRENCY = re.compile(rf"(?:[€£¥₹]|{_CODES})\s*")
+_CURRENCY = rf"(?:\\\$|[€£¥₹]|(?:{_CODES})\s)"
 _PLAIN_NUMBER = re.compile(
-    r"((?:[-+]?\s*(?:\\\$)?|\\\$\s*[-+])\s*)"  # a sign and a currency
+    rf"((?:[-+]?\s*{_CURRENCY}?|{_CURRENCY}\s*[-+])\s*)"  # a sign and a currency
     r"(?:(?:(\d+)\s+)?([1-9]\d*)/([1-9]\d*)"
     r"|(\d{1,3}(?: \d{3})+(?:\.\d+)?)"
     rf"|({_NUMBER}(?=[eE](?:\d|[-+]\d\d))|\d+\.\d+(?=[eE]))[eE]([-+]?\d+)"  # `2e-1` may be 2 times e, minus 1
     rf"|({_NUMBER}))"
-    rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}))?"
+    rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}|{_CODES}))?"
 )
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")

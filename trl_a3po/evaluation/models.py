@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ import transformers
 import trl
 from huggingface_hub import snapshot_download
 from packaging.version import Version
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -460,7 +461,9 @@ def load_chat(
             raise ValueError(message)
         logger.warning("%s It is an argument of the training, in `training_args.bin`.", message)
     with loading(f"the model '{files.base}'"):
-        return Chat.of(processor, config, generation_config, template_kwargs)
+        chat = Chat.of(processor, config, generation_config, template_kwargs)
+    with loading(f"the adapter '{files.name}'"):
+        return replace(chat, vocabulary=max(embeddings_of_adapter(files).values(), default=chat.vocabulary))
 
 
 def load_config(files: ModelFiles, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -547,8 +550,40 @@ def load_adapted_model(files: ModelFiles, dtype: str, trust_remote_code: bool = 
     with loading(f"the adapter '{files.name}'"):
         from peft import PeftModel
 
-        model = load_model(files.base, dtype, trust_remote_code)
+        model = _load_base(files, dtype, trust_remote_code)
         return PeftModel.from_pretrained(model, str(files.directory)).eval()  # type: ignore[return-value]
+
+
+def _load_base(files: ModelFiles, dtype: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """The base model of an adapter, with as many tokens as its training gave it."""
+    model = load_model(files.base, dtype, trust_remote_code, **options)
+    trained = embeddings_of_adapter(files)
+    tokens, of_base = max(trained.values(), default=0), cast(Any, model.get_input_embeddings()).weight.shape[0]
+    if tokens and tokens != of_base:
+        if missing := {"embed_tokens", "lm_head"} - trained.keys():
+            raise ValueError(
+                f"its training changed the number of tokens from {of_base} to {tokens}, and it does not have the new "
+                f"weights of {_listed(missing)}. Merge it where it was trained, and evaluate the merged model."
+            )
+        model.resize_token_embeddings(tokens, mean_resizing=False)  # the adapter replaces all of these weights
+    return model
+
+
+def embeddings_of_adapter(files: ModelFiles) -> dict[str, int]:
+    """
+    The number of tokens in embeddings and output, by their names, if an adapter has them as a whole. PEFT saves them
+    if the training has changed their number.
+    """
+    path = files.directory / "adapter_model.safetensors"
+    if not files.is_adapter or not path.exists():
+        return {}
+    tokens = {}
+    with safe_open(path, "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  # it is no mapping
+            found = re.search(r"\.(embed_tokens|lm_head)(\.base_layer)?\.weight$", name)
+            if found is not None:
+                tokens[found[1]] = weights.get_slice(name).get_shape()[0]
+    return tokens
 
 
 def can_be_merged(files: ModelFiles) -> bool:
@@ -599,7 +634,7 @@ def ordinary_checkpoint(
 def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
     from peft import PeftConfig, PeftModel
 
-    model = load_model(files.base, "float32", trust_remote_code, device_map=None)
+    model = _load_base(files, "float32", trust_remote_code, device_map=None)
     adapter = PeftConfig.from_pretrained(str(files.directory))
     if not _relies_on_tied_weights(adapter):
         _untie(model)
@@ -613,6 +648,8 @@ def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
         adapted = PeftModel.from_pretrained(model, str(files.directory)).eval()
         # Only loading them again says for which weights the model has no place.
         unexpected = adapted.load_adapter(str(files.directory), "default", key_mapping=names).unexpected_keys
+        # Copies, which PEFT writes beside trained embeddings if their number has changed.
+        unexpected = [name for name in unexpected if not re.search(r"\.(modules_to_save|original_module)\.", name)]
         if unexpected:
             raise ValueError(f"its base model has no place for its weights {_listed(unexpected)}.")
         expected = _some_logits(adapted, model.config)

@@ -50,7 +50,7 @@ Message = dict[str, Any]
 def is_file_name(name: str) -> bool:
     """Whether a dataset of this name is a local file, and not a folder or a dataset on the Hub."""
     path = Path(name)
-    return not path.is_dir() and (path.suffix in {*LOADERS, *OTHER_FILES} or path.is_file())
+    return not path.is_dir() and (path.suffix.lower() in {*LOADERS, *OTHER_FILES} or path.is_file())
 
 
 def check_file(name: str) -> None:
@@ -61,13 +61,13 @@ def check_file(name: str) -> None:
             list, is not an object.
     """
     path = Path(name)
-    if path.suffix in {*LOADERS, *OTHER_FILES} and not path.is_file():
+    if path.suffix.lower() in {*LOADERS, *OTHER_FILES} and not path.is_file():
         raise FileNotFoundError(f"There is no file '{name}'.")
-    if path.suffix not in LOADERS:
+    if path.suffix.lower() not in LOADERS:
         raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these types.")
     if path.stat().st_size == 0:
         raise ValueError(f"'{name}' is empty.")
-    if LOADERS[path.suffix] == "json":
+    if LOADERS[path.suffix.lower()] == "json":
         _check_lines(name)
         return
     with suppress(pa.ArrowInvalid):  # `datasets` says what is wrong with the file, but cannot read one without rows
@@ -103,7 +103,7 @@ def check_folder(name: str, *arguments: Any) -> None:
     except (ValueError, RuntimeError, zipfile.BadZipFile, yaml.YAMLError) as error:
         raise ValueError(unreadable(name, error)) from error
     for file in sorted({file for files_of_split in files.values() for file in files_of_split}):
-        if Path(file).suffix in LOADERS:
+        if Path(file).suffix.lower() in LOADERS:
             check_file(file)
 
 
@@ -116,7 +116,7 @@ def file_source(name: str) -> dict[str, Any]:
         `OSError`, `ValueError`: as [`check_file`].
     """
     check_file(name)
-    loader = LOADERS[Path(name).suffix]
+    loader = LOADERS[Path(name).suffix.lower()]
     return {"path": loader, "name": hash_of_file(Path(name))[:32], "data_files": glob.escape(os.path.abspath(name))}
 
 

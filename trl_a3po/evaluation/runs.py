@@ -130,7 +130,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
-        refuse_empty(self, "model_name_or_path", "dataset_name", "output_dir", "dataset_split")
+        refuse_empty(self, "model_name_or_path", "dataset_name", "output_dir", "dataset_split", "worked_examples")
         for name in ("num_samples", "max_completion_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
