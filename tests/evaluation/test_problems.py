@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from trl_a3po.evaluation.answers import accepted_answers, final_answer
 from trl_a3po.evaluation.problems import (
+    check_parseable,
     file_source,
     load_problems,
     split_off_last,
@@ -750,3 +751,12 @@ def test_the_last_rows_are_held_out():
     assert (list(train["solution"]), list(held_out["solution"])) == (["0", "1", "2"], ["3", "4"])
     with pytest.raises(ValueError, match="5 of 5 rows"):
         split_off_last(dataset, 5)
+
+
+def test_answers_that_are_sentences_are_warned_of(caplog):
+    answers = ["12", "The total comes to 12 after we add 5 and 7", "We add 5 and 7, which together are #### 12"]
+    rows = [{"question": f"Problem {number}", "answer": answer} for number, answer in enumerate(answers)]
+    dataset = to_prompt_and_solution(Dataset.from_list(rows))
+    assert not caplog.records
+    check_parseable(dataset, "training")
+    assert "The answers of 1 of 3 problems for training are sentences: row 1 (counted from 0)" in caplog.text

@@ -558,14 +558,17 @@ def _load_base(files: ModelFiles, dtype: str, trust_remote_code: bool, **options
     """The base model of an adapter, with as many tokens as its training gave it."""
     model = load_model(files.base, dtype, trust_remote_code, **options)
     trained = embeddings_of_adapter(files)
-    tokens, of_base = max(trained.values(), default=0), cast(Any, model.get_input_embeddings()).weight.shape[0]
-    if tokens and tokens != of_base:
-        if missing := {"embed_tokens", "lm_head"} - trained.keys():
+    layers: Any = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    for name, tokens in trained.items():
+        if layers[name] is None or (before := len(layers[name].weight)) == tokens:
+            continue
+        if missing := layers.keys() - trained.keys():
             raise ValueError(
-                f"its training changed the number of tokens from {of_base} to {tokens}, and it does not have the new "
+                f"its training changed the number of tokens from {before} to {tokens}, and it does not have the new "
                 f"weights of {_listed(missing)}. Merge it where it was trained, and evaluate the merged model."
             )
         model.resize_token_embeddings(tokens, mean_resizing=False)  # the adapter replaces all of these weights
+        break
     return model
 
 

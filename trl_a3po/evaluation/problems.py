@@ -405,8 +405,8 @@ def unparseable_rows(dataset: Dataset) -> list[int]:
 
 def check_parseable(dataset: Dataset, use: str, consequence: str = "get no reward") -> None:
     """
-    Warns about the problems of [`to_prompt_and_solution`] that `accuracy_reward` cannot score. `use` is what they are
-    for, such as `"training"`, and `consequence` what becomes of them.
+    Warns about the problems of [`to_prompt_and_solution`] that `accuracy_reward` cannot score, and about answers that
+    are sentences. `use` is what they are for, such as `"training"`, and `consequence` what becomes of them.
 
     Raises:
         `ValueError`: it can score none.
@@ -426,6 +426,20 @@ def check_parseable(dataset: Dataset, use: str, consequence: str = "get no rewar
             consequence,
             listed_rows(unparseable),
         )
+    if sentences := [row for row, each in zip(dataset["row"], dataset["solution"], strict=True) if _is_sentence(each)]:
+        logger.warning(
+            "The answers of %d of %d problems for %s are sentences: %s. A completion is right only if it says the "
+            "same. Write the final answer alone, or after ####.",
+            len(sentences),
+            len(dataset),
+            use,
+            listed_rows(sentences),
+        )
+
+
+def _is_sentence(solution: str | list[str]) -> bool:
+    answers = [solution] if isinstance(solution, str) else solution
+    return all(is_derivation(answer.removeprefix("$").removesuffix("$")) for answer in answers)
 
 
 def as_conversation(problem: Any) -> list[Message]:

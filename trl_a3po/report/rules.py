@@ -634,7 +634,7 @@ RULES: tuple[Rule, ...] = (
         means="All completions of a prompt get the same reward. Some prompts are too easy and the others too hard, "
         "the reward depends on the prompt only, or the completions hardly differ.",
         change="Check that `reward_funcs` read the completion. Set `dynamic_sampling`, or raise `temperature`, "
-        "`top_k`, `top_p` or `num_generations`.",
+        "`top_k`, `top_p` or `num_generations`. If completions became alike in training, lower `learning_rate`.",
     ),
     _without_signal(
         "rewards at the mean of the group",
