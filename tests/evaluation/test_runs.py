@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 import trl_a3po.demo
+from trl_a3po.cli import eval as eval_command
 from trl_a3po.cli import main as cli
 from trl_a3po.cli.eval import make_parser
 from trl_a3po.demo import arithmetic
@@ -646,11 +647,11 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
     def run_here(command):
         """In place of a process of its own, whose start takes seconds."""
         try:
-            return subprocess.CompletedProcess(command, cli.main(command[3:]))
+            return cli.main(command[3:])
         except SystemExit as error:
-            return subprocess.CompletedProcess(command, error.code)
+            return error.code
 
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(eval_command, "_run", run_here)
     run = tmp_path / "run"
     for step, seed in [(10, 1), (2, 0)]:
         torch.manual_seed(seed)
@@ -678,9 +679,7 @@ def test_checkpoints_of_a_run_make_a_curve(tmp_path, capsys, monkeypatch):
 
 def test_checkpoints_of_an_earlier_run_are_no_part_of_the_curve(tmp_path, capsys, monkeypatch):
     evaluated = []
-    monkeypatch.setattr(
-        subprocess, "run", lambda command: evaluated.append(command[-3]) or SimpleNamespace(returncode=2)
-    )
+    monkeypatch.setattr(eval_command, "_run", lambda command: evaluated.append(command[-3]) or 2)
     for second, (step, loss) in enumerate([(1, 0.1), (2, 0.1), (3, 0.1), (1, 0.2)]):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir(exist_ok=True)
@@ -699,14 +698,16 @@ def test_sigterm_ends_the_evaluation_of_a_checkpoint_too(tmp_path, monkeypatch):
     tiny.save(tmp_path / "run" / "checkpoint-1")
     rows = write(tmp_path / "problems.jsonl", [{"problem": "1+1=", "answer": "2"}])
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nsleep 0.5\nkill $PPID\nexec sleep 60\n")
+    child.write_text(
+        f"#!/bin/sh\ntrap 'kill $sleeper; touch {tmp_path}/ended; exit' TERM\nsleep 60 & sleeper=$!\n"
+        "sleep 0.5\nkill $PPID\nwait\n"
+    )
     child.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(child))
     line = ["eval", "--model_name_or_path", str(tmp_path / "run"), "--dataset_name", rows, "--checkpoints"]
     with pytest.raises(SystemExit, match="143"):
         cli.main([*line, "--output_dir", str(tmp_path / "curve")])
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert (tmp_path / "ended").exists()  # in its own way, and before this process
 
 
 def test_sigterm_leaves_no_temporary_files(tmp_path, monkeypatch):
@@ -732,7 +733,7 @@ def test_solutions_are_checked_before_anything_is_sampled(tmp_path, capsys):
 
 
 def test_a_dataset_is_checked_before_any_checkpoint_is_evaluated(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(eval_command, "_run", lambda _: pytest.fail("a process was started"))
     for step in (1, 2):
         tiny.save(tmp_path / "run" / f"checkpoint-{step}")
     line = ["eval", "--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path), "--checkpoints"]

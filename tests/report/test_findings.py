@@ -156,6 +156,17 @@ def test_gradients_of_0_that_chance_explains():
     assert names(history(grad_norm=0.0, frac_reward_zero_std=0.5)) == ["gradient of 0"]
 
 
+def test_one_gradient_in_many_that_are_0_hides_nothing():
+    logs = history(grad_norm=lambda t: 0.5 if t <= 0.5 or t == 1 - 1 / STEPS else 0.0, frac_reward_zero_std=0.3)
+    assert names(logs) == ["gradient of 0"]
+
+
+def test_a_large_first_gradient_hides_no_spike():
+    norms = {2 / STEPS: 600.0, 60 / STEPS: 500.0}
+    [finding] = find(history(grad_norm=lambda t: norms.get(t, 0.5)))
+    assert finding.name == "gradient spikes"
+
+
 def test_what_began_all_wrong_was_not_right_from_the_start():
     rewards = [0.0, 0.0, 0.4, 0.9, *[1.0] * 8]
     logs = [
@@ -166,7 +177,7 @@ def test_what_began_all_wrong_was_not_right_from_the_start():
     assert "no signal: all right" not in names(logs)
 
 
-def test_three_logs_of_a_reward_that_rises():
+def test_three_logs_are_enough_to_see_a_reward_rise():
     logs = [
         {"step": 20 * i, "reward": reward, "reward_std": 0.4, "completions/clipped_ratio": 0.9}
         for i, reward in enumerate((0.42, 0.7, 0.93), 1)

@@ -403,6 +403,20 @@ def test_a_checkpoint_of_another_optimizer_is_refused(trained, resumed, lost, tm
         run(resumed, 2).train(True)
 
 
+def test_a_label_of_a_parameter_group_is_no_setting(tmp_path):
+    def run(steps, **label):
+        model = tiny.model()
+        optimizer = torch.optim.AdamW([{"params": list(model.parameters()), "lr": 1e-3, **label}])
+        arguments = {"optimizers": (optimizer, None)}
+        fields = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1}
+        return make(tmp_path, model=model, arguments=arguments, **fields)
+
+    run(1).train()
+    trainer = run(2, note="all")
+    trainer.train(True)
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -479,14 +493,15 @@ class InterruptsOnce(TrainerCallback):
             raise KeyboardInterrupt
 
 
-class NotesSeconds(TrainerCallback):
-    """The seconds that TRL counts for the first step, before it begins."""
+class NotesTheStart(TrainerCallback):
+    """What is counted for the first step before it begins."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.at_first = self.trainer._current_train_step_time
+        self.seconds = self.trainer._current_train_step_time
+        self.largest = self.trainer._signal_budget._largest.clone()
 
 
 @pytest.mark.parametrize("dynamic_sampling", [0, 3])
@@ -500,10 +515,14 @@ def test_a_run_that_was_interrupted_within_a_step_resumes_with_the_same_trainer(
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert trainer._current_train_step_time > 0
-    seconds = NotesSeconds(trainer)
-    trainer.add_callback(seconds)
+    trainer._signal_budget._largest.fill_(9.0)  # as an interrupted step leaves it with vLLM
+    trainer._sampler = SimpleNamespace(forget=lambda: setattr(trainer, "_sampler", None))
+    notes = NotesTheStart(trainer)
+    trainer.add_callback(notes)
     trainer.train(True)
-    assert seconds.at_first == 0
+    assert trainer._sampler is None
+    assert notes.seconds == 0
+    assert not notes.largest.isfinite().any()
     assert_same_update(trainer, whole)
     logs, expected = (
         [{name: value for name, value in log.items() if not is_time(name)} for log in each.state.log_history[:-1]]

@@ -227,6 +227,11 @@ def test_chunks_are_longer_than_a_short_row():
     assert configured_traits(toy).left_padding
 
 
+def test_float64_is_no_more_exact_than_the_comparison():
+    torch.manual_seed(0)
+    assert padding_traits(build("Qwen2").double()) == PaddingTraits()
+
+
 def test_the_check_leaves_no_trace():
     model = build("GPT2")
     model.transformer.h[0].eval()

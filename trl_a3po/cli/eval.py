@@ -11,6 +11,7 @@ compare` compares the results of several models.
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,7 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
         directory = output / checkpoint.name
         own = ["--checkpoints", "False", "--model_name_or_path", str(checkpoint), "--output_dir", str(directory)]
         print(f"\n{checkpoint}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own]).returncode
+        code = _run([sys.executable, "-m", "trl_a3po.cli", "eval", *line, *own])
         if code:
             code = exit_status([code], "evaluation")
         status = status or code
@@ -111,6 +112,16 @@ def evaluate_checkpoints(run: Path, output: Path, line: Sequence[str]) -> int:
     return status
 
 
+def _run(command: Sequence[str]) -> int:
+    """The exit status of a process. If this one is interrupted, the other ends first, and tidies up."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+
+
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """In this context, SIGTERM ends what was started, and temporary files are removed."""
@@ -118,7 +129,11 @@ def _sigterm_raises() -> Iterator[None]:
     def end(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield  # somebody else decides
+        return
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:

@@ -451,9 +451,6 @@ if __name__ == "__main__":
             time.sleep(30)  # the main process prints the same message, and the launcher then ends this one
         print(f"trl-a3po train: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal and the launcher both send it
         sys.exit(128 + signal.SIGINT)

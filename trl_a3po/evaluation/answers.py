@@ -18,7 +18,8 @@ def accepted_answers(truth: Any) -> list[str]:
     A list accepts each of its items. A string that contains a JSON list of strings is read as that list, as in
     Skywork-OR1; `"[1, 2]"` stays an interval. verl's datasets nest a dictionary beside a copy of the question. Its
     answer is `solution` if that is a derivation with a `\boxed{}`, else `target`, `answer` or `solution`. The `target`
-    of MATH has lost spaces and line breaks, so some of its answers are damaged.
+    of MATH has lost spaces and line breaks, so some of its answers are damaged. An amount of money, such as `€5` or
+    `5 USD`, accepts the number, too.
 
     Raises:
         `ValueError`: a dictionary with none of these keys.
@@ -33,6 +34,9 @@ def accepted_answers(truth: Any) -> list[str]:
     if isinstance(truth, list | tuple):
         return list(dict.fromkeys(answer for each in truth for answer in accepted_answers(each)))
     answer = final_answer(truth)
+    amount = _AMOUNT.fullmatch(answer)
+    if amount is not None:  # math-verify takes `€5` for another answer than 5
+        return [answer, final_answer("".join(filter(None, amount.groups())))]
     return [answer] if answer else []
 
 
@@ -105,7 +109,6 @@ def _number_in_latex(text: str) -> str:
     if match is None:
         return text
     before, whole, over, under, spaced, mantissa, exponent, number, percent, unit = match.groups()
-    before = _OTHER_CURRENCY.sub("", before)  # math-verify reads a number after `€` as another
     if over:
         number = f"{over}/{under}"
         if percent:  # without the factor, math-verify reads 1/2% as 1/(2%), and 2 1/2% as 2
@@ -152,17 +155,17 @@ _UNIT = (
     r"degrees?|(?:centi|milli|kilo)?(?:met(?:er|re)s?|grams?)|lit(?:er|re)s?|inch(?:es)?|feet|foot|yards?|miles?|"
     r"people|units?|mm|cm|km|mg|kg|m[lL]|ft|oz|lb)(?:(?: per |/)[a-z]+|\^[23])?"
 )
-_CODES = "USD|EUR|GBP|JPY|CNY|RMB|INR"
-_OTHER_CURRENCY = re.compile(rf"(?:[€£¥₹]|{_CODES})\s*")
-_CURRENCY = rf"(?:\\\$|[€£¥₹]|(?:{_CODES})\s)"
 _PLAIN_NUMBER = re.compile(
-    rf"((?:[-+]?\s*{_CURRENCY}?|{_CURRENCY}\s*[-+])\s*)"  # a sign and a currency
+    r"((?:[-+]?\s*(?:\\\$)?|\\\$\s*[-+])\s*)"  # a sign and a currency
     r"(?:(?:(\d+)\s+)?([1-9]\d*)/([1-9]\d*)"
     r"|(\d{1,3}(?: \d{3})+(?:\.\d+)?)"
     rf"|({_NUMBER}(?=[eE](?:\d|[-+]\d\d))|\d+\.\d+(?=[eE]))[eE]([-+]?\d+)"  # `2e-1` may be 2 times e, minus 1
     rf"|({_NUMBER}))"
-    rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}|{_CODES}))?"
+    rf"(?:(\s*\\?%|\s+(?i:per ?cent))|\s+({_UNIT}))?"
 )
+_CURRENCY = r"(?:[€£¥₹]|\b(?:USD|EUR|GBP|JPY|CNY|RMB|INR)\b)"
+_WHOLE_AMOUNT = r"((?:\d{1,3}(?:[, ]\d{3})+|\d+)(?:\.\d+)?)"
+_AMOUNT = re.compile(rf"\$([-+]?)\s*{_CURRENCY}\s*{_WHOLE_AMOUNT}\$|\$([-+]?)\s*{_WHOLE_AMOUNT}\s*{_CURRENCY}\$")
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 _DOLLAR = re.compile(r"(?<!\\)\$")

@@ -652,7 +652,8 @@ def _merged(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
         # Only loading them again says for which weights the model has no place.
         unexpected = adapted.load_adapter(str(files.directory), "default", key_mapping=names).unexpected_keys
         # Copies, which PEFT writes beside trained embeddings if their number has changed.
-        unexpected = [name for name in unexpected if not re.search(r"\.(modules_to_save|original_module)\.", name)]
+        copies = re.compile(r"\.(embed_tokens|lm_head)\.(modules_to_save|original_module)\.")
+        unexpected = [name for name in unexpected if not copies.search(name)]
         if unexpected:
             raise ValueError(f"its base model has no place for its weights {_listed(unexpected)}.")
         expected = _some_logits(adapted, model.config)

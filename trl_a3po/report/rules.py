@@ -374,7 +374,7 @@ def _gradient_zero(log: Log, bound: float) -> Seen | None:
         return None
     since = _since(points, lambda value: value == 0, width=1)
     # A log has the norm of one step. In a step of one group, it is 0 as often as a group has no signal.
-    without_signal, zeros = sum(log.shares().values()), sum(step >= since for step, _ in points)
+    without_signal, zeros = sum(log.shares().values()), sum(value == 0 for step, value in points if step >= since)
     if without_signal**zeros > _CHANCE:
         return None
     return Seen("grad_norm", since, "the gradient's norm is 0")
@@ -385,13 +385,18 @@ def _gradient_spikes(log: Log, bound: float) -> Seen | None:
     if len(points) < FEWEST_STEPS:
         return None
     middle = median(value for _, value in points)
-    spikes = [(step, value) for step, value in points if value >= bound * middle]
-    if not spikes or len(spikes) > max(1, len(points) // 20):
+    high = [place for place, (_, value) in enumerate(points) if value >= bound * middle]
+    if len(high) > max(1, len(points) // 20):
         return None  # what is so frequent is no spike: the others are small
-    values = [value for _, value in points]
-    before = values[max(0, values.index(max(values)) - FEWEST_STEPS) : values.index(max(values))]
-    if len(before) < FEWEST_LOGS or max(values) < bound * median(before):
-        return None  # it was large from the start, and became small
+    # One that was large from the start, and became small, has no spikes.
+    before = {place: points[max(0, place - FEWEST_STEPS) : place] for place in high if place >= FEWEST_LOGS}
+    spikes = [
+        points[place]
+        for place, earlier in before.items()
+        if points[place][1] >= bound * median(value for _, value in earlier)
+    ]
+    if not spikes:
+        return None
     highest = max(value for _, value in spikes)
     text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}; so high in {_logs(len(spikes))}"
     return Seen("grad_norm", spikes[0][0], text)
@@ -548,7 +553,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "gradient of 0",
         0.9,
-        "share of the last logs whose `grad_norm` is exactly 0, if there are more than steps without a signal explain",
+        "share of the last logs whose `grad_norm` is exactly 0, unless steps without a signal explain it",
         "single steps without a signal have a norm of 0 by chance",
         "The loss has no gradient, although there are rewards that differ.",
         "Check that parameters are trainable (`requires_grad`, the modules of `peft_config`), `positive_weight`, "
@@ -823,12 +828,12 @@ def _since(points: Points, holds: Callable[[float], bool], width: int = FEWEST_L
     """
     if not points:
         return 0  # another metric shows it, and this one was not logged
-    since = (last_quarter(points) or points)[0][0]  # where the last logs scatter, their mean is the evidence
+    since = (last_quarter(points) or points)[0][0]  # its mean is the evidence, whatever the last logs are
     for last in range(len(points), 0, -1):
         window = points[max(0, last - width) : last]
         if not holds(mean_value(window)):
             break
-        since = window[0][0]
+        since = min(since, window[0][0])
     return since
 
 

@@ -85,7 +85,7 @@ def check_gradient(norm: Tensor | float | None, step: int, model: nn.Module, acc
 
 
 class NaNGradients(TrainerCallback):
-    """Ends the training at the first log whose gradient is NaN. The next checkpoint would detect it later."""
+    """Ends the training at the first log after a gradient of NaN made parameters NaN. A checkpoint may come later."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator

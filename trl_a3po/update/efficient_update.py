@@ -62,10 +62,6 @@ _ROUNDED_RATIO = 0.1
 _MEANS_OVER_ROWS = ("grpo", "sapo", "dr_grpo", "luspo")
 _SUMS_OVER_TOKENS = ("dapo", "cispo", "vespo")
 
-# Of the arguments of TRL's method.
-_ARGUMENTS = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-_NAMES_AFTER_BATCH_SIZE = _ARGUMENTS[_ARGUMENTS.index("batch_size") + 1 :]
-
 _IMAGE_COLUMNS = {"image", "images"}  # of datasets, as TRL reads them
 # The modules whose methods the trainer is made of. Not `trl.experimental`: its trainers change the loss.
 _OURS = ("trl_a3po.", "trl.trainer.", "trl.extras.", "transformers.")
@@ -388,7 +384,9 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *positional, **kwargs
     ):
-        kwargs |= zip(_NAMES_AFTER_BATCH_SIZE, positional, strict=False)
+        if positional:
+            names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+            kwargs |= zip(names[names.index("batch_size") + 1 :], positional, strict=False)
         if self._skips_next_pass:
             self._skips_next_pass = False
             self._placeholder = input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32)
@@ -555,7 +553,8 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         finally:
             self._skips_next_pass = False
         placeholder, self._placeholder = self._placeholder, None
-        if is_known and rollout["old_per_token_logps"] is not placeholder:
+        changes_logps = self._is_changed("_get_per_token_logps_and_entropies")  # a subclass returns another tensor
+        if is_known and not changes_logps and rollout["old_per_token_logps"] is not placeholder:
             raise RuntimeError(
                 f"TRL {trl.__version__} runs another pass over the model before that for `old_per_token_logps`, and "
                 "the wrong one was skipped. Set `skip_old_logps=False`, or install a TRL that was tested with this "

@@ -174,15 +174,15 @@ def never_alone(forward: Forward) -> Forward:
     return in_company
 
 
-def config_of(model: torch.nn.Module) -> PretrainedConfig:
-    """The configuration of a model in any wrapper."""
+def config_of(model: torch.nn.Module) -> PretrainedConfig | None:
+    """The configuration of a model in any wrapper; `None` if it is no model of transformers."""
     configs = (getattr(module, "config", None) for module in model.modules())
-    return next(each for each in configs if isinstance(each, PretrainedConfig))
+    return next((each for each in configs if isinstance(each, PretrainedConfig)), None)
 
 
 def text_config(model: torch.nn.Module) -> PretrainedConfig:
     """The configuration of the language model in any wrapper."""
-    return config_of(model).get_text_config()
+    return cast(PretrainedConfig, config_of(model)).get_text_config()
 
 
 def has_experts_as_modules(model: torch.nn.Module) -> bool:
