@@ -2,8 +2,8 @@
 The log of a run, and what it says at the start and at the end.
 
 Two words have one meaning throughout. The *start* of a metric is its mean over the first tenth of the logs. Its *end*
-is the mean over the last quarter, three logs at least; the first log is never part of it. One log of a small batch
-says little, so the end of a run with fewer than three logs is known only after ten steps.
+is the mean over the last quarter, three logs at least; the first log is part of it only if there is no other. One log
+of a small batch says little, so the end of a run with fewer than three logs is known only after ten steps.
 """
 
 import math
