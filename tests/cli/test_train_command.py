@@ -309,7 +309,7 @@ def test_bad_lines_are_refused_before_anything_starts(arguments, message, tmp_pa
         "broken.yaml": "{",
         "null.yaml": "num_generations: null",
         "mixture.yaml": yaml.safe_dump({"datasets": [{"path": "json", "data_files": "a.jsonl"}]}),
-        "wrong_mixture.yaml": yaml.safe_dump({"datasets": [{"file": "a.jsonl"}]}),
+        "wrong_mixture.yaml": yaml.safe_dump({"datasets": [{"path": "a.jsonl", "file": "a.jsonl"}]}),
         "small_file.yaml": "dataset_nam: a.jsonl",
         "no_steps.yaml": "max_steps: 0",
         "no_epochs.yaml": "max_steps: -1\nnum_train_epochs: 0",

@@ -200,7 +200,8 @@ def position_limit(model: torch.nn.Module) -> int | None:
         return None
     # The table of OPT and of models like it has two more rows. That of GPT-J and CodeGen is computed, not learned.
     sizes = {module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    sizes |= {len(buffer) for name, buffer in model.named_buffers() if name.endswith("embed_positions")}
+    tables = (getattr(module, "embed_positions", None) for module in model.modules())
+    sizes |= {len(table) for table in tables if isinstance(table, Tensor)}
     return positions if sizes & {positions, positions + 2} else None
 
 
