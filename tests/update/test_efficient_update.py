@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from trl import GRPOTrainer
 
 from trl_a3po import A3POConfig, A3POTrainer
 from trl_a3po.update import efficient_update
@@ -635,6 +636,11 @@ class GivesOneRewardMore(Recorder):
 
 @pytest.mark.parametrize("trainer_class", [PassesByPosition, LooksAtAllValues, PassesByName, GivesOneRewardMore])
 def test_what_a_subclass_of_grpo_trainer_may_do(trainer_class, model_dir, tmp_path):
+    takes = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    if trainer_class is PassesByPosition and "compute_entropy" not in takes:
+        with pytest.raises(TypeError, match=r"takes arguments after `batch_size` by name only\."):
+            train_rollout(model_dir, tmp_path, trainer_class)
+        return
     arguments = {"reward_funcs": [given_reward] * 2} if trainer_class is GivesOneRewardMore else {}
     plain, saved = (
         train_rollout(model_dir, tmp_path, trainer_class, arguments=arguments, **fields, **SEVERAL_STEPS)

@@ -385,8 +385,15 @@ class EfficientUpdateGRPOTrainer(GRPOTrainer):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, *positional, **kwargs
     ):
         if positional:
-            names = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-            kwargs |= zip(names[names.index("batch_size") + 1 :], positional, strict=False)
+            parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters.values()
+            names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+            names = names[names.index("batch_size") + 1 :] if "batch_size" in names else []  # not in TRL 1.14
+            if len(positional) > len(names):
+                raise TypeError(
+                    f"`_get_per_token_logps_and_entropies` of TRL {trl.__version__} takes arguments after "
+                    "`batch_size` by name only."
+                )
+            kwargs |= zip(names, positional, strict=False)
         if self._skips_next_pass:
             self._skips_next_pass = False
             self._placeholder = input_ids.new_zeros(len(input_ids), logits_to_keep, dtype=torch.float32)
