@@ -109,7 +109,7 @@ class A3POTrainer(ResumableGRPOTrainer, RolloutGRPOTrainer, EfficientUpdateGRPOT
             given checkpoint; in training, a reward is infinite, a completion has no tokens, or a hook breaks its
             promise ([`~trl_a3po.completionwise`]).
         `OSError`: checkpoints cannot be written to `output_dir`.
-        `FloatingPointError`: in training, gradients or parameters are not finite.
+        `FloatingPointError`: in training, parameters are not finite.
         `RuntimeError`: the installed TRL no longer computes the loss from the advantages of single tokens.
     """
 

@@ -41,12 +41,12 @@ from ..evaluation.models import find_model
 from ..evaluation.problems import check_parseable, load_problems, split_off_last
 from ..evaluation.runs import estimates, evaluate_model, refuse_empty, rows_in_both
 from ..report import write_report
+from ..report.text import counted
 from ..rewards import accuracy_reward
 from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import check_not_beyond, checkpoint_to_resume_from, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .eval import uncounted
-from .main import counted
 from .parser import Parser, group_options
 from .training_options import check_libraries, check_prompts, check_schedule
 

@@ -21,9 +21,10 @@ from ..evaluation.metrics import check_math_verify
 from ..evaluation.problems import check_parseable, load_problems
 from ..evaluation.runs import EvaluateArguments, estimates, evaluate, first_problems
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples
+from ..report.text import counted
 from ..training.checkpoint_files import PREVIOUS, check_writable, checkpoints_in, is_marked, is_of_later_run
 from .compare import compare_directories
-from .main import counted, exit_status
+from .main import exit_status
 from .parser import Parser
 
 

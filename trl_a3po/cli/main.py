@@ -21,11 +21,6 @@ COMMANDS = {
 }
 
 
-def counted(number: int, name: str) -> str:
-    """A number with the name of what is counted: 1 row, 2 rows."""
-    return f"{number} {name}{'' if number == 1 else 's'}"
-
-
 def exit_status(codes: Sequence[int], what: str) -> int:
     """
     The exit status of a command for those of its processes.

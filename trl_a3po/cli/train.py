@@ -43,11 +43,12 @@ from ..a3po_trainer import A3POTrainer
 from ..evaluation.problems import Message, check_parseable, listed_rows, to_prompt_and_solution, unreadable
 from ..evaluation.runs import refuse_empty, rows_in_both
 from ..evaluation.worked_examples import check_no_overlap, load_worked_examples, overlap
+from ..report.text import counted
 from ..training.checkpoint_files import check_writable
 from ..training.checkpoints import BeyondTheEndError, resume_argument
 from ..training.dataset_checks import check_dataset_sizes
 from .dataset_options import resolve_datasets, take_slice
-from .main import counted, exit_status
+from .main import exit_status
 from .parser import Parser, group_options
 from .training_options import check_libraries, check_prompts, check_schedule
 

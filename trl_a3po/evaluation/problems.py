@@ -47,10 +47,15 @@ Message = dict[str, Any]
 # Files
 
 
+def _type_of(file: str | Path) -> str:
+    """The end of a file's name, such as `.jsonl`, in lower case."""
+    return Path(file).suffix.lower()
+
+
 def is_file_name(name: str) -> bool:
     """Whether a dataset of this name is a local file, and not a folder or a dataset on the Hub."""
     path = Path(name)
-    return not path.is_dir() and (path.suffix.lower() in {*LOADERS, *OTHER_FILES} or path.is_file())
+    return not path.is_dir() and (_type_of(path) in {*LOADERS, *OTHER_FILES} or path.is_file())
 
 
 def check_file(name: str) -> None:
@@ -61,13 +66,13 @@ def check_file(name: str) -> None:
             list, is not an object.
     """
     path = Path(name)
-    if path.suffix.lower() in {*LOADERS, *OTHER_FILES} and not path.is_file():
+    if _type_of(path) in {*LOADERS, *OTHER_FILES} and not path.is_file():
         raise FileNotFoundError(f"There is no file '{name}'.")
-    if path.suffix.lower() not in LOADERS:
+    if _type_of(path) not in LOADERS:
         raise ValueError(f"'{name}' is not a {', '.join(LOADERS)} file. Convert it to one of these types.")
     if path.stat().st_size == 0:
         raise ValueError(f"'{name}' is empty.")
-    if LOADERS[path.suffix.lower()] == "json":
+    if LOADERS[_type_of(path)] == "json":
         _check_lines(name)
         return
     with suppress(pa.ArrowInvalid):  # `datasets` says what is wrong with the file, but cannot read one without rows
@@ -103,7 +108,7 @@ def check_folder(name: str, *arguments: Any) -> None:
     except (ValueError, RuntimeError, zipfile.BadZipFile, yaml.YAMLError) as error:
         raise ValueError(unreadable(name, error)) from error
     for file in sorted({file for files_of_split in files.values() for file in files_of_split}):
-        if Path(file).suffix.lower() in LOADERS:
+        if _type_of(file) in LOADERS:
             check_file(file)
 
 
@@ -116,7 +121,7 @@ def file_source(name: str) -> dict[str, Any]:
         `OSError`, `ValueError`: as [`check_file`].
     """
     check_file(name)
-    loader = LOADERS[Path(name).suffix.lower()]
+    loader = LOADERS[_type_of(name)]
     return {"path": loader, "name": hash_of_file(Path(name))[:32], "data_files": glob.escape(os.path.abspath(name))}
 
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from statistics import StatisticsError, correlation, fmean, median
 from typing import NamedTuple
 
+from .text import counted
 from .training_log import (
     ERRORS,
     FEWEST_LOGS,
@@ -69,7 +70,7 @@ def _infinite_rewards(log: Log, bound: float) -> Seen | None:
     for name in [name for name in log if re.fullmatch(r"rewards/.+/mean", name)] + ["reward"]:
         steps = [step for step, value in log.all(name) if math.isinf(value)]
         if len(steps) >= bound:
-            return Seen(name, steps[0], f"`{name}` is infinite in {_logs(len(steps))}")
+            return Seen(name, steps[0], f"`{name}` is infinite in {counted(len(steps), 'log')}")
     return None
 
 
@@ -79,7 +80,7 @@ def _not_finite(log: Log, bound: float) -> Seen | None:
         steps = [step for step, value in points if not math.isfinite(value)]
         # Parameters that are not finite stay so. With fp16, single steps overflow and are skipped.
         if steps and (steps[-1] == points[-1][0] or len(steps) >= max(FEWEST_LOGS, bound * len(points))):
-            return Seen(name, steps[0], f"`{name}` is not finite in {_logs(len(steps))}")
+            return Seen(name, steps[0], f"`{name}` is not finite in {counted(len(steps), 'log')}")
     return None
 
 
@@ -398,7 +399,8 @@ def _gradient_spikes(log: Log, bound: float) -> Seen | None:
     if not spikes:
         return None
     highest = max(value for _, value in spikes)
-    text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}; so high in {_logs(len(spikes))}"
+    often = counted(len(spikes), "log")
+    text = f"the gradient's norm rose to {_n(highest)}, at a median of {_n(middle)}; so high in {often}"
     return Seen("grad_norm", spikes[0][0], text)
 
 
@@ -843,10 +845,6 @@ def _since_above(log: Log, name: str, bound: float) -> int:
 
 def _n(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _logs(count: int) -> str:
-    return "1 log" if count == 1 else f"{count} logs"
 
 
 def _p(share: float) -> str:

@@ -26,6 +26,11 @@ def _spelled_out(character: str) -> str:
     return character
 
 
+def counted(number: int, name: str) -> str:
+    """A number with the name of what is counted: 1 row, 2 rows."""
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def names_of(directories: Sequence[Path]) -> list[str]:
     """
     The last part of each path, or as many of its last parts as no other path has.
